@@ -1,0 +1,90 @@
+"""What every script does the same way: flags, one-line errors, files moved into place.
+
+Needs:       nothing but Python (torch is imported after the flags are parsed, so that --help is instant).
+Gives:       Parser, BadInput, run(), replacing(), read_jsonl(), write_jsonl(), sha256().
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+TOY = Path(__file__).parent / "toy"
+
+
+class BadInput(Exception):
+    """Something the user gave is wrong. The message names the file and value and says how to fix it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the flags that all scripts take, defaults in the help, and errors of one line."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False)
+        self.add_argument("--model", type=Path, default=TOY, help="Stable Diffusion folder (default: the embedded model/toy)")
+        self.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
+        self.add_argument("--device", default="auto",
+                          help="torch device; auto is cuda, then mps, then cpu (default: auto)")
+
+    def error(self, message):
+        sys.exit(complain(message + "; see --help"))
+
+
+def complain(message: str) -> int:
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    return 2
+
+
+def run(main, *arguments):
+    """Runs a script: bad input is one line on stderr and exit status 2, Ctrl-C is exit status 130."""
+    try:
+        main(*arguments)
+    except BadInput as error:
+        sys.exit(complain(error))
+    except OSError as error:  # a read-only folder, a full disk
+        sys.exit(complain(f"{error.filename or 'a file'}: {error.strerror or error}; check the path, its rights and the space left"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """Yields a temporary path beside `path`, moved over it only when the block ends well: never half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_jsonl(path: Path, rows: list[dict]):
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Raises BadInput naming file and line where a line is not a JSON object."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+            if not isinstance(rows[-1], dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise BadInput(f"{path} line {number}: not a JSON object ({error}); make the data again") from None
+    return rows
+
+
+def sha256(*paths: Path) -> str:
+    """Hex digest of the files' bytes, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,37 @@
+"""Labelled grids of pictures, as one PNG.
+
+Needs:       pillow, numpy.
+Gives:       sheet().
+"""
+import textwrap
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from .files import replacing
+
+CELL, GAP, LINE = 128, 6, 13  # pixels: a picture's side on the sheet, the space around it, a line of caption
+
+
+def sheet(path: Path, cells: list[tuple[np.ndarray, str]], columns: int, titles: tuple[str, ...] = ()):
+    """Writes cells (uint8 [S, S, 3], caption) row by row as a PNG, with optional column titles on top.
+
+    Small pictures are enlarged by whole pixels, so that what the model drew is what one sees.
+    """
+    font = ImageFont.load_default(size=11)
+    captions = [textwrap.wrap(text, width=22)[:4] for _, text in cells]
+    lines = max(map(len, captions), default=0)
+    step_x, step_y, top = CELL + GAP, CELL + GAP + LINE * lines + 2, (LINE + GAP) if titles else GAP
+    image = Image.new("RGB", (columns * step_x + GAP, top + -(-len(cells) // columns) * step_y), "white")
+    pen = ImageDraw.Draw(image)
+    for column, title in enumerate(titles):
+        pen.text((GAP + column * step_x, 3), title, "black", font)
+    for i, ((picture, _), caption) in enumerate(zip(cells, captions)):
+        x, y = GAP + i % columns * step_x, top + i // columns * step_y
+        small = picture.shape[0] < CELL
+        image.paste(Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS), (x, y))
+        for n, text in enumerate(caption):
+            pen.text((x, y + CELL + 1 + n * LINE), text, "black", font)
+    with replacing(path) as temporary:
+        image.save(temporary, "png")

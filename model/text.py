@@ -1,0 +1,165 @@
+"""Text encoding: prompts -> the vectors that the UNet attends to.
+
+Needs   transformers (CLIP itself is not rebuilt here) and a checkpoint folder in the diffusers layout:
+        tokenizer/, text_encoder/ and, for SDXL, tokenizer_2/, text_encoder_2/.
+Gives   TextEncoders: prompts -> token ids -> context [B,L,D], and for SDXL also pooled [B,P].
+
+What the UNet was trained on, and so what must come out, differs by family:
+    SD 1.x, 2.x   context = LayerNorm(h_N)                 the last layer's output, normalised; no pooled
+    SDXL          context = [h¹_{N−1} ; h²_{N−1}]          both encoders' LAST BUT ONE layer, not normalised,
+                  pooled  = W_proj · LayerNorm(h²_N)[EOS]  side by side on the feature axis
+Every one of these has the right shape when another is taken in its place: only the pictures get worse.
+
+Letters: B prompts, E encoders (1, SDXL 2), L tokens a prompt (77), D context width (768, 1024, 2048),
+P pooled width (1280). transformers is imported inside functions, so that --help does not wait for it.
+"""
+
+import json
+import os
+
+import torch
+from torch import nn
+
+PREFIX = "text_model."  # the published files' name for the transformer; transformers 5 has dropped the level
+
+
+def _transformers():
+    """transformers, silenced: its advice is about settings that the checkpoint's own files decide here."""
+    import transformers
+    transformers.utils.logging.set_verbosity_error()
+    return transformers
+
+
+def load_tokenizer(folder: str):
+    """The CLIP tokenizer in folder (vocab.json + merges.txt, or tokenizer.json); raises FileNotFoundError."""
+    if not any(os.path.isfile(os.path.join(folder, name)) for name in ("vocab.json", "tokenizer.json")):
+        raise FileNotFoundError(f"{folder} has no vocab.json; give a checkpoint folder that holds its tokenizer")
+    # Local only: with no file missing there is nothing to ask a server for, and no command may hang offline.
+    return _transformers().CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def build_encoder(config: dict, state: dict | None = None, where: str = "the text encoder"):
+    """A transformers CLIPTextModel or CLIPTextModelWithProjection, as config["architectures"] says.
+
+    config: the contents of text_encoder/config.json.
+    state: its tensors by published name; they become the parameters (no copy, their dtype is kept) and the
+        model comes frozen. None: fresh random weights, trainable, for training from scratch.
+    Raises ValueError naming `where` when the class is neither of the two, or unless every tensor of the
+    model is in state, every tensor in state is in the model, and all shapes agree.
+    """
+    transformers = _transformers()
+    name = (config.get("architectures") or ["CLIPTextModel"])[0]
+    if name not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
+        raise ValueError(f"{where} is a {name}, which is not supported; use a CLIP text encoder (SD 1.x, 2.x or SDXL)")
+    kind, config = getattr(transformers, name), transformers.CLIPTextConfig.from_dict(config)
+    if state is None:
+        return kind(config)
+    with torch.device("meta"):  # no memory and no time for initial values that are overwritten at once
+        model = kind(config)
+
+    # 1. Rename. Both sides are compared without PREFIX: that joins files with it (all published ones) and
+    #    without it (saved by transformers 5) to modules with it (transformers 4) and without it (5).
+    ours = {key.removeprefix(PREFIX): key for key in model.state_dict()}
+    theirs = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
+    # The one exception: 0, 1, 2, … was once stored as if it were a weight; it is computed below.
+    theirs.pop("embeddings.position_ids", None)
+    # 2. One strict load.
+    missing, unknown = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
+    if missing or unknown:
+        raise ValueError(f"{where} does not fit its config.json: {len(missing)} tensors missing {missing[:2]}, "
+                         f"{len(unknown)} not known {unknown[:2]}; take both files from the same checkpoint")
+    try:
+        model.load_state_dict({ours[key]: tensor for key, tensor in theirs.items()}, strict=True, assign=True)
+    except RuntimeError as error:  # names complete, so only shapes can disagree
+        detail = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{where} does not fit its config.json: {detail}") from None
+    # 3. Buffers outside the file are still on the meta device, where an index silently has no values.
+    for module in model.modules():
+        if "position_ids" in module._buffers:
+            module.position_ids = torch.arange(config.max_position_embeddings)[None]                   # [1,L]
+    empty = [key for key, buffer in model.named_buffers() if buffer.is_meta]
+    if empty:
+        raise ValueError(f"{where}: this transformers {transformers.__version__} keeps values we do not "
+                         f"fill in ({empty[0]}); use the version pinned in requirements.txt")
+    return model.requires_grad_(False).eval()
+
+
+def _load_encoder(folder, dtype):
+    """build_encoder from a text_encoder folder; floats to dtype."""
+    from safetensors.torch import load_file
+    for name in ("model.safetensors", "model.fp16.safetensors"):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+                config = json.load(file)
+            state = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor
+                     for key, tensor in load_file(path).items()}
+            return build_encoder(config, state, path)
+    raise FileNotFoundError(f"{folder} has no model.safetensors; pickled weights (.bin) are never opened, "
+                            f"so get the checkpoint in safetensors form")
+
+
+class TextEncoders(nn.Module):
+    """One CLIP text encoder (SD 1.x, 2.x) or two (SDXL), each with its tokenizer.
+
+    tokenizers: E transformers tokenizers. encoders: E transformers CLIP text models, in the same order.
+    encoders[0] is an ordinary module: train the toy's by requires_grad_() and encode_ids.
+    """
+
+    def __init__(self, tokenizers: list, encoders: list):
+        super().__init__()
+        self.tokenizers, self.encoders = list(tokenizers), nn.ModuleList(encoders)
+        # A tokenizer_config.json without a length means "endless"; the position table is the true limit.
+        self.length = min(*(t.model_max_length for t in tokenizers),
+                          *(e.config.max_position_embeddings for e in encoders))                       # L
+
+    @classmethod
+    def load(cls, folder: str, dtype=torch.float32, device="cpu"):
+        """From a diffusers checkpoint folder, frozen; two encoders exactly if it has a text_encoder_2.
+        Raises FileNotFoundError or ValueError, one sentence that names the file."""
+        parts = ["", "_2"] if os.path.isdir(os.path.join(folder, "text_encoder_2")) else [""]
+        return cls([load_tokenizer(os.path.join(folder, "tokenizer" + part)) for part in parts],
+                   [_load_encoder(os.path.join(folder, "text_encoder" + part), dtype) for part in parts]).to(device)
+
+    def save(self, folder: str):
+        """Write text_encoder/ (config.json, model.safetensors) for each encoder under folder, by the
+        published tensor names, which every version of every tool reads. Tokenizers are not written."""
+        from safetensors.torch import save_file
+        for part, encoder in zip(("", "_2"), self.encoders):
+            target = os.path.join(folder, "text_encoder" + part)
+            os.makedirs(target, exist_ok=True)
+            state = {key if key.startswith((PREFIX, "text_projection.")) else PREFIX + key: tensor.contiguous()
+                     for key, tensor in encoder.state_dict().items()}
+            save_file(state, os.path.join(target, "model.safetensors"), metadata={"format": "pt"})
+            config = {**encoder.config.to_diff_dict(), "architectures": [type(encoder).__name__]}
+            with open(os.path.join(target, "config.json"), "w", encoding="utf-8") as file:
+                file.write(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def tokenize(self, prompts: list[str]) -> torch.Tensor:
+        """Prompts -> ids [B,E·L] int64 (SD: simply [B,L]): each encoder's own row, side by side.
+
+        SDXL's two tokenizers share their words but not their padding: the first pads with the end token,
+        the second, like SD 2, with id 0; each says so in its files. Longer prompts lose their tail.
+        """
+        rows = [t(list(prompts), padding="max_length", max_length=self.length, truncation=True,
+                  return_tensors="pt").input_ids for t in self.tokenizers]                             # E × [B,L]
+        return torch.cat(rows, dim=1)
+
+    def encode_ids(self, ids: torch.Tensor):
+        """ids [B,E·L] -> (context [B,L,D], pooled [B,P] or None), in the encoders' dtype; autograd is on.
+
+        No attention mask, as in training: the encoder sees the padding, and so does the UNet.
+        """
+        ids = ids.to(self.encoders[0].device)
+        if len(self.encoders) == 1:
+            return self.encoders[0](ids).last_hidden_state, None
+        outputs = [encoder(row, output_hidden_states=True)
+                   for encoder, row in zip(self.encoders, ids.chunk(len(self.encoders), dim=1))]
+        context = torch.cat([out.hidden_states[-2] for out in outputs], dim=-1)   # [B,L,D₁] + [B,L,D₂] -> [B,L,D]
+        return context, outputs[-1].text_embeds
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]):
+        """Prompts -> (context [B,L,D], pooled [B,P] or None), without autograd. "" is the unconditional prompt
+        of classifier-free guidance (SDXL base replaces it by zeros when no negative prompt is given)."""
+        return self.encode_ids(self.tokenize(prompts))
