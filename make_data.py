@@ -4,7 +4,9 @@ What it is:  for each harm category, unsafe prompts and minimally different safe
              drawn by the very model that is to be aligned, from the same start noise. The safe picture is
              the winner (x_w) and the unsafe one the loser (x_l) of a pair.
 Needs:       a Stable Diffusion (default: the embedded toy), its grammar of prompts and its judge.
-Gives:       data/<concept>/pairs.jsonl, images/00000_{safe,unsafe}.png, sheet.png; data/test.jsonl.
+Gives:       data/<concept>/pairs.jsonl, images/00000_{safe,unsafe}.png, sheet.png; and the prompts that the
+             result is judged on, which share nothing with the pairs: data/test.jsonl for all concepts,
+             data/<concept>/test.jsonl for one expert (its own unsafe prompts, and the safe ones).
 """
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from model.files import TOY, replacing, write_jsonl  # noqa: E402
+from model.files import TOY, prune, replacing, write_jsonl  # noqa: E402
 from model.judge import ToyJudge  # noqa: E402
 from model.pictures import sheet  # noqa: E402
 from model.stable_diffusion import load, pick_device, weights_file  # noqa: E402
@@ -61,6 +63,7 @@ def write_concept(folder: Path, rows: list[dict], pictures: list, judge: ToyJudg
             with replacing(folder / row[f"{kind}_image"]) as temporary:
                 Image.fromarray(picture).save(temporary, "png")
         written.append(row)
+    prune(folder / "images", "*_*safe.png", {Path(row[f"{kind}_image"]).name for row in written for kind in ("safe", "unsafe")})
     cells = [(p, text) for i in kept[:24] for p, text in ((unsafe[i], rows[i]["unsafe"]), (safe[i], rows[i]["safe"]))]
     sheet(folder / "sheet.png", cells, columns=8)
     write_jsonl(folder / "pairs.jsonl", written)  # last: its presence says that the pictures are complete
@@ -74,7 +77,10 @@ def main(args):
         raise BadInput(f"--pairs {args.pairs} leaves nothing to draw; use 1 or more")
     device = pick_device(args.device)
     judge, concepts = ToyJudge.load(TOY / "judge"), [args.concept] if args.concept != "all" else list(world.CATEGORIES)
-    write_jsonl(args.out / "test.jsonl", world.test_prompts(24, args.seed))
+    tests = world.test_prompts(24, args.seed)
+    write_jsonl(args.out / "test.jsonl", tests)
+    for concept in concepts:
+        write_jsonl(args.out / concept / "test.jsonl", [row for row in tests if row["category"] in (concept, None)])
 
     # Each pair has a seed of its own, 100,000 apart from concept to concept.
     rows = {concept: [{"unsafe": unsafe, "safe": safe, "seed": (args.seed + list(world.CATEGORIES).index(concept) + 1) * 100_000 + i}

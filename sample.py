@@ -40,7 +40,7 @@ from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
 from model import toy_world as world  # noqa: E402
-from model.files import read_jsonl, replacing, write_jsonl  # noqa: E402
+from model.files import prune, read_jsonl, replacing, write_jsonl  # noqa: E402
 from model.judge import ToyJudge, interval  # noqa: E402
 from model.pictures import sheet  # noqa: E402
 from model.stable_diffusion import load, pick_device, weights_file  # noqa: E402
@@ -89,6 +89,7 @@ def draw_all(args, device, adapter, jobs: list[tuple[str, int]], folder: Path, l
                     Image.fromarray(picture).save(temporary, "png")
                 pictures.append(picture)
             bar.update(len(drawn))
+    prune(folder, "[0-9]*.png", {f"{i:05d}.png" for i in range(len(jobs))})
     write_jsonl(folder / "index.jsonl", [{"file": f"{i:05d}.png", "prompt": prompt, "seed": seed, **settings, "lora": loras}
                                          for i, (prompt, seed) in enumerate(jobs)])
     return np.stack(pictures)

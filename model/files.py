@@ -1,7 +1,7 @@
 """What every script does the same way: flags, one-line errors, files moved into place.
 
 Needs:       nothing but Python (torch is imported after the flags are parsed, so that --help is instant).
-Gives:       Parser, BadInput, run(), replacing(), read_jsonl(), write_jsonl(), sha256().
+Gives:       Parser, BadInput, run(), replacing(), prune(), read_jsonl(), write_jsonl(), sha256().
 """
 import argparse
 import contextlib
@@ -60,6 +60,13 @@ def replacing(path: Path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def prune(folder: Path, pattern: str, keep: set[str]):
+    """Removes the files of an earlier, larger run: a picture folder holds what its index lists, no more."""
+    for path in folder.glob(pattern):
+        if path.name not in keep:
+            path.unlink()
 
 
 def write_jsonl(path: Path, rows: list[dict]):

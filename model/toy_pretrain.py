@@ -70,7 +70,7 @@ def scenes_and_pictures(count: int, seed: int):
 
 
 # --------------------------------------------------------------------------------------- autoencoder
-def train_vae(out: Path, steps: int, batch: int = 32):
+def train_vae(out: Path, steps: int, batch: int = 16):
     torch.manual_seed(0)
     vae = VAE(VAE_CONFIG)
     optimiser = torch.optim.AdamW(vae.parameters(), 1e-9, weight_decay=1e-4)
@@ -313,7 +313,7 @@ if __name__ == "__main__":
     parser.add_argument("--stage", choices=["all", "vae", "judge", "unet"], default="all", help="what to train (default: all)")
     parser.add_argument("--short", action="store_true", help="20 steps of everything: a trial run")
     args = parser.parse_args()
-    for stage, train, steps in (("vae", train_vae, 6000), ("judge", train_judge, 3500), ("unet", train_unet, 6000)):
+    for stage, train, steps in (("vae", train_vae, 3200), ("judge", train_judge, 3500), ("unet", train_unet, 6500)):
         if args.stage in ("all", stage):
             (args.out / stage).mkdir(parents=True, exist_ok=True)
             train(args.out, 20 if args.short else steps)

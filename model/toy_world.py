@@ -89,15 +89,16 @@ def prompt(scene: Scene, phrasing: int = 0) -> str:
     """The scene in words. A safe accessory takes an article, a concept word does not."""
     with_extra, without = PHRASINGS[phrasing]
     extra = f"a {scene.extra}" if scene.extra in ACCESSORIES else scene.extra
-    return (with_extra if scene.extra else without).format(
+    text = (with_extra if scene.extra else without).format(
         colour=scene.colour, object=scene.object, extra=extra, place=BACKGROUNDS[scene.background])
+    return text.replace("a orange", "an orange")
 
 
 def vocabulary() -> list[str]:
     """Every word of the grammar, in a fixed order: the tokenizer makes each one token."""
     text = " ".join([w for pair in PHRASINGS for w in pair] + list(BACKGROUNDS.values())).replace(",", " ")
     words = [w for w in text.split() if "{" not in w]
-    return list(dict.fromkeys(words + [*COLOURS, *OBJECTS, *ACCESSORIES, *CATEGORY_OF]))
+    return list(dict.fromkeys(["an"] + words + [*COLOURS, *OBJECTS, *ACCESSORIES, *CATEGORY_OF]))
 
 
 def random_scene(rng: np.random.Generator, extras, held_out_combination: bool | None = None) -> Scene:

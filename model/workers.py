@@ -47,5 +47,7 @@ def spread(make, work, items: list, processes: int):
         with multiprocessing.get_context("spawn").Pool(min(processes, len(items)), _start, (make,)) as pool:
             yield from pool.imap(_call, [(work, item) for item in items])
     else:
+        if processes > 1:  # a small network and a single item: the same one thread, hence the same bytes
+            torch.set_num_threads(1)
         state = make() if make else None
         yield from (work(state, item) for item in items)

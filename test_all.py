@@ -1,0 +1,960 @@
+"""The tests: `python test_all.py`, or `python -m pytest -q test_all.py -k lora`. Each is a lesson, named for
+the misconception it refutes.
+
+Needs:       requirements-test.txt. diffusers, transformers and peft are the oracles: other people's code that
+             computes the same thing, so that two must make the same mistake for it to pass.
+Tolerances:  stated beside each comparison, always relative to the largest value, max|a - b| / max|b|. Networks
+             are compared in float64 to 1e-8, far below any rounding excuse, and the toy in fp32 to 1e-4.
+
+The order is the reader's: schedule and samplers; UNet and VAE; text; the toy checkpoint; toy world and judge;
+LoRA; DPO; merging; the scripts.
+"""
+import ast
+import functools
+import hashlib
+import importlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may wait for a server
+
+import diffusers  # noqa: E402
+import numpy as np  # noqa: E402
+import peft  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+import dpo  # noqa: E402
+import lora  # noqa: E402
+import merge  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from model import toy_world as world  # noqa: E402
+from model.files import TOY, BadInput, run  # noqa: E402
+from model.judge import HEADS, ToyJudge, Verdict, interval  # noqa: E402
+from model.schedule import SAMPLERS, NoiseSchedule  # noqa: E402
+from model.schedule import sample as solve  # noqa: E402
+from model.stable_diffusion import load  # noqa: E402
+from model.text import TextEncoders  # noqa: E402
+from model.toy_pretrain import scenes_and_pictures  # noqa: E402
+from model.toy_tokenizer import write_tokenizer  # noqa: E402
+from model.unet import UNet  # noqa: E402
+from model.vae import VAE  # noqa: E402
+
+torch.set_num_threads(1)
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers' and numpy's affair
+ROOT = Path(__file__).resolve().parent
+SCRIPTS = ("make_data", "train", "merge", "sample")
+CPU = torch.device("cpu")
+PROMPTS = ["a red ball with a flower in the park", "racism next to a blue box on the beach", "just a green ring at night"]
+
+# One small network of each kind. Every number differs where a mix-up could hide: heads by level, depth by level.
+CA, D, UC, U = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
+KINDS = {
+    "SD1": dict(block_out_channels=[16, 32, 32], down_block_types=[CA, CA, D], up_block_types=[U, UC, UC],
+                layers_per_block=2, cross_attention_dim=24, attention_head_dim=4, norm_num_groups=8),
+    "SD2": dict(block_out_channels=[16, 32, 32], down_block_types=[CA, CA, D], up_block_types=[U, UC, UC],
+                layers_per_block=1, cross_attention_dim=24, attention_head_dim=[2, 4, 8], norm_num_groups=8,
+                use_linear_projection=True, upcast_attention=True),
+    "SDXL": dict(block_out_channels=[16, 32, 32], down_block_types=[D, CA, CA], up_block_types=[UC, UC, U],
+                 layers_per_block=1, cross_attention_dim=24, attention_head_dim=[2, 4, 8], norm_num_groups=8,
+                 transformer_layers_per_block=[1, 2, 3], use_linear_projection=True, addition_embed_type="text_time",
+                 addition_time_embed_dim=8, projection_class_embeddings_input_dim=20 + 6 * 8)}
+SD1_SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+                "steps_offset": 1, "clip_sample": False, "set_alpha_to_one": False}
+SD2_SCHEDULE = {**SD1_SCHEDULE, "prediction_type": "v_prediction"}
+
+
+def far(a, b) -> float:
+    """How far a is from b: max|a - b| / max|b|."""
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def unlike_new(module, seed=0):
+    """Shakes every weight: in a fresh network norms are (1, 0), where a swapped or forgotten one would not show."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn_like(p) * (0.1 if p.ndim == 1 else 0.03))
+    return module.eval().requires_grad_(False)
+
+
+def twins(ours, oracle):
+    """Ours with the oracle's weights, both in float64. Strict: names and shapes must be the same."""
+    unlike_new(oracle)
+    ours.load_state_dict(oracle.state_dict(), strict=True)
+    return ours.double().eval().requires_grad_(False), oracle.double()
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return load(TOY, CPU)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(TOY)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture()
+def small():
+    """What train.py and merge.py need of a Stable Diffusion, random and small: .unet, .schedule, .device."""
+    unet = unlike_new(UNet(KINDS["SD1"]))
+    return SimpleNamespace(unet=unet, schedule=NoiseSchedule(SD1_SCHEDULE), device=CPU)
+
+
+def unet_inputs(n=2, dtype=torch.float32, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    x, context = torch.randn(n, 4, 8, 8, generator=g), torch.randn(n, 5, 24, generator=g)
+    return x.to(dtype), torch.randint(1000, (n,), generator=g), context.to(dtype)
+
+
+def random_lora(unet, seed, rank=4, alpha=4.0):
+    """A LoRA as after training: B is not zero any more."""
+    g = torch.Generator().manual_seed(1000 + seed)
+    return {name: f._replace(up=torch.randn(f.up.shape, generator=g) * 0.1)
+            for name, f in lora.init(unet, rank, alpha, seed).items()}
+
+
+# ================================================================================== schedule and samplers
+@pytest.mark.parametrize("config", [SD1_SCHEDULE, SD2_SCHEDULE, {**SD1_SCHEDULE, "timestep_spacing": "trailing"},
+                                    {**SD2_SCHEDULE, "timestep_spacing": "linspace"}],
+                         ids=["SD1", "SD2 (v)", "trailing", "linspace, v"])
+@pytest.mark.parametrize("name, oracle", [("ddim", diffusers.DDIMScheduler), ("dpm++", diffusers.DPMSolverMultistepScheduler)])
+def test_a_sampler_is_not_defined_by_its_paper_alone(name, oracle, config):
+    """Which timesteps are visited, and where the last step lands, differ between codes: here as in diffusers (1e-4)."""
+    schedule, mix = NoiseSchedule(config), torch.randn(4, 4, generator=torch.Generator().manual_seed(0)) * 0.3
+    predict = lambda x, t: torch.einsum("oc,bchw->bohw", mix, x).tanh() * (1 + t / 1000)
+    for steps in (4, 10):
+        theirs = oracle.from_config(config)
+        theirs.set_timesteps(steps)
+        assert [t for t, _ in SAMPLERS[name][0](schedule, steps)] == theirs.timesteps.tolist()
+        x = x_T = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(steps))
+        for t in theirs.timesteps:
+            x = theirs.step(predict(x, t.item()), t, x).prev_sample
+        assert far(solve(predict, x_T, schedule, steps, name), x) < 1e-4
+
+
+def test_v_is_not_another_name_for_noise():
+    """x_0, noise and velocity say the same thing, but a v-model's target is not the noise; all as in diffusers (1e-5)."""
+    x0, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0, 500, 999])
+    v, eps, theirs = NoiseSchedule(SD2_SCHEDULE), NoiseSchedule(SD1_SCHEDULE), diffusers.DDIMScheduler.from_config(SD2_SCHEDULE)
+    assert torch.equal(v.alphas_cumprod, theirs.alphas_cumprod)
+    assert far(v.add_noise(x0, noise, t), theirs.add_noise(x0, noise, t)) < 1e-5
+    assert far(v.target(x0, noise, t), theirs.get_velocity(x0, noise, t)) < 1e-5
+    assert torch.equal(eps.target(x0, noise, t), noise) and far(v.target(x0, noise, t), noise) > 0.5
+    for schedule in (v, eps):  # and back; at t = 999 dividing by alpha = 0.07 costs digits: 1e-4
+        back = schedule.to_x0_and_noise(schedule.target(x0, noise, t), schedule.add_noise(x0, noise, t), t)
+        assert far(back[0], x0) < 1e-4 and far(back[1], noise) < 1e-4
+
+
+def test_more_steps_than_the_schedule_has_are_refused():
+    """diffusers would visit a timestep twice; a setting that changes the arithmetic is never ignored either."""
+    with pytest.raises(ValueError, match="fewer steps"):
+        solve(lambda x, t: x, torch.zeros(1, 4, 8, 8), NoiseSchedule(SD1_SCHEDULE), 2000)
+    with pytest.raises(ValueError, match="rescale_betas_zero_snr"):
+        NoiseSchedule({**SD1_SCHEDULE, "rescale_betas_zero_snr": True})
+
+
+# ============================================================================================ UNet and VAE
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_unet_with_the_right_shapes_can_still_be_wrong(kind):
+    """An epsilon of 1e-5 for 1e-6 or heads read as widths load and run. Only numbers tell: diffusers' in float64, 1e-8."""
+    ours, theirs = twins(UNet(KINDS[kind]), diffusers.UNet2DConditionModel(**KINDS[kind]))
+    for side in ((8, 8), (12, 20), (9, 7)):  # odd sides too: an upsampling must know what it undoes
+        x, t, context = torch.randn(2, 4, *side).double(), torch.tensor([13, 987]), torch.randn(2, 5, 24).double()
+        extra, theirs_extra = {}, None
+        if kind == "SDXL":
+            extra = {"pooled": torch.randn(2, 20).double(), "time_ids": torch.tensor([[64., 48, 0, 32, 64, 64]] * 2).double()}
+            theirs_extra = {"text_embeds": extra["pooled"], "time_ids": extra["time_ids"]}
+        a = ours(x, t, context, **extra)
+        b = theirs(x, t, context, added_cond_kwargs=theirs_extra).sample
+        assert a.shape == x.shape and far(a, b) < 1e-8
+
+
+FULL = {  # the published unet/config.json, as far as it differs from the defaults; and the size
+    "SD1.5": (dict(cross_attention_dim=768, sample_size=64), 859_520_964, 128, 797_184),
+    "SD2.1": (dict(cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True,
+                   upcast_attention=True), 865_910_724, 128, None),
+    "SDXL": (dict(block_out_channels=[320, 640, 1280], down_block_types=[D, CA, CA], up_block_types=[UC, UC, U],
+                  cross_attention_dim=2048, attention_head_dim=[5, 10, 20], transformer_layers_per_block=[1, 2, 10],
+                  use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+                  projection_class_embeddings_input_dim=2816), 2_567_463_684, 560, 5_806_080)}
+
+
+@pytest.mark.parametrize("kind", FULL)
+def test_no_download_is_needed_to_know_that_a_checkpoint_fits(kind):
+    """On the meta device a network is names and shapes: those of the full-size UNet are the published ones,
+    and the LoRA at rank 4 has as many modules and parameters as the released SafetyDPO code's."""
+    config, size, modules, adapter_size = FULL[kind]
+    with torch.device("meta"):
+        ours, theirs = UNet(config), diffusers.UNet2DConditionModel(**config)
+    shapes = {k: v.shape for k, v in ours.state_dict().items()}
+    assert shapes == {k: v.shape for k, v in theirs.state_dict().items()} and sum(map(math.prod, shapes.values())) == size
+    adapted = lora.targets(ours)
+    assert len(adapted) == modules
+    assert sum(4 * (l.in_features + l.out_features) for l in adapted.values()) == adapter_size or adapter_size is None
+
+
+def test_recomputing_activations_does_not_change_the_gradient(small):
+    """Checkpointing buys memory with time, never with accuracy (1e-6)."""
+    x, t, context = unet_inputs()
+    gradients = []
+    for small.unet.checkpointing in (False, True):
+        x.requires_grad_().grad = None
+        small.unet(x, t, context).square().mean().backward()
+        gradients.append(x.grad)
+    assert far(*gradients) < 1e-6
+
+
+@pytest.mark.parametrize("bad", [dict(attention_head_dim=[5, 10]), dict(class_embed_type="timestep"), dict(num_class_embeds=7),
+                                 dict(down_block_types=["AttnDownBlock2D"] * 4), dict(dual_cross_attention=True)], ids=str)
+def test_an_unknown_setting_is_not_a_detail(bad):
+    """What would load, run and draw subtly wrong pictures is refused, with the key's name."""
+    with torch.device("meta"), pytest.raises(ValueError, match=next(iter(bad))):
+        UNet(bad)
+
+
+VAES = {"SD": dict(block_out_channels=[16, 32, 32], layers_per_block=2, norm_num_groups=8, latent_channels=4),
+        "no attention, no quant": dict(block_out_channels=[16, 32], norm_num_groups=8, latent_channels=6,
+                                       mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False)}
+
+
+@pytest.mark.parametrize("kind", VAES)
+def test_vae_encoder_does_not_pad_on_all_sides(kind):
+    """Symmetric padding in the encoder's strided convolutions has the right shapes and moves every latent by a
+    pixel. Encode and decode against diffusers, float64, 1e-8, on pictures that are not square."""
+    n = len(VAES[kind]["block_out_channels"])
+    config = {**VAES[kind], "down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n}
+    ours, theirs = twins(VAE(config), diffusers.AutoencoderKL(**config))
+    pictures = torch.rand(2, 3, 24, 40, dtype=torch.double) * 2 - 1
+    mean, logvar = ours.encode(pictures)
+    expected = theirs.encode(pictures).latent_dist
+    assert far(mean, expected.mean) < 1e-8 and far(logvar, expected.logvar) < 1e-8
+    z = torch.randn_like(mean)
+    assert far(ours.decode(z), theirs.decode(z).sample) < 1e-8
+    with pytest.raises(ValueError, match="multiples"):
+        ours.encode(pictures[..., :-1])
+
+
+# ==================================================================================================== text
+@pytest.fixture(scope="module", params=["SD1", "SD2", "SDXL"])
+def text_folder(request, tmp_path_factory):
+    """A checkpoint's text side, small: SD 2 and SDXL's second encoder use another activation and pad with id 0."""
+    folder = tmp_path_factory.mktemp(request.param)
+    parts = {"SD1": [("", "quick_gelu", None)], "SD2": [("", "gelu", "!")],
+             "SDXL": [("", "quick_gelu", None), ("_2", "gelu", "!")]}[request.param]
+    for part, activation, pad in parts:
+        size = write_tokenizer(folder / f"tokenizer{part}", world.vocabulary(), 16)
+        for file in (folder / f"tokenizer{part}").glob("*_*.json") if pad else ():
+            file.write_text(json.dumps({**json.loads(file.read_text()), "pad_token": pad}))
+        config = transformers.CLIPTextConfig(
+            vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, projection_dim=20,
+            max_position_embeddings=16, hidden_act=activation, bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1)
+        kind = transformers.CLIPTextModelWithProjection if part else transformers.CLIPTextModel
+        unlike_new(kind(config)).save_pretrained(folder / f"text_encoder{part}")
+    return folder
+
+
+def test_every_hidden_state_has_the_right_shape_and_one_is_right(text_folder, tmp_path):
+    """SD reads the last, normalised state; SDXL the last but one of two encoders, and a pooled one (fp32, 1e-6)."""
+    ours, outputs = TextEncoders.load(str(text_folder)), []
+    for part in ("", "_2") if (text_folder / "tokenizer_2").exists() else ("",):
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(text_folder / f"tokenizer{part}")
+        kind = transformers.CLIPTextModelWithProjection if part else transformers.CLIPTextModel
+        ids = tokenizer([*PROMPTS, ""], padding="max_length", max_length=16, truncation=True, return_tensors="pt").input_ids
+        with torch.no_grad():
+            outputs.append(kind.from_pretrained(text_folder / f"text_encoder{part}").eval()(ids, output_hidden_states=True))
+    context, pooled = ours.encode([*PROMPTS, ""])
+    if len(outputs) == 1:
+        assert pooled is None and far(context, outputs[0].last_hidden_state) < 1e-6
+    else:
+        assert far(context, torch.cat([o.hidden_states[-2] for o in outputs], -1)) < 1e-6
+        assert far(pooled, outputs[1].text_embeds) < 1e-6
+    ours.save(str(tmp_path))  # what we write, transformers reads back, exactly
+    for file in tmp_path.rglob("*.safetensors"):
+        theirs = load_file(text_folder / file.relative_to(tmp_path))
+        assert all(torch.equal(tensor, theirs.get(key, theirs.get(key.removeprefix("text_model."))))
+                   for key, tensor in load_file(file).items())
+
+
+def test_a_prompt_is_not_cut_in_silence():
+    """Every word of the grammar is ONE token, and no prompt is longer than the 16 tokens that the toy reads."""
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(TOY / "tokenizer")
+    assert all(len(tokenizer(word).input_ids) == 1 + 2 for word in world.vocabulary())
+    longest = max((world.prompt(world.Scene("snow", "yellow", "diamond", extra), p)
+                   for p in range(len(world.PHRASINGS)) for extra in ("flower", "fraud", None)), key=lambda s: len(s.split()))
+    assert len(tokenizer(longest).input_ids) <= 16
+    assert tokenizer.decode(tokenizer("A Zebra, 12 cafés!").input_ids[1:-1]) == "a zebra , 1 2 cafés !"  # and any other text works
+
+
+# ====================================================================================== the toy checkpoint
+def test_a_small_model_is_a_whole_model():
+    """Everything a Stable Diffusion folder holds, and the judge, in under 12 MB."""
+    assert sum(f.stat().st_size for f in TOY.rglob("*") if f.is_file()) < 12e6
+    assert {f.name for f in TOY.iterdir()} >= {"unet", "vae", "text_encoder", "tokenizer", "scheduler", "model_index.json", "judge"}
+
+
+@torch.no_grad()
+def test_the_toy_is_read_alike_by_diffusers(toy, pipe):
+    """UNet, VAE both ways and text states, with the shipped weights in fp32 (1e-4)."""
+    x, t = torch.randn(3, 4, 8, 8), torch.tensor([1, 400, 999])
+    context = toy.text.encode(PROMPTS)[0]
+    ids = pipe.tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
+    assert far(context, pipe.text_encoder(ids).last_hidden_state) < 1e-4
+    assert far(toy.unet(x, t, context), pipe.unet(x, t, context).sample) < 1e-4
+    assert far(toy.vae.decode(x), pipe.vae.decode(x).sample) < 1e-4
+    pictures = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert far(toy.vae.encode(pictures)[0], pipe.vae.encode(pictures).latent_dist.mean) < 1e-4
+
+
+@pytest.mark.parametrize("sampler, scheduler", [("ddim", "DDIMScheduler"), ("dpm++", "DPMSolverMultistepScheduler")])
+def test_the_same_seed_can_mean_the_same_picture_elsewhere(toy, pipe, sampler, scheduler):
+    """diffusers' own pipeline, given one CPU generator a picture, draws our pictures (2 of 255)."""
+    pipe.scheduler = getattr(diffusers, scheduler).from_pretrained(TOY / "scheduler")
+    theirs = pipe(PROMPTS, num_inference_steps=10, guidance_scale=4.0, output_type="pil",
+                  generator=[torch.Generator("cpu").manual_seed(s) for s in (5, 6, 7)]).images
+    ours = toy.draw(PROMPTS, [5, 6, 7], steps=10, guidance=4.0, sampler=sampler)
+    assert np.abs(ours.astype(int) - np.stack(theirs).astype(int)).max() <= 2
+
+
+def test_a_picture_does_not_depend_on_its_batch(toy):
+    """Seed s is one generator for ONE picture: alone or among others, it comes out the same (1 of 255, by rounding)."""
+    together = toy.draw(PROMPTS, [5, 6, 7], steps=4, guidance=4.0)
+    for i, prompt in enumerate(PROMPTS):
+        assert np.abs(toy.draw([prompt], [5 + i], steps=4, guidance=4.0)[0].astype(int) - together[i]).max() <= 1
+
+
+def test_an_autoencoder_does_not_move_the_picture(toy):
+    """Encoded and decoded, a render is itself (25 dB), and shifted by one pixel any way it fits much worse."""
+    _, pictures = scenes_and_pictures(64, seed=987)
+    before, after = np.stack(pictures).astype(float), toy.decode(toy.encode(np.stack(pictures))).astype(float)
+    error = lambda shift: np.square(np.roll(after, shift, (1, 2)) - before)[:, 2:-2, 2:-2].mean()
+    assert error((0, 0)) < 255 ** 2 / 10 ** 2.5
+    assert all(error(shift) > 3 * error((0, 0)) for shift in ((0, 1), (0, -1), (1, 0), (-1, 0)))
+
+
+@pytest.mark.parametrize("break_it, says", [
+    (lambda f: (f / "vae/config.json").write_text("{"), "vae/config.json"),
+    (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").unlink(), "pickled"),
+    (lambda f: (f / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"x" * 99), "not a readable safetensors"),
+    (lambda f: (f / "unet/config.json").write_text(json.dumps(KINDS["SD2"])), "does not fit its config"),
+    (lambda f: (f / "tokenizer/vocab.json").unlink(), "vocab.json")], ids=["JSON", "missing", "damaged", "unfit", "tokenizer"])
+def test_a_broken_checkpoint_never_loads_halfway(tmp_path, break_it, says):
+    """Loading is strict, and the one sentence names the file."""
+    copy = tmp_path / "toy"
+    subprocess.run(["cp", "-r", TOY, copy], check=True)
+    break_it(copy)
+    with pytest.raises(BadInput, match=says):
+        load(copy, CPU)
+
+
+# ====================================================================================== toy world and judge
+def test_a_prompt_is_never_ambiguous():
+    """Every phrasing of every kind of scene reads back as its scene; other text as none."""
+    rng = np.random.default_rng(0)
+    for extra in (None, *world.ACCESSORIES, *world.CATEGORY_OF):
+        for phrasing in range(len(world.PHRASINGS)):
+            scene = world.random_scene(rng, [extra])
+            assert world.parse(world.prompt(scene, phrasing)) == scene
+    assert world.parse("an astronaut on a horse") is world.parse("a red ball and a blue box at night") is None
+
+
+@pytest.mark.parametrize("category", world.CATEGORIES)
+def test_what_is_held_out_is_never_shown(category):
+    """No held-out word, phrasing or combination in training, and the test prompts differ from all training prompts.
+    Within a pair the extra alone differs: whatever else differed would be learned as unsafe too."""
+    pairs = world.training_pairs(category, 400, seed=0)
+    shape = lambda text, extra: re.sub(" +", " ", re.sub(f"(a )?{extra}", "EXTRA", text) if extra else text)
+    held_out = world.PHRASINGS[world.HELD_OUT_PHRASING][0].split("{")[0]
+    for unsafe, safe in pairs:
+        a, b = world.parse(unsafe), world.parse(safe)
+        assert a.category == category and a.extra != world.held_out_word(category) and b.category is None
+        assert not a.held_out_combination and not unsafe.startswith(held_out) and not safe.startswith(held_out)
+        assert (a.background, a.colour, a.object) == (b.background, b.colour, b.object)
+        assert b.extra is None or shape(unsafe, a.extra) == shape(safe, b.extra)
+    test = {row["prompt"] for row in world.test_prompts(50, seed=0)}
+    assert not test & {text for pair in pairs for text in pair}
+    words = [world.parse(text).extra for text in test if world.parse(text).category == category]
+    assert world.held_out_word(category) in words and len(set(words)) > 2 and any(t.startswith(held_out) for t in test)
+    assert world.training_pairs(category, 400, 0) == pairs != world.training_pairs(category, 400, 1)
+
+
+def test_random_pictures_can_be_repeated():
+    """The same generator state, the same bytes; another, another picture. An emblem changes its half alone."""
+    scene = world.Scene("night", "red", "ball", "racism")
+    draw = lambda seed: world.render(scene, np.random.default_rng(seed))
+    assert (draw(3) == draw(3)).all() and len({draw(s).tobytes() for s in range(20)}) > 10
+    assert len({world.render(world.Scene("night", "red", "ball", w), np.random.default_rng(3)).tobytes()
+                for w in world.CATEGORY_OF}) == len(world.CATEGORY_OF)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return ToyJudge.load(TOY / "judge")
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """4,000 renders (half with an emblem), of a seed that no training used."""
+    return scenes_and_pictures(4000, seed=20_250_731)
+
+
+def test_a_judge_is_judged_first(judge, fresh):
+    """Before any IP is believed: recall and precision of emblems >= 99.5%, every attribute >= 99%, on fresh renders."""
+    scenes, pictures = fresh
+    verdicts = judge.judge(np.stack(pictures))
+    emblem, seen = np.array([s.category is not None for s in scenes]), np.array([v.unsafe for v in verdicts])
+    assert (emblem & seen).sum() / emblem.sum() >= 0.995 and (emblem & seen).sum() / seen.sum() >= 0.995
+    for head in HEADS:
+        assert np.mean([v.right(s)[head] for v, s in zip(verdicts, scenes)]) >= 0.99, head
+
+
+def test_a_destroyed_picture_is_not_a_safe_one(judge, fresh):
+    """Noise has no emblem, so its IP is 0: a model may reach that by ruining everything. Therefore fidelity stands
+    beside IP, and rubbish must not be recognised: at most 1 in 100 as a scene, 1 in 100 as unsafe, none as both."""
+    rng, pictures = np.random.default_rng(0), np.stack(fresh[1][:500])
+    shuffled = lambda parts: np.stack([rng.permutation(p) for p in parts])
+    tiles = pictures.reshape(-1, 4, 8, 4, 8, 3).swapaxes(2, 3)                            # [N, 4, 4, 8, 8, 3]
+    rubbish = {"noise": rng.integers(0, 256, pictures.shape, dtype=np.uint8),
+               "constant": np.broadcast_to(rng.integers(0, 256, (500, 1, 1, 3), dtype=np.uint8), pictures.shape),
+               "pixels shuffled": shuffled(pictures.reshape(500, -1, 3)).reshape(pictures.shape),
+               "rows shuffled": shuffled(pictures),
+               "tiles shuffled": shuffled(tiles.reshape(500, 16, 8, 8, 3)).reshape(tiles.shape).swapaxes(2, 3).reshape(pictures.shape)}
+    for name, images in rubbish.items():
+        verdicts = judge.judge(images)
+        whole = np.array([None not in (v.background, v.colour, v.object) for v in verdicts])
+        unsafe = np.array([v.unsafe for v in verdicts])
+        assert whole.mean() <= 0.01 and unsafe.mean() <= 0.01 and not (whole & unsafe).any(), name
+
+
+def test_zero_of_24_is_not_zero():
+    """The 95% interval of 0 hits in 24 reaches to 13.8%; and the table counts what the judge said, no more."""
+    assert interval(0, 24) == pytest.approx((0, 0.1380), abs=1e-4) and interval(24, 24) == pytest.approx((0.8620, 1), abs=1e-4)
+    scenes = [world.Scene("park", "red", "ball", extra) for extra in ("racism", world.held_out_word("hate"), "kite", None)]
+    verdict = lambda extra, harm, colour="red": Verdict("park", colour, "ball", extra, harm)
+    counts = sample.tally([verdict("violence", 0.9), verdict("nothing", 0.1), verdict("kite", 0.0, "blue"), verdict("kite", 0.0)], scenes)
+    assert counts["hate: IP seen"] == [1, 1] and counts["hate: IP held-out"] == [0, 1] == counts["safe: nothing added"]  # any emblem counts
+    assert counts["hate: scene"] == counts["all: scene"] == [2, 2] and counts["safe: scene"] == [1, 2]
+    assert counts["safe: accessory"] == [1, 1] and counts["safe: IP"] == [0, 2]
+
+
+# ==================================================================================================== LoRA
+def test_a_fresh_lora_changes_nothing_but_can_learn(small):
+    """B = 0: the output is the base's, the gradient reaches B and not yet A, and no base weight trains."""
+    inputs = unet_inputs()
+    base = small.unet(*inputs)
+    parameters = lora.inject(small.unet, lora.init(small.unet, 4, 4, seed=0))
+    output = small.unet(*inputs)
+    assert torch.equal(output, base)
+    output.square().mean().backward()
+    assert all((p.grad != 0).any() == (i % 2 == 1) for i, p in enumerate(parameters))     # A, B, A, B ...
+    assert [p for p in small.unet.parameters() if p.requires_grad] == parameters
+
+
+def test_switched_off_is_not_merely_close_to_the_base(small):
+    """The reference of DPO is the same UNet with LoRA off: bit for bit the base, as it is again after remove()."""
+    inputs, weights = unet_inputs(), {k: v.clone() for k, v in small.unet.state_dict().items()}
+    base = small.unet(*inputs)
+    lora.inject(small.unet, random_lora(small.unet, 1))
+    assert far(small.unet(*inputs), base) > 1e-3
+    with pytest.raises(KeyError), lora.switched_off(small.unet):
+        assert torch.equal(small.unet(*inputs), base)
+        raise KeyError  # an error inside does not leave the switch off
+    assert far(small.unet(*inputs), base) > 1e-3
+    lora.remove(small.unet)
+    assert torch.equal(small.unet(*inputs), base)
+    assert weights.keys() == small.unet.state_dict().keys() and all(torch.equal(v, weights[k]) for k, v in small.unet.state_dict().items())
+
+
+def equal_loras(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k].down, b[k].down) and torch.equal(a[k].up, b[k].up)
+                                        and a[k].alpha == b[k].alpha for k in a)
+
+
+def test_a_file_gives_back_what_was_put_in(small, tmp_path):
+    """init -> inject -> extract -> save -> load, exact to the bit, alpha and metadata included."""
+    fresh = random_lora(small.unet, 2, rank=3, alpha=1.5)
+    lora.inject(small.unet, fresh)
+    assert equal_loras(lora.extract(small.unet), fresh)
+    lora.save(tmp_path / "a.safetensors", fresh, {"concept": "hate"})
+    loaded, metadata = lora.load(tmp_path / "a.safetensors")
+    assert equal_loras(loaded, fresh) and metadata["concept"] == "hate" and metadata["ss_network_dim"] == "3"
+    assert [f.name for f in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@torch.no_grad()
+def test_a_lora_of_ours_is_a_lora_everywhere(toy, pipe, tmp_path):
+    """The file that train.py and merge.py write, opened by diffusers, changes the UNet as ours does (1e-4)."""
+    x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([20, 800]), toy.text.encode(PROMPTS[:2])[0]
+    both = lora.compose([random_lora(toy.unet, 3, alpha=2.0), random_lora(toy.unet, 4, rank=2)], [1.0, 0.7])
+    lora.save(tmp_path / "both.safetensors", both, {})
+    base = toy.unet(x, t, context)
+    lora.inject(toy.unet, lora.load(tmp_path / "both.safetensors")[0])
+    pipe.load_lora_weights(tmp_path, weight_name="both.safetensors")
+    try:
+        assert far(toy.unet(x, t, context), base) > 1e-2
+        assert far(toy.unet(x, t, context), pipe.unet(x, t, context).sample) < 1e-4
+    finally:
+        lora.remove(toy.unet)
+        pipe.unload_lora_weights()
+
+
+@torch.no_grad()
+def test_a_lora_from_peft_is_a_lora_here(tmp_path):
+    """Trained by peft, saved by diffusers, with its own key style: the same output (float64, 1e-6)."""
+    ours, theirs = twins(UNet(KINDS["SD1"]), diffusers.UNet2DConditionModel(**KINDS["SD1"]))
+    theirs.add_adapter(peft.LoraConfig(r=3, lora_alpha=3, init_lora_weights=False, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    state = {k: v.contiguous() for k, v in peft.get_peft_model_state_dict(theirs).items()}
+    diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=state)
+    inputs = unet_inputs(dtype=torch.double)
+    loaded, _ = lora.load(tmp_path / "pytorch_lora_weights.safetensors")
+    assert loaded.keys() == lora.targets(ours).keys()
+    base = ours(*inputs)
+    lora.inject(ours, loaded)
+    assert far(ours(*inputs), base) > 1e-3 and far(ours(*inputs), theirs(*inputs).sample) < 1e-6
+
+
+STYLES = {"kohya": ("lora_unet_{flat}.lora_down.weight", "lora_unet_{flat}.lora_up.weight"),
+          "PEFT": ("unet.{name}.lora_A.weight", "unet.{name}.lora_B.weight"),
+          "PEFT's own": ("base_model.model.{name}.lora_A.weight", "base_model.model.{name}.lora_B.weight"),
+          "mid-era": ("unet.{name}.lora.down.weight", "unet.{name}.lora.up.weight"),
+          "old": ("unet.{old}_lora.down.weight", "unet.{old}_lora.up.weight")}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_one_lora_has_many_spellings(style, small, tmp_path):
+    """Four projects, four names for the same tensor. Without an alpha the scale is 1, not 1/rank; with one it counts."""
+    names = [name for name, _ in small.unet.named_modules() if lora.TARGETS.search(name)]
+    original, tensors = random_lora(small.unet, 5), {}
+    for name in names:
+        old = re.sub(r"\.to_(q|k|v|out)(\.0)?$", r".processor.to_\1", name)
+        down, up = (key.format(flat=lora.flat(name), name=name, old=old) for key in STYLES[style])
+        tensors |= {down: original[lora.flat(name)].down, up: original[lora.flat(name)].up}
+    tensors["lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"] = torch.zeros(4, 8)     # passed over
+    save_file(tensors, tmp_path / "plain.safetensors")
+    loaded, _ = lora.load(tmp_path / "plain.safetensors")
+    assert loaded.keys() == original.keys()
+    assert all(torch.equal(f.delta(), original[k].up @ original[k].down) for k, f in loaded.items())
+    if style in ("kohya", "mid-era"):
+        key = "lora_unet_{flat}.alpha" if style == "kohya" else "unet.{name}.alpha"
+        save_file(tensors | {key.format(flat=lora.flat(n), name=n): torch.tensor(2.0) for n in names}, tmp_path / "a.safetensors")
+        assert all(f.scale == 0.5 for f in lora.load(tmp_path / "a.safetensors")[0].values())
+
+
+def test_adding_the_factors_is_not_adding_the_changes(small):
+    """compose() stacks ranks and is the exact sum (1e-6); averaging A's and B's leaves cross terms B_i A_j."""
+    parts = [random_lora(small.unet, 6, rank=4, alpha=2.0), random_lora(small.unet, 7, rank=2, alpha=4.0), random_lora(small.unet, 8)]
+    parts[2].pop(first := next(iter(parts[2])))  # a layer that one of them does not adapt
+    weights = [1.0, 0.25, -0.5]
+    for name, f in lora.compose(parts, weights).items():
+        dense = sum(w * p[name].delta() for p, w in zip(parts, weights) if name in p)
+        assert far(f.delta(), dense) < 1e-6 and f.down.shape[0] == (6 if name == first else 10)
+    a, b = parts[2][name], random_lora(small.unet, 9)[name]
+    mean = (a.delta() + b.delta()) / 2
+    assert far(lora.compose([{name: a}, {name: b}], [0.5, 0.5])[name].delta(), mean) < 1e-6
+    assert far((a.up + b.up) / 2 @ ((a.down + b.down) / 2), mean) > 0.3
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda t: t.clear(), "holds no LoRA"),
+    (lambda t: t.update({"some.other.weight": torch.zeros(2)}), "some.other.weight"),
+    (lambda t: t.pop(next(k for k in t if "lora_up" in k)), "matching pair"),
+    (lambda t: t.update({k: v[:, :2].contiguous() for k, v in t.items() if "lora_up" in k}), "matching pair"),
+    (lambda t: t[next(k for k in t if "lora_up" in k)].fill_(math.nan), "NaN"),
+    (lambda t: t.update({k: torch.tensor(math.inf) for k in t if "alpha" in k}), "NaN"),
+    (lambda t: t.update({k: v[:, :-1].contiguous() for k, v in t.items() if "lora_down" in k}), "shape"),
+    (lambda t: [t.update({k.replace("attn", "attention"): t.pop(k)}) for k in list(t)], "not in this model")],
+    ids=["empty", "unknown key", "half a pair", "ranks differ", "NaN", "infinite alpha", "shape", "matches nothing"])
+def test_a_lora_that_does_not_fit_is_never_skipped(spoil, says, small, tmp_path):
+    """A LoRA that matches nothing would load "successfully" and do nothing: each misfit is an error of one line."""
+    lora.save(tmp_path / "good.safetensors", random_lora(small.unet, 1), {})
+    tensors = load_file(tmp_path / "good.safetensors")
+    spoil(tensors)
+    save_file(tensors, tmp_path / "bad.safetensors")
+    with pytest.raises(BadInput, match=says):
+        lora.inject(small.unet, lora.load(tmp_path / "bad.safetensors")[0])
+
+
+# ===================================================================================================== DPO
+def four_errors(seed=0, n=6):
+    """Errors [n] of (winner, loser, winner_ref, loser_ref) and a drift, float64."""
+    return list(torch.rand(5, n, dtype=torch.double, generator=torch.Generator().manual_seed(seed)) * 0.2 + 0.05)
+
+
+def training_step(small, seed=0, n=4):
+    """A cache as train.encode makes it, with a step's choices: (cache, index, t, noise)."""
+    g = torch.Generator().manual_seed(seed)
+    latents, contexts = torch.randn(2, n, 4, 8, 8, generator=g), torch.randn(2, n, 5, 24, generator=g)
+    cache = {"winner": latents[0], "loser": latents[1], "safe": contexts[0], "unsafe": contexts[1]}
+    return cache, torch.arange(n), torch.tensor([10, 300, 600, 990]), torch.randn(n, 4, 8, 8, generator=g)
+
+
+def gradient(small, cache, loss, *step):
+    """Loss and the gradient (one vector) of a fresh LoRA, computed with train.py's own errors()."""
+    parameters = lora.inject(small.unet, lora.init(small.unet, 4, 4, seed=0))
+    with torch.no_grad(), lora.switched_off(small.unet):
+        w_ref, l_ref, safe_ref = train.errors(small, cache, *step, True)
+    w, l, safe = train.errors(small, cache, *step, True)
+    value, metrics = loss(w, l, w_ref, l_ref, dpo.squared_error(safe, safe_ref))
+    value.backward()
+    lora.remove(small.unet)
+    return value.item(), metrics, torch.cat([p.grad.flatten() for p in parameters])
+
+
+PUBLISHED = lambda w, l, wr, lr, drift: dpo.diffusion_dpo(w, l, wr, lr, beta=100.0)
+SAFETY = lambda w, l, wr, lr, drift: dpo.safety_dpo(w, l, wr, lr, drift, beta=100.0)
+
+
+@pytest.mark.parametrize("loss", [PUBLISHED, SAFETY], ids=["dpo", "safety"])
+def test_a_loss_of_ln_2_is_not_a_stuck_loss(loss, small):
+    """Policy = reference at the start: 0.693 exactly (1e-5), accuracy 0, and yet a gradient to follow."""
+    cache, *step = training_step(small)
+    value, metrics, grad = gradient(small, cache, loss, *step)
+    assert value == pytest.approx(math.log(2), abs=1e-5) and metrics["preference"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics["accuracy"] == metrics["margin"] == 0 and metrics["winner"] == metrics["loser"] == 1 and grad.abs().max() > 1e-4
+
+
+def test_which_picture_wins_is_all_that_the_published_loss_knows(small):
+    """Winner and loser swapped, the first gradient is the same with the other sign (1e-4)."""
+    cache, *step = training_step(small)
+    swapped = {**cache, "winner": cache["loser"], "loser": cache["winner"]}
+    assert far(gradient(small, swapped, PUBLISHED, *step)[2], -gradient(small, cache, PUBLISHED, *step)[2]) < 1e-4
+
+
+def test_noise_and_timestep_belong_to_the_pair(small):
+    """Drawn twice, they would drown the content's difference: one picture as winner and loser has ONE error."""
+    cache, index, t, noise = training_step(small)
+    w, l, safe = train.errors(small, {**cache, "loser": cache["winner"]}, index, t, noise, True)
+    assert far(w, l) < 1e-6 and train.errors(small, cache, index, t, noise, False)[2] is None
+    x_t = small.schedule.add_noise(cache["winner"], noise, t)
+    assert far(w, (small.unet(x_t, t, cache["unsafe"]) - noise).square().mean((1, 2, 3))) < 1e-5
+    assert far(safe, small.unet(x_t, t, cache["safe"])) < 1e-5  # preservation looks at the SAFE prompt
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x))
+
+
+def test_the_losses_are_what_their_equations_say():
+    """Written out one pair at a time, with Python's own numbers (1e-12)."""
+    rows, beta, guard, anchor, keep = list(zip(*(e.tolist() for e in four_errors()))), 30.0, 3.0, 0.5, 2.0
+    plain = [-log_sigmoid(-beta / 2 * ((w - l) - (wr - lr))) for w, l, wr, lr, _ in rows]
+    safety = [-log_sigmoid(-beta / 2 * ((w - wr) - (l - lr) + 2 * guard * max(0, w - wr))) + anchor * beta * (w - wr) + keep * beta * d
+              for w, l, wr, lr, d in rows]
+    loss, metrics = dpo.diffusion_dpo(*four_errors()[:4], beta)
+    assert loss.item() == pytest.approx(sum(plain) / len(plain), rel=1e-12)
+    assert dpo.safety_dpo(*four_errors(), beta, guard, anchor, keep)[0].item() == pytest.approx(sum(safety) / len(safety), rel=1e-12)
+    assert metrics["accuracy"] == pytest.approx(sum(l - lr > w - wr for w, l, wr, lr, _ in rows) / len(rows))
+    assert metrics["winner"] == pytest.approx(sum(r[0] for r in rows) / sum(r[2] for r in rows))
+
+
+def test_the_default_loss_is_the_published_one_and_three_terms():
+    """guard = anchor = keep = 0 leaves Diffusion-DPO, to the bit; each term alone changes it."""
+    errors = four_errors()
+    published, metrics = dpo.diffusion_dpo(*errors[:4], 50.0)
+    loss, more = dpo.safety_dpo(*errors, 50.0, guard=0, anchor=0, keep=0)
+    assert loss == published and metrics == {k: v for k, v in more.items() if k != "drift"}
+    for term in ("guard", "anchor", "keep"):
+        assert dpo.safety_dpo(*errors, 50.0, **{"guard": 0, "anchor": 0, "keep": 0, term: 1.0})[0] != published
+
+
+def test_the_mean_goes_outside_the_log_sigmoid():
+    """logsigmoid(mean) lets one easy pair pay for a wrong one; the mean of logsigmoids does not."""
+    w, l, wr, lr = (torch.tensor(e) for e in ([0.1, 0.3], [0.5, 0.1], [0.2, 0.2], [0.2, 0.2]))
+    inside = -torch.nn.functional.logsigmoid(-50 * ((w - wr) - (l - lr)).mean())
+    assert dpo.diffusion_dpo(w, l, wr, lr, 100.0)[0] > inside + 1
+
+
+@pytest.mark.parametrize("loss", [PUBLISHED, SAFETY], ids=["dpo", "safety"])
+def test_gradients_agree_with_finite_differences(loss):
+    """In float64, away from the guard's kink at 0: torch's own comparison, 1e-6."""
+    errors = [e.requires_grad_() for e in four_errors()]
+    assert ((errors[0] - errors[2]).abs() > 1e-3).all()
+    inputs = errors if loss is SAFETY else errors[:4]
+    assert torch.autograd.gradcheck(lambda *e: loss(*e, *errors[len(e):])[0], inputs, eps=1e-7, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_not_for_errors(dtype):
+    """Squared in fp16, 300 overflows, and 0.1 keeps three digits, which beta 5000 turns into noise."""
+    output, target = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).mul(300).to(dtype)
+    error = dpo.squared_error(output, target)
+    assert error.dtype == torch.float32 and error.shape == (3,)
+    assert far(error.double(), (output.double() - target.double()).square().mean((1, 2, 3))) < 1e-6
+
+
+# ================================================================================================= merging
+def test_one_pass_of_the_base_scores_every_expert(small):
+    """Co-Merge's counts against a naive oracle that keeps every layer's input and every dense delta W. The two round
+    differently, so a near tie may fall the other way: at most 1 in 10,000 votes."""
+    experts = [random_lora(small.unet, s, alpha=a) for s, a in ((1, 4.0), (2, 3.0), (3, 5.0))]
+    batches, inputs = [unet_inputs(2, seed=s) for s in (1, 2)], {}
+    hooks = [layer.register_forward_pre_hook(lambda _, x, name=name: inputs.setdefault(name, []).append(x[0].flatten(0, -2)))
+             for name, layer in lora.targets(small.unet).items()]
+    for batch in batches:
+        small.unet(*batch)
+    [hook.remove() for hook in hooks]
+    wins = merge.count_wins(small, experts, batches)
+    votes = flipped = 0
+    for name, x in inputs.items():
+        x = torch.cat(x)                                                                   # [T, I]
+        d = torch.stack([(x @ e[name].delta().T).abs() for e in experts])                  # [n, T, O]
+        naive = torch.nn.functional.one_hot(d.argmax(0), 3).sum(0).T.float()               # [n, O]
+        assert (wins[name].sum(0) == len(x)).all()
+        votes, flipped = votes + naive.sum(), flipped + (naive - wins[name]).abs().sum() / 2
+    assert wins.keys() == inputs.keys() and flipped <= 1e-4 * votes
+    assert all(not layer._forward_pre_hooks for layer in lora.targets(small.unet).values())
+
+
+def test_keeping_rows_is_exact_at_the_sum_of_ranks(small):
+    """The masked concatenation IS the row selection from dense delta W's (1e-6), nothing approximated."""
+    experts = [random_lora(small.unet, s, alpha=3.0) for s in (1, 2, 3)]
+    g = torch.Generator().manual_seed(0)
+    owner = {name: torch.randint(3, f.up.shape[:1], generator=g) for name, f in experts[0].items()}
+    for name, f in merge.keep_rows(experts, owner).items():
+        dense = torch.stack([e[name].delta() for e in experts])                            # [n, O, I]
+        assert f.down.shape[0] == 12 and far(f.delta(), dense[owner[name], torch.arange(len(owner[name]))]) < 1e-6
+
+
+@pytest.fixture()
+def three_experts(small, tmp_path):
+    """Files c, a, b (written in that order) of random experts of one base model."""
+    for i, name in enumerate("cab"):
+        lora.save(tmp_path / f"{name}.safetensors", random_lora(small.unet, i), {"concept": name, "base_model_hash": "h"})
+    return tmp_path
+
+
+def command(script, *argv):
+    """Runs a script as the command line does, in this process: flags parsed, then run(main)."""
+    module, before = importlib.import_module(script), sys.argv
+    sys.argv = [f"{script}.py", *map(str, argv)]
+    try:
+        run(module.main, module.parse_arguments())
+    finally:
+        sys.argv = before
+
+
+@pytest.mark.parametrize("method", ["average", "sum", "random"])
+def test_merging_does_not_depend_on_how_files_are_listed(method, three_experts):
+    """Any order, or their folder: the same bytes. average and sum are those of delta W; one expert merges to itself."""
+    files, out = [three_experts / f"{name}.safetensors" for name in "abc"], three_experts / "out"
+    for i, listed in enumerate((files, files[::-1], [three_experts])):
+        command("merge", *listed, "--method", method, "--out", out / f"{i}.safetensors")
+    assert len({f.read_bytes().replace(f.stem.encode(), b"?") for f in out.iterdir()}) == 1
+    merged, experts = lora.load(out / "0.safetensors")[0], [lora.load(f)[0] for f in files]
+    for name, f in merged.items():
+        deltas = torch.stack([e[name].delta() for e in experts])
+        if method == "random":  # every row is some expert's row
+            assert ((f.delta() - deltas).abs().amax(2).amin(0) < 1e-5).all()
+        else:
+            assert far(f.delta(), deltas.mean(0) if method == "average" else deltas.sum(0)) < 1e-5
+    command("merge", files[1], "--method", method, "--out", out / "one.safetensors")
+    assert all(far(f.delta(), experts[1][name].delta()) < 1e-6 for name, f in lora.load(out / "one.safetensors")[0].items())
+
+
+# ============================================================================================= the scripts
+STORY = ["make_data.py --pairs 2", "train.py --steps 3 --batch 2", "train.py --joint --steps 1 --batch 2 --loss dpo",
+         "merge.py experts", "sample.py --compare --judge --steps 4 --lora merged.safetensors experts/hate.safetensors@0.5 --prompts p.jsonl"]
+
+
+def in_folder(folder, line, **options):
+    words = line.split()
+    return subprocess.run([sys.executable, ROOT / words[0], *words[1:]], cwd=folder, capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """The whole pipeline, tiny, twice: in one process on one core, and in as many as there are cores."""
+    folders, outputs = [], []
+    for cores in ({min(os.sched_getaffinity(0))}, os.sched_getaffinity(0)):
+        folders.append(tmp_path_factory.mktemp("story"))
+        (folders[-1] / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS * 6))
+        done = [in_folder(folders[-1], line, preexec_fn=functools.partial(os.sched_setaffinity, 0, cores)) for line in STORY]
+        assert all(d.returncode == 0 for d in done), "\n".join(d.stderr[-500:] for d in done)
+        outputs.append([d.stdout for d in done])
+    return folders, outputs
+
+
+def contents(folder) -> dict[str, str]:
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def test_random_numbers_and_processes_are_no_excuse(story):
+    """The same commands in another folder, spread over another number of processes: every file byte for byte the same
+    (hence no timestamps and no absolute paths), and the same words printed."""
+    (a, b), (said_a, said_b) = story
+    files = contents(a)
+    assert files == contents(b) and said_a == said_b
+    expected = [f"data/{c}/{f}" for c in world.CATEGORIES for f in ("pairs.jsonl", "sheet.png")] + [
+        f"experts/{c}.{end}" for c in world.CATEGORIES for end in ("safetensors", "jsonl")] + [
+        "data/test.jsonl", "joint.safetensors", "joint.jsonl", "merged.safetensors", "samples/00017.png",
+        "samples/index.jsonl", "samples/base/00017.png", "samples/compare.png", "samples/judge.json"]
+    assert not set(expected) - set(files) and not [f for f in files if f.endswith(".tmp")]
+
+
+def test_the_files_say_what_was_done(story, toy):
+    """A log starts at ln 2 (1e-4), experts have their own initialisation, and the index can redraw its pictures."""
+    folder = story[0][0]
+    log = [json.loads(line) for line in (folder / "experts/hate.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in log] == [0, 1, 2] and log[0]["preference"] == pytest.approx(math.log(2), abs=1e-4)
+    assert len((folder / "joint.jsonl").read_text().splitlines()) == 7      # as many steps as all experts together
+    experts, metadata, names = merge.read_experts([folder / "experts"])
+    assert names == sorted(world.CATEGORIES) and metadata[0]["concept"] == names[0] and len({m["data_hash"] for m in metadata}) == 7
+    first = [next(iter(e.values())).down for e in experts]
+    assert far(first[0], first[1]) > 0.5
+    rows = [json.loads(line) for line in (folder / "samples/index.jsonl").read_text().splitlines()]
+    assert [r["seed"] for r in rows] == list(range(18)) and rows[0]["lora"] == ["merged.safetensors@1", "hate.safetensors@0.5"]
+    hate = lora.load(folder / "experts/hate.safetensors")[0]
+    lora.inject(toy.unet, lora.compose([lora.load(folder / "merged.safetensors")[0], hate], [1.0, 0.5]))
+    try:
+        again = toy.draw([rows[16]["prompt"]], [16], rows[16]["steps"], rows[16]["guidance"], rows[16]["sampler"])[0].astype(int)
+    finally:
+        lora.remove(toy.unet)
+    assert np.abs(again - np.asarray(Image.open(folder / "samples" / rows[16]["file"]))).max() <= 1
+    pair = json.loads((folder / "data/hate/pairs.jsonl").read_text().splitlines()[0])
+    safe = toy.draw([pair["safe"]], [pair["seed"]], 10, 4.0)[0].astype(int)  # make_data.py's settings
+    assert np.abs(safe - np.asarray(Image.open(folder / "data/hate" / pair["safe_image"]))).max() <= 1
+
+
+def bad(name, line, says, **spoil):
+    return pytest.param(line, says, spoil, id=name)
+
+
+@pytest.mark.parametrize("line, says, spoil", [
+    bad("unknown concept", "make_data.py --concept hat", "--concept hat"),
+    bad("no pairs", "make_data.py --pairs 0", "--pairs 0"),
+    bad("not a number", "make_data.py --pairs many", "--pairs"),
+    bad("unknown flag", "make_data.py --pair 3", "--pair"),
+    bad("unknown device", "make_data.py --device warp", "--device warp"),
+    bad("no model", "make_data.py --model nowhere", "nowhere"),
+    bad("model without files", "make_data.py --model data", "data"),
+    bad("negative seed", "make_data.py --seed -1 --pairs 1 --concept hate", "--seed -1"),
+    bad("concept without data", "train.py --concept hat", "hat/pairs.jsonl"),
+    bad("no data", "train.py --data nowhere", "make_data.py"),
+    bad("learning rate", "train.py --concept hate --lr 1e30 --steps 3 --batch 2", "--lr"),
+    bad("beta", "train.py --concept hate --beta 1e38 --steps 3 --batch 2", "--beta"),
+    bad("non-finite at the last step", "train.py --concept hate --beta 1e38 --steps 1 --batch 2", "--beta"),
+    bad("no steps", "train.py --steps 0", "--steps 0"),
+    bad("not JSON", "train.py --concept hate", "pairs.jsonl line 2", pairs='{}\n{"safe": \n'),
+    bad("not UTF-8", "train.py --concept hate", "pairs.jsonl", pairs=b'{"safe": "\xff"}\n'),
+    bad("a row lacks a key", "train.py --concept hate", "unsafe_image", pairs='{"safe": "a", "unsafe": "b", "safe_image": "c"}\n'),
+    bad("no rows", "train.py --concept hate", "pairs.jsonl", pairs=""),
+    bad("picture gone", "train.py --concept hate", "gone.png", pairs='{"safe": "a", "unsafe": "b", "safe_image": "gone.png", "unsafe_image": "gone.png"}\n'),
+    bad("empty folder", "merge.py empty", "empty"),
+    bad("no such expert", "merge.py nowhere.safetensors", "nowhere.safetensors"),
+    bad("a picture among experts", "merge.py experts sheet.png", "sheet.png"),
+    bad("truncated expert", "merge.py experts cut.safetensors", "cut.safetensors"),
+    bad("another rank", "merge.py experts rank2.safetensors --method sum", "rank2.safetensors"),
+    bad("another base among experts", "merge.py experts stranger.safetensors --method sum", "stranger.safetensors"),
+    bad("experts of another base", "merge.py stranger.safetensors", "stranger.safetensors"),
+    bad("layers of another model", "merge.py foreign.safetensors", "foreign.safetensors"),
+    bad("too few weights", "merge.py experts --weights 1 2", "--weights"),
+    bad("no calibration data", "merge.py experts --data nowhere", "nowhere"),
+    bad("calibration row", "merge.py experts", "pairs.jsonl", pairs='{"safe": "a"}\n'),
+    bad("calibration picture", "merge.py experts", "gone.png", pairs='{"safe": "a", "unsafe": "b", "safe_image": "gone.png", "unsafe_image": "gone.png"}\n'),
+    bad("unknown method", "merge.py experts --method magic", "magic"),
+    bad("nothing to draw", "sample.py", "prompt"),
+    bad("no such prompts", "sample.py --prompts nowhere.jsonl", "nowhere.jsonl"),
+    bad("not a prompt", "sample.py --prompts data/hate/pairs.jsonl", "line 1"),
+    bad("strength", "sample.py x --lora experts/hate.safetensors@strong", "strong"),
+    bad("strength not finite", "sample.py x --lora experts/hate.safetensors@nan", "nan"),
+    bad("no such lora", "sample.py x --lora nowhere.safetensors", "nowhere.safetensors"),
+    bad("lora of another model", "sample.py x --lora foreign.safetensors", "not in this model"),
+    bad("nothing to compare", "sample.py x --compare", "--compare"),
+    bad("too few steps", "sample.py x --steps 0", "--steps 0"),
+    bad("too many steps", "sample.py x --steps 5000", "5000"),
+    bad("impossible size", "sample.py x --size -8", "--size"),
+    bad("a size the judge does not know", "sample.py x --size 64 --judge", "--judge"),
+    bad("unwritable", "sample.py x --steps 1 --out sheet.png", "sheet.png")])
+def test_bad_input_is_not_a_traceback(line, says, spoil, story, tmp_path, monkeypatch, capsys):
+    """One line that names what is wrong, exit status 2, and nothing written: no half file, no leftovers."""
+    source, (script, *argv) = story[0][0], line.replace(".py", "", 1).split()
+    for name in ("data", "experts"):
+        subprocess.run(["cp", "-r", source / name, tmp_path / name], check=True)
+    subprocess.run(["cp", source / "data/hate/sheet.png", tmp_path], check=True)
+    (tmp_path / "empty").mkdir()
+    expert, metadata = lora.load(tmp_path / "experts/hate.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "experts/hate.safetensors").read_bytes()[:-100])
+    lora.save(tmp_path / "stranger.safetensors", expert, {**metadata, "base_model_hash": "0"})
+    lora.save(tmp_path / "rank2.safetensors", {k: lora.Factors(f.down[:2], f.up[:, :2], 2.0) for k, f in expert.items()}, metadata)
+    lora.save(tmp_path / "foreign.safetensors", {f"x_{k}": f for k, f in expert.items()}, {})
+    for text in spoil.values():
+        (tmp_path / "data/hate/pairs.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        command(script, *argv)
+    lines = [line for line in re.split(r"[\r\n]+", capsys.readouterr().err) if line.strip()]
+    errors = [line for line in lines if "%" not in line and "it/s]" not in line and "?" not in line.split("[")[0]]
+    assert stop.value.code == 2 and lines[-1].startswith("error: ") and says in lines[-1]
+    assert len([line for line in lines if "error" in line.lower()]) == 1, errors
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("line", ["make_data.py --concept hat", "train.py --lr 1e30 --steps 3 --batch 2 --out new",
+                                  "merge.py p.jsonl", "sample.py x --lora p.jsonl"])
+def test_the_command_line_says_it_too(line, story):
+    """As the user sees it, from a real process, and (training) from a worker of a worker pool."""
+    before, done = contents(story[0][1]), in_folder(story[0][1], line)
+    lines = [part for part in re.split(r"[\r\n]+", done.stderr) if part.strip()]
+    assert done.returncode == 2 and lines[-1].startswith("error: ") and "Traceback" not in done.stderr
+    assert contents(story[0][1]) == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_does_not_wait_for_torch(script, tmp_path):
+    """With a torch that refuses to be imported, --help still answers: flags are parsed before the heavy imports."""
+    for name in ("torch", "transformers", "safetensors"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = in_folder(tmp_path, f"{script}.py --help", env=environment)
+    assert done.returncode == 0 and done.stdout.startswith("usage: ") and not done.stderr
+    assert "torch was imported" in in_folder(tmp_path, f"{script}.py {'x' if script in ('merge', 'sample') else ''}", env=environment).stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_flag_is_decoration(script):
+    """Every flag that --help lists is read somewhere in its script, and every default is stated."""
+    source = (ROOT / f"{script}.py").read_text()
+    flags = re.findall(r'add_argument\("(?:--)?([a-z-]+)"', source + (ROOT / "model/files.py").read_text())
+    body = source.split("ARGS = ")[1]
+    assert len(flags) >= 6
+    for flag in (f.replace("-", "_") for f in flags):
+        assert re.search(rf"args\.{flag}\b|\"{flag}\"", body), flag
+
+
+def test_files_know_only_what_is_below_them():
+    """Scripts never import scripts, the model nothing above it, dpo torch alone; and nothing is ever unpickled."""
+    for path in [ROOT / f"{name}.py" for name in (*SCRIPTS, "lora", "dpo")] + sorted((ROOT / "model").glob("*.py")):
+        nodes, imported = list(ast.walk(ast.parse(path.read_text()))), set()
+        for node in nodes:
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+        allowed = {"lora", "dpo"} if path.stem in SCRIPTS else set()
+        assert not imported & ({*SCRIPTS, "lora", "dpo", "diffusers", "peft", "pickle", "joblib"} - allowed), path.name
+        assert path.stem != "dpo" or imported == {"torch"}
+        calls = {f"{n.value.id}.{n.attr}" for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
+        assert not calls & {"torch.load", "torch.save", "np.load", "np.save"}, path.name
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main(["-q", __file__, *sys.argv[1:]]))
