@@ -33,7 +33,7 @@ from tqdm import tqdm  # noqa: E402
 from model.files import TOY, prune, replacing, write_jsonl  # noqa: E402
 from model.judge import ToyJudge  # noqa: E402
 from model.pictures import sheet  # noqa: E402
-from model.stable_diffusion import load, pick_device, weights_file  # noqa: E402
+from model.stable_diffusion import load, pick_device, unet_files  # noqa: E402
 from model.workers import processes_for, spread  # noqa: E402
 
 STEPS, GUIDANCE, BATCH = 10, 4.0, 16
@@ -87,7 +87,7 @@ def main(args):
                       for i, (unsafe, safe) in enumerate(world.training_pairs(concept, args.pairs, args.seed))]
             for concept in concepts}
     chunks = [(concept, rows[concept][i:i + BATCH]) for concept in concepts for i in range(0, args.pairs, BATCH)]
-    processes = processes_for(device, weights_file(args.model, "unet"))
+    processes = processes_for(device, unet_files(args.model))
     results = spread(partial(load, args.model, device), draw, [chunk for _, chunk in chunks], processes)
     done: dict[str, list] = {concept: [] for concept in concepts}
     with tqdm(total=len(concepts) * args.pairs, desc="drawing pairs", unit="pair") as bar:
