@@ -19,6 +19,7 @@ def parse_arguments():
     parser.add_argument("--concept", default="all", help="a folder under --data, or all of them, one expert each (default: all)")
     parser.add_argument("--joint", action="store_true", help="train one LoRA on all concepts instead, for as many steps as all experts together")
     parser.add_argument("--data", type=Path, default=Path("data"), help="what make_data.py wrote (default: data)")
+    parser.add_argument("--lora", nargs="+", default=[], metavar="FILE[@STRENGTH]", help="LoRAs to train on top of: fused into the frozen model first, strength 1 unless given (default: none)")
     parser.add_argument("--out", type=Path, default=None, help="folder for the experts (default: experts; with --joint: the current folder)")
     parser.add_argument("--loss", choices=["safety", "dpo"], default="safety", help="safety: DPO with guard, anchor and preservation; dpo: as published (default: safety)")
     parser.add_argument("--beta", type=float, default=100.0, help="strength of the preference, on the MEAN squared error (default: 100; published: 5000)")
@@ -43,7 +44,7 @@ from tqdm import tqdm  # noqa: E402
 import dpo  # noqa: E402
 import lora  # noqa: E402
 from model.files import read_jsonl, sha256, write_jsonl  # noqa: E402
-from model.stable_diffusion import load, pick_device, weights_file  # noqa: E402
+from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
 from model.workers import processes_for, slot, spread  # noqa: E402
 
 
@@ -67,7 +68,7 @@ def read_pairs(data: Path, concepts: list[str]) -> tuple[list[dict], str]:
 
 def encode(sd, rows: list[dict]) -> dict[str, torch.Tensor]:
     """Everything the UNet will need, computed once: winner and loser latents [P, C, H, W] and the contexts
-    of both prompts [P, L, D]. The training loop then runs the UNet and nothing else."""
+    of both prompts as sd.embed() gives them [P, L, D]. The training loop then runs the UNet and nothing else."""
     def latents(kind):
         pictures = []
         for row in rows:
@@ -80,7 +81,7 @@ def encode(sd, rows: list[dict]) -> dict[str, torch.Tensor]:
 
     def contexts(kind):
         prompts = [row[kind] for row in rows]
-        return torch.cat([sd.text.encode(prompts[i:i + 32])[0] for i in range(0, len(prompts), 32)])
+        return torch.cat([sd.embed(prompts[i:i + 32]) for i in range(0, len(prompts), 32)])
     return {"winner": latents("safe"), "loser": latents("unsafe"), "safe": contexts("safe"), "unsafe": contexts("unsafe")}
 
 
@@ -102,7 +103,7 @@ def errors(sd, cache, index, t, noise, with_safe: bool):
     x0 = torch.cat([cache["winner"][index], cache["loser"][index], cache["winner"][index]][:parts])
     context = torch.cat([cache["unsafe"][index], cache["unsafe"][index], cache["safe"][index]][:parts])
     noise, t = noise.repeat(parts, 1, 1, 1), t.repeat(parts)
-    output = sd.unet(sd.schedule.add_noise(x0, noise, t), t, context).float()
+    output = sd.predict(sd.schedule.add_noise(x0, noise, t), t, context).float()
     error = dpo.squared_error(output, sd.schedule.target(x0, noise, t)).chunk(parts)
     return error[0], error[1], output.chunk(parts)[2] if with_safe else None
 
@@ -111,6 +112,9 @@ def train(args, device, concepts: list[str], name: str, path: Path) -> str:
     """Trains one LoRA on the pairs of `concepts` and writes it to `path`. Returns a line that sums it up."""
     rows, data_hash = read_pairs(args.data, concepts)
     sd = load(args.model, device)
+    below, below_names = args.lora
+    if below:
+        lora.fuse(sd.unet, below)             # base and reference are now the user's model: frozen weights + LoRA
     cache = encode(sd, rows)
     seed = zlib.crc32(f"{args.seed} {name}".encode())  # every expert has its own LoRA initialisation
     parameters = lora.inject(sd.unet, lora.init(sd.unet, args.rank, args.rank, seed))
@@ -153,7 +157,8 @@ def train(args, device, concepts: list[str], name: str, path: Path) -> str:
         bar.set_postfix({key: f"{value:.3f}" for key, value in log[-1].items() if key != "step"})
 
     lora.save(path, lora.extract(sd.unet), {
-        "concept": name, "base_model_hash": sha256(weights_file(args.model, "unet")), "data_hash": data_hash,
+        "concept": name, "base_model_hash": sha256(*unet_files(args.model)), "data_hash": data_hash,
+        "prediction_type": sd.schedule.prediction_type, **({"on_top_of": ",".join(below_names)} if below else {}),
         "loss": args.loss, "beta": f"{args.beta:g}", "lr": f"{args.lr:g}", "steps": str(steps),
         "batch": str(args.batch), "rank": str(args.rank), "seed": str(args.seed)})
     write_jsonl(path.with_suffix(".jsonl"), log)
@@ -172,11 +177,12 @@ def main(args):
     if args.concept == "all" and not found:
         raise BadInput(f"{args.data}: no concept has pairs yet; run python make_data.py")
     concepts = found if args.concept == "all" else [args.concept]
+    args.lora = lora.read(args.lora, skeleton(args.model))     # one LoRA (or None), and the names; once for all experts
     if args.joint:
         print(train(args, device, concepts, "joint", (args.out or Path()) / "joint.safetensors"))
         return
     jobs = [(concept, (args.out or Path("experts")) / f"{concept}.safetensors") for concept in concepts]
-    for line in spread(None, partial(train_job, args, device), jobs, processes_for(device, weights_file(args.model, "unet"))):
+    for line in spread(None, partial(train_job, args, device), jobs, processes_for(device, unet_files(args.model))):
         tqdm.write(line)
 
 
