@@ -3,7 +3,7 @@
 What it is:  Co-Merge, and the baselines beside it. All of them merge the weight CHANGES delta W_i = s_i B_i A_i,
              never the factors: averaging A and B separately would leave cross terms B_i A_j.
 Needs:       experts of train.py; for Co-Merge also the model and data/ (its calibration inputs).
-Gives:       merged.safetensors, exact: rank = the sum of the experts' ranks.
+Gives:       merged.safetensors, exact: rank = the sum of the experts' ranks; or, with --fuse MODEL, that whole model, aligned.
 
 Co-Merge [our reconstruction from the paper's captions; method.md section 3]. For a layer with input x,
 expert i changes output unit j by d_i(x)_j = (s_i B_i A_i x)_j. The unit is won by the expert with the largest
@@ -27,7 +27,8 @@ def parse_arguments():
     parser.add_argument("--method", choices=METHODS, default="co-merge", help="random: rows dealt out at random, a control (default: co-merge)")
     parser.add_argument("--weights", type=float, nargs="+", default=None, help="one factor for each expert, or one for all (default: 1)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="calibration inputs of co-merge: what make_data.py wrote (default: data)")
-    parser.add_argument("--out", type=Path, default=Path("merged.safetensors"), help="file to write (default: merged.safetensors)")
+    parser.add_argument("--fuse", type=Path, default=None, metavar="MODEL", help="write the whole aligned checkpoint instead: a copy of this diffusers folder or single file with the merged LoRA in its weights (default: none)")
+    parser.add_argument("--out", type=Path, default=None, help="LoRA file to write; with --fuse the folder (default: merged.safetensors; with --fuse: aligned)")
     return parser.parse_args()
 
 
@@ -39,8 +40,9 @@ from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
+from model.checkpoint import Checkpoint  # noqa: E402
 from model.files import read_jsonl, sha256  # noqa: E402
-from model.stable_diffusion import load, pick_device, weights_file  # noqa: E402
+from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
 
 PER_CONCEPT, BATCH = 32, 16  # calibration pairs of each concept, pictures in a batch
 
@@ -60,7 +62,7 @@ def calibration(sd, data: Path, seed: int):
         x0 = sd.encode(np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths]))
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         t = times[i:i + BATCH]
-        yield sd.schedule.add_noise(x0, noise, t), t, sd.text.encode(list(prompts))[0]
+        yield sd.schedule.add_noise(x0, noise, t), t, sd.embed(list(prompts))
 
 
 @torch.no_grad()
@@ -87,7 +89,7 @@ def count_wins(sd, experts: list[dict], batches) -> dict[str, torch.Tensor]:
 
     handles = [layer.register_forward_pre_hook(listen(name)) for name, layer in layers.items()]
     for x_t, t, context in batches:
-        sd.unet(x_t, t, context)
+        sd.predict(x_t, t, context)
     for handle in handles:
         handle.remove()
     return wins
@@ -125,7 +127,9 @@ def main(args):
         raise BadInput(f"--weights: {len(weights)} numbers for {len(experts)} experts ({', '.join(names)}); give one each, or one")
     experts = [{k: f._replace(up=w * f.up) for k, f in e.items()} for e, w in zip(experts, weights)]
 
-    if args.method == "average":
+    if len(experts) == 1 and args.fuse:
+        merged = experts[0]                    # nothing to merge with: as it is, times its weight
+    elif args.method == "average":
         merged = lora.compose(experts, [1 / len(experts)] * len(experts))
     elif args.method == "sum":
         merged = lora.compose(experts, [1.0] * len(experts))
@@ -135,7 +139,7 @@ def main(args):
         merged = keep_rows(experts, owner)
     else:
         sd = load(args.model, pick_device(args.device))
-        if metadata[0].get("base_model_hash") not in (None, sha256(weights_file(args.model, "unet"))):
+        if metadata[0].get("base_model_hash") not in (None, sha256(*unet_files(args.model))):
             raise BadInput(f"{args.experts[0]}: was trained on another base model than --model {args.model}; give that model")
         wins = count_wins(sd, experts, calibration(sd, args.data, args.seed))
         owner = {name: count.argmax(0).cpu() for name, count in wins.items()}                  # ties: the first expert
@@ -143,9 +147,16 @@ def main(args):
             share = sum((o == i).sum().item() for o in owner.values()) / sum(o.numel() for o in owner.values())
             print(f"{name:>20} keeps {share:6.1%} of the rows")
         merged = keep_rows(experts, owner)
-    lora.save(args.out, merged, {"concept": ",".join(names), "method": args.method, "weights": ",".join(f"{w:g}" for w in weights),
-                                 **({"base_model_hash": h} if (h := metadata[0].get("base_model_hash")) else {})})
-    print(f"{args.out}: {len(names)} experts merged by {args.method}, rank {next(iter(merged.values())).down.shape[0]}")
+    if args.fuse:
+        merged = lora.match(skeleton(args.fuse), merged, str(args.experts[0]))
+        layers = Checkpoint(args.fuse).rewrite(out := args.out or Path("aligned"), lambda name: merged[key].delta() if (
+            key := lora.flat(name.removesuffix(".weight"))) in merged and name.endswith(".weight") else None)
+        print(f"{out}: {args.fuse.name} with {layers} layers changed by {', '.join(names)}")
+        return
+    out = args.out or Path("merged.safetensors")
+    lora.save(out, merged, {"concept": ",".join(names), "method": args.method, "weights": ",".join(f"{w:g}" for w in weights),
+                                 **{key: metadata[0][key] for key in ("base_model_hash", "prediction_type") if key in metadata[0]}})
+    print(f"{out}: {len(names)} experts merged by {args.method}, rank {next(iter(merged.values())).down.shape[0]}")
 
 
 if __name__ == "__main__":
