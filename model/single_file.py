@@ -135,7 +135,7 @@ def place(key: str, family: str, L: int, levels: int, text_layers: int):
             if writer == "OpenCLIP":
                 name = open_clip_name(name)
                 layer = re.match(r"encoder\.layers\.(\d+)\.", name)
-                if family == "SD 2" and layer and int(layer[1]) == text_layers:
+                if family == "SD 2" and layer and int(layer[1]) >= text_layers:
                     return None
             return part, [name.replace("{qkv}", x) for x in "qkv"] if "{qkv}" in name else [name]
     raise KeyError(key)
