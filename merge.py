@@ -89,7 +89,7 @@ def count_wins(sd, experts: list[dict], batches) -> dict[str, torch.Tensor]:
 
     handles = [layer.register_forward_pre_hook(listen(name)) for name, layer in layers.items()]
     for x_t, t, context in batches:
-        sd.predict(x_t, t, context)
+        sd.finite(sd.predict(x_t, t, context), "a calibration input")
     for handle in handles:
         handle.remove()
     return wins

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -118,7 +119,7 @@ def pipe():
 def small():
     """What train.py and merge.py need of a Stable Diffusion, random and small: .unet, .predict, .schedule, .device."""
     unet = unlike_new(UNet(KINDS["SD1"]))
-    return SimpleNamespace(unet=unet, predict=unet, schedule=NoiseSchedule(SD1_SCHEDULE), device=CPU)
+    return SimpleNamespace(unet=unet, predict=unet, finite=lambda x, _: x, schedule=NoiseSchedule(SD1_SCHEDULE), device=CPU)
 
 
 def unet_inputs(n=2, dtype=torch.float32, seed=1):
@@ -653,7 +654,7 @@ CROSS = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.we
     ("SD1", lambda f: f.write_bytes(b"\xff" * 8 + f.read_bytes()[8:]), "not a readable safetensors file"),
     ("SD1", lambda f: header_of(f, lambda h: h["betas"].update(data_offsets=[10 ** 9, 10 ** 9 + 36])), "not a readable safetensors file"),
     ("SD1", lambda f: torch.save({"state_dict": {}}, f), "pickle"),
-    ("SD1", lambda f: tensors_of(f, lambda t: t[MID].view(-1)[7:8].fill_(math.nan)), f"{MID} holds NaN"),
+    ("SD1", lambda f: tensors_of(f, lambda t: t[MID].view(-1)[7:8].fill_(math.nan)), "unet mid_block.attentions.0.proj_in.weight holds NaN"),
     ("SD1", lambda f: tensors_of(f, lambda t: t.pop(MID)), r"lacks mid_block.attentions.0.proj_in.weight, expected with shape \[32, 32, 1, 1\]"),
     ("SD1", lambda f: tensors_of(f, lambda t: t.update({CROSS: t[CROSS][:, :20]})), rf"{CROSS} with shape \[32, 20\], expected \[32, 24\]"),
     ("SD1", lambda f: tensors_of(f, lambda t: t.update({"model.diffusion_model.odd": torch.zeros(3)})), r"model.diffusion_model.odd \[3\], which this"),
@@ -1310,6 +1311,28 @@ def test_the_files_say_what_was_done(story, toy):
     assert np.abs(safe - np.asarray(Image.open(folder / "data/hate" / pair["safe_image"]))).max() <= 1
 
 
+def test_sdxl_goes_through_every_script(story, tmp_path, monkeypatch):
+    """Pooled prompts and sizes reach training, merging and drawing: an expert on top of a user's LoRA (another start, so
+    another expert), merged, then drawn from the single file with both, in batches whose size does not matter."""
+    folder, single, _ = family("SDXL")
+    for script in (sample, train):
+        monkeypatch.setattr(script, "processes_for", lambda *_: 1)
+    monkeypatch.chdir(tmp_path)
+    lora.save(tmp_path / "style.safetensors", random_lora(load(folder, CPU).unet, 1), {})
+    data = ["--model", folder, "--data", story[0][0] / "data"]
+    for out, extra in (("plain", []), ("experts", ["--lora", "style.safetensors@0.5"])):
+        command("train", *data, "--concept", "hate", "--steps", 1, "--batch", 2, "--out", out, *extra)
+    (plain, _), (top, metadata) = (lora.load(Path(f"{out}/hate.safetensors")) for out in ("plain", "experts"))
+    assert metadata["on_top_of"] == "style.safetensors@0.5" and any(not torch.equal(f.up, plain[k].up) for k, f in top.items())
+    command("merge", *data, "experts")
+    assert lora.load(Path("merged.safetensors"))[1]["base_model_hash"] == metadata["base_model_hash"]
+    for batch in (1, 3):
+        command("sample", *PROMPTS, "--model", single, "--lora", "merged.safetensors", "style.safetensors@0.5", "--steps", 2, "--batch", batch, "--out", f"b{batch}")
+    for i in range(3):
+        a, b = (np.asarray(Image.open(f"b{batch}/0000{i}.png")).astype(int) for batch in (1, 3))
+        assert a.shape == (64, 64, 3) and np.abs(a - b).max() <= 1
+
+
 def bad(name, line, says, **spoil):
     return pytest.param(line, says, spoil, id=name)
 
@@ -1358,6 +1381,10 @@ def bad(name, line, says, **spoil):
     bad("too few steps", "sample.py x --steps 0", "--steps 0"),
     bad("too many steps", "sample.py x --steps 5000", "5000"),
     bad("impossible size", "sample.py x --size -8", "--size"),
+    bad("size of half a latent", "sample.py x --size 50", "--size 50"),
+    bad("no batch", "sample.py x --batch 0", "--batch 0"),
+    bad("no such lora to train on", "train.py --concept hate --lora nowhere.safetensors", "nowhere.safetensors"),
+    bad("fuse over something", "merge.py experts/hate.safetensors --fuse data --out data", "data"),
     bad("a size the judge does not know", "sample.py x --size 64 --judge", "--judge"),
     bad("unwritable", "sample.py x --steps 1 --out sheet.png", "sheet.png")])
 def test_bad_input_is_not_a_traceback(line, says, spoil, story, tmp_path, monkeypatch, capsys):
@@ -1433,5 +1460,96 @@ def test_files_know_only_what_is_below_them():
         assert not calls & {"torch.load", "torch.save", "np.load", "np.save"}, path.name
 
 
+# ================================================================================================ --bench
+def write_full_size(folder, family_name, dtype):
+    """A diffusers folder of the published configuration with random weights (about 1/sqrt(fan-in), so that activations
+    stay sane), part by part, so that memory holds one part."""
+    configs, xl = CONFIGS[family_name], family_name == "SDXL"
+    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+    index = {"_class_name": "StableDiffusionXLPipeline" if xl else "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"],
+             **({} if xl else {"safety_checker": [None, None], "requires_safety_checker": False}), "feature_extractor": [None, None]}
+    for part, config in configs.items():
+        if part == "scheduler":
+            diffusers.DDIMScheduler.from_config(config).save_pretrained(folder / part)
+            continue
+        if part in kinds:
+            types = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4) if part == "vae" else {}
+            with torch.device("meta"):
+                model = kinds[part](**{**config, **types})
+            model.save_config(folder / part)
+        else:
+            with torch.device("meta"):
+                model = build_encoder(config)
+            model.config.save_pretrained(folder / part)
+            write_tokenizer(folder / part.replace("text_encoder", "tokenizer"), world.vocabulary(), 77)
+            index[part.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
+        index[part] = ["diffusers" if part in kinds else "transformers", type(model).__name__]
+        state = {k: (torch.randn(v.shape) / math.sqrt(max(1, v[:1].numel())) if v.ndim > 1 else torch.ones(v.shape) if "norm" in k and
+                     k.endswith("weight") else torch.zeros(v.shape)).to(dtype) for k, v in model.state_dict().items() if "position_ids" not in k}
+        save_file(state, folder / part / ("diffusion_pytorch_model.safetensors" if part in kinds else "model.safetensors"), {"format": "pt"})
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+MEASURE = {  # each in a process of its own, so that peak memory is its own
+    "ours, SD1.5": """import sample
+sd = sample.build(pathlib.Path(folder), torch.device("cpu"), None)
+ready()
+for _ in range(2):
+    sample.draw(dict(steps=2, guidance=4.0, sampler="ddim", negative="", size=256), sd, [("a red ball", 0)])
+    drawn()""",
+    "diffusers, SD1.5": """import diffusers
+diffusers.utils.logging.set_verbosity_error(); diffusers.utils.logging.disable_progress_bar()
+pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+pipe.set_progress_bar_config(disable=True)
+ready()
+for _ in range(2):
+    pipe("a red ball", num_inference_steps=2, guidance_scale=4.0, height=256, width=256, generator=torch.Generator().manual_seed(0))
+    drawn()""",
+    "ours, SDXL": """from model.stable_diffusion import load
+sd = load(pathlib.Path(folder), torch.device("cpu"), torch.bfloat16)
+ready()
+with torch.no_grad():
+    assert sd.predict(torch.randn(1, 4, 32, 32), torch.tensor([999]), sd.embed(["a red ball"])).isfinite().all()
+drawn()""",
+    "diffusers, SDXL": """import diffusers
+diffusers.utils.logging.set_verbosity_error(); diffusers.utils.logging.disable_progress_bar()
+pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16, add_watermarker=False)
+ready()
+with torch.no_grad():
+    context, _, pooled, _ = pipe.encode_prompt("a red ball", do_classifier_free_guidance=False)
+    added = {"text_embeds": pooled, "time_ids": torch.tensor([[256, 256, 0, 0, 256, 256]])}
+    pipe.unet(torch.randn(1, 4, 32, 32).bfloat16(), torch.tensor([999]), context, added_cond_kwargs=added)
+drawn()"""}
+AROUND = """import json, pathlib, resource, sys, time; t = [time.time()]; folder = sys.argv[1]
+import torch, transformers
+ready = drawn = lambda: t.append(time.time())
+%s
+steps = [b - a for a, b in zip(t, t[1:])]
+print(json.dumps([steps[0], steps[-1], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20]))"""
+
+
+def bench(rounds=3):
+    """Full size, random weights, CPU, ours beside diffusers in alternation, the best of `rounds`: seconds from the start
+    of Python until the model is ready, seconds for a picture (SD 1.5: fp32, 256 px, 2 steps, guidance, the second one;
+    SDXL: text and one UNet step, bf16, 256 px), and peak resident memory, mapped files included. 12 GB of disk."""
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, diffusers {diffusers.__version__}")
+    print(f"{'':18}{'ready, s':>10}{'picture, s':>12}{'peak, GiB':>11}")
+    with tempfile.TemporaryDirectory() as folder:
+        for family_name, label, dtype in (("SD 1", "SD1.5", torch.float32), ("SDXL", "SDXL", torch.bfloat16)):
+            write_full_size(Path(folder) / label, family_name, dtype)
+            rows = {f"{who}, {label}": [] for who in ("ours", "diffusers")}
+            for _ in range(rounds):
+                for name, row in rows.items():
+                    done = subprocess.run([sys.executable, "-c", AROUND % MEASURE[name], Path(folder) / label], cwd=ROOT, capture_output=True, text=True)
+                    if done.returncode:
+                        sys.exit(done.stderr)
+                    row.append(json.loads(done.stdout.splitlines()[-1]))
+            for name, row in rows.items():
+                print("{:18}{:10.1f}{:12.2f}{:11.2f}".format(name, *(min(column) for column in zip(*row))), flush=True)
+            shutil.rmtree(Path(folder) / label)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--bench"]:
+        sys.exit(bench())
     sys.exit(pytest.main(["-q", __file__, *sys.argv[1:]]))

@@ -145,6 +145,7 @@ def train(args, device, concepts: list[str], name: str, path: Path) -> str:
         else:
             loss, metrics = dpo.diffusion_dpo(winner, loser, winner_ref, loser_ref, args.beta)
         if not math.isfinite(loss.item()):
+            sd.finite(winner_ref, "the reference's error")      # damaged weights are no matter of the settings
             raise BadInput(f"{name}: the loss is {loss.item()} at step {step}; lower --lr ({args.lr:g}) or --beta ({args.beta:g})")
         scaler.scale(loss).backward()
         scaler.unscale_(optimiser)

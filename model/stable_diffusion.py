@@ -48,6 +48,7 @@ class StableDiffusion:
     def __init__(self, unet: UNet, vae: VAE, text: TextEncoders, schedule: NoiseSchedule, device: torch.device,
                  zero_negative: bool = False):
         self.unet, self.vae, self.text, self.schedule, self.device = unet, vae, text, schedule, device
+        self.path = "the model"                                                            # for messages
         self.reduction = 2 ** (len(vae.config["block_out_channels"]) - 1)                  # f
         self.scale = vae.config.get("scaling_factor", 0.18215)        # of latents; early SD 1 configs do not say it
         self.zero_negative, self.pooled = zero_negative, 0                                 # P, 0 for none
@@ -107,7 +108,7 @@ class StableDiffusion:
             without, with_prompt = output.float().chunk(2)
             return without + guidance * (with_prompt - without)
 
-        return self.decode(sample(predict, x, self.schedule, steps, sampler))
+        return self.decode(self.finite(sample(predict, x, self.schedule, steps, sampler), "the picture"))
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
@@ -118,7 +119,7 @@ class StableDiffusion:
         """
         z = (latents / self.scale).to(self.vae.decoder.conv_in.weight.dtype)
         several = max(1, 512 ** 2 // (z[0, 0].numel() * self.reduction ** 2))
-        images = torch.cat([self.vae.decode(part).float().cpu() for part in z.split(several)])
+        images = self.finite(torch.cat([self.vae.decode(part).float().cpu() for part in z.split(several)]), "the decoded picture")
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
     @torch.no_grad()
@@ -126,7 +127,19 @@ class StableDiffusion:
         """uint8 pictures [B, H, W, 3] -> latents as the UNet sees them [B, C, h, w], fp32: the mean of the VAE's
         posterior, times scaling_factor."""
         images = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return self.vae.encode(images.to(self.vae.decoder.conv_in.weight.dtype))[0].float() * self.scale
+        latents = self.vae.encode(images.to(self.vae.decoder.conv_in.weight.dtype))[0].float() * self.scale
+        return self.finite(latents, "the encoded picture")
+
+    def finite(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """The tensor, if it holds no NaN and no infinity. Else raises BadInput with the reason: a damaged weight, by name.
+        Looked for only now, since reading all weights of a mapped file to look earlier would cost more than loading it."""
+        if tensor.isfinite().all():
+            return tensor
+        for part, module in (("unet", self.unet), ("vae", self.vae), ("text encoder", self.text)):
+            for name, weight in module.named_parameters():
+                if not weight.isfinite().all():
+                    raise BadInput(f"{self.path}: {part} {name} holds NaN or infinity; get an undamaged copy of the checkpoint")
+        raise BadInput(f"{what} holds NaN or infinity, and the weights do not; use a lower --guidance or LoRA strength")
 
 
 def predicts_noise(sd: StableDiffusion) -> bool:
@@ -152,6 +165,7 @@ def load(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> 
     except (ValueError, OSError) as error:
         raise BadInput(f"{path}: {error}") from None
     sd = StableDiffusion(unet, vae, text, schedule, device, checkpoint.zero_negative)
+    sd.path = path
     if checkpoint.family == "SD 2" and not (checkpoint.side / "scheduler").is_dir() and predicts_noise(sd):
         sd.schedule, sd.size = NoiseSchedule({**config, "prediction_type": "epsilon"}), 64 * sd.reduction
     return sd
