@@ -12,6 +12,7 @@ Module names are FLAT here: dots become underscores ("mid_block_attentions_0_...
 kohya files spell them. Every other style flattens to the same name, so no model is needed to read a file.
 """
 import contextlib
+import json
 import math
 import re
 from pathlib import Path
@@ -80,25 +81,33 @@ def init(network: nn.Module, rank: int, alpha: float, seed: int) -> dict[str, Fa
             for name, layer in targets(network).items()}
 
 
-def inject(network: nn.Module, lora: dict[str, Factors]) -> list[nn.Parameter]:
-    """Puts the LoRA into the network and freezes everything else. Returns its parameters (A, B, A, B ...).
+def adapted(network: nn.Module, lora: dict[str, Factors], what: str = "the LoRA") -> list[tuple[str, nn.Linear]]:
+    """(dotted name, layer) of each layer that the LoRA adapts, in the LoRA's order.
 
-    Raises BadInput if a module of the LoRA is not in the network or has another shape: a LoRA that
-    matches nothing would load "successfully" and do nothing.
+    Raises BadInput if one is not in the network or has another shape: a LoRA that matches nothing would load
+    "successfully" and do nothing.
     """
-    network.requires_grad_(False)
     layers = {flat(name): (name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     unknown = [name for name in lora if name not in layers]
     if unknown or not lora:
-        raise BadInput(f"the LoRA adapts {len(lora)} layers, of which {len(unknown)} are not in this model "
+        raise BadInput(f"{what} adapts {len(lora)} layers, of which {len(unknown)} are not in this model "
                        f"({unknown[0] if unknown else 'it is empty'}); use a LoRA made for this model")
-    parameters = []
     for flat_name, factors in lora.items():
-        name, layer = layers[flat_name]
-        if (factors.up.shape[0], factors.down.shape[1]) != tuple(layer.weight.shape):
-            raise BadInput(f"the LoRA's {flat_name} is for a layer of shape "
-                           f"{[factors.up.shape[0], factors.down.shape[1]]}, this model's is {list(layer.weight.shape)}; "
+        ours, theirs = list(layers[flat_name][1].weight.shape), [factors.up.shape[0], factors.down.shape[1]]
+        if theirs != ours:
+            raise BadInput(f"{what}: {flat_name} is for a layer of shape {theirs}, this model's is {ours}; "
                            "use a LoRA made for this model")
+    return [layers[flat_name] for flat_name in lora]
+
+
+def inject(network: nn.Module, lora: dict[str, Factors]) -> list[nn.Parameter]:
+    """Puts the LoRA into the network and freezes everything else. Returns its parameters (A, B, A, B ...).
+
+    Raises BadInput if the LoRA does not fit: see adapted().
+    """
+    network.requires_grad_(False)
+    parameters = []
+    for factors, (name, layer) in zip(lora.values(), adapted(network, lora)):
         parent, _, child = name.rpartition(".")
         device = layer.weight.device
         moved = Factors(factors.down.float().to(device), factors.up.float().to(device), factors.alpha)
@@ -182,6 +191,17 @@ def save(path: Path, lora: dict[str, Factors], metadata: dict[str, str]):
               "modelspec.sai_model_spec": "1.0.1", "modelspec.title": Path(path).stem, **metadata}
     with replacing(path) as temporary:
         save_file(tensors, temporary, header)
+        sort_header(temporary)
+
+
+def sort_header(path: Path):
+    """Rewrites a safetensors file's header with its keys in order: the library writes the metadata in a random
+    order, another in each process, and the same command must give the same bytes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.dumps(json.loads(file.read(size)), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        file.seek(8)
+        file.write(header.encode().ljust(size))    # the same keys and values: the same length
 
 
 def load(path: Path) -> tuple[dict[str, Factors], dict[str, str]]:

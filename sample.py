@@ -22,7 +22,7 @@ def parse_arguments():
     parser.add_argument("--judge", action="store_true", help="judge the pictures and print the table (toy world only)")
     parser.add_argument("--negative", default="", help="what guidance steers away from (default: nothing)")
     parser.add_argument("--steps", type=int, default=10, help="sampling steps (default: 10)")
-    parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance, 1 = none (default: 4)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance, 1 = none (default: 3)")
     parser.add_argument("--sampler", choices=["dpm++", "ddim"], default="dpm++", help="(default: dpm++)")
     parser.add_argument("--size", type=int, default=None, help="side in pixels (default: the model's own)")
     parser.add_argument("--images-per-prompt", type=int, default=1, help="pictures of each prompt (default: 1)")
@@ -33,6 +33,7 @@ def parse_arguments():
 ARGS = parse_arguments() if __name__ == "__main__" else None  # before the heavy imports: --help answers at once
 
 import json  # noqa: E402
+import math  # noqa: E402
 
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -57,6 +58,8 @@ def read_loras(arguments: list[str]) -> tuple[dict | None, list[str]]:
         name, strength = (name, strength) if at else (argument, "1")
         try:
             strengths.append(float(strength))
+            if not math.isfinite(strengths[-1]):
+                raise ValueError
         except ValueError:
             raise BadInput(f"--lora {argument}: {strength!r} is not a number; write FILE@0.5") from None
         loras.append(lora.load(Path(name))[0])

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .files import BadInput
-from .schedule import NoiseSchedule, sample
+from .schedule import SAMPLERS, NoiseSchedule, sample
 from .text import TextEncoders
 from .unet import UNet
 from .vae import VAE
@@ -45,7 +45,10 @@ class StableDiffusion:
 
     def noise(self, seeds: list[int], size: int) -> torch.Tensor:
         """Start noise [B, C, size/f, size/f]. One CPU generator a picture: the same seed gives the same
-        picture on any device and in any batch, and the picture that diffusers gives."""
+        picture on any device and in any batch, and the picture that diffusers gives. Raises BadInput for a size
+        that the VAE cannot make."""
+        if size < self.reduction or size % self.reduction:
+            raise BadInput(f"--size {size} is not a positive multiple of {self.reduction}, this model's reduction; use one that is")
         side = size // self.reduction
         shape = (self.unet.config["in_channels"], side, side)
         return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(s)) for s in seeds])
@@ -65,6 +68,10 @@ class StableDiffusion:
             without, with_prompt = self.unet(torch.cat([x_t, x_t]), t, context).chunk(2)
             return without + guidance * (with_prompt - without)
 
+        try:
+            SAMPLERS[sampler][0](self.schedule, steps)
+        except ValueError as error:
+            raise BadInput(f"--steps {steps}: {error}") from None
         return self.decode(sample(predict, x, self.schedule, steps, sampler))
 
     @torch.no_grad()
