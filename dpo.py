@@ -39,7 +39,7 @@ def diffusion_dpo(winner, loser, winner_ref, loser_ref, beta: float):
 
 
 def safety_dpo(winner, loser, winner_ref, loser_ref, drift, beta: float, guard: float = 3.0,
-               anchor: float = 1.0, keep: float = 4.0):
+               anchor: float = 1.0, keep: float = 8.0):
     """The default: Diffusion-DPO that may not pay for its gap with the picture. [ours]
 
     drift [B] = mean squared difference of policy and reference on the winner under the SAFE prompt.

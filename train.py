@@ -22,7 +22,7 @@ def parse_arguments():
     parser.add_argument("--out", type=Path, default=None, help="folder for the experts (default: experts; with --joint: the current folder)")
     parser.add_argument("--loss", choices=["safety", "dpo"], default="safety", help="safety: DPO with guard, anchor and preservation; dpo: as published (default: safety)")
     parser.add_argument("--beta", type=float, default=100.0, help="strength of the preference, on the MEAN squared error (default: 100; published: 5000)")
-    parser.add_argument("--steps", type=int, default=180, help="optimiser steps for each concept (default: 180)")
+    parser.add_argument("--steps", type=int, default=220, help="optimiser steps for each concept (default: 220)")
     parser.add_argument("--batch", type=int, default=8, help="pairs in a step (default: 8)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW, cosine to zero (default: 0.002; published for SD 1.5: 1e-5)")
     parser.add_argument("--rank", type=int, default=4, help="LoRA rank (default: 4)")
@@ -130,7 +130,7 @@ def train(args, device, concepts: list[str], name: str, path: Path) -> str:
 
         log.append({"step": step, "loss": loss.item(), **metrics})
         bar.set_postfix({"loss": f"{loss.item():.3f}", **{key: f"{metrics[key]:.3f}" for key in ("preference", "accuracy", "margin")},
-                         **{key: f"{metrics[key] / metrics[key + '_ref']:.2f}" for key in ("winner", "loser")}})
+                         **{key: f"{metrics[key] / metrics[key + '_ref']:.2f}" for key in ("winner", "loser")}}, refresh=False)
     if not all(p.isfinite().all() for p in parameters):
         raise BadInput(f"{name}: the last step left weights that are not finite; lower --lr ({args.lr:g})")
 
