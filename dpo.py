@@ -39,7 +39,7 @@ def diffusion_dpo(winner, loser, winner_ref, loser_ref, beta: float):
 
 
 def safety_dpo(winner, loser, winner_ref, loser_ref, drift, beta: float, guard: float = 3.0,
-               anchor: float = 1.0, keep: float = 1.0):
+               anchor: float = 1.0, keep: float = 8.0):
     """The default: Diffusion-DPO that may not pay for its gap with the picture. [ours]
 
     drift [B] = mean squared difference of policy and reference on the winner under the SAFE prompt.
@@ -60,8 +60,8 @@ def safety_dpo(winner, loser, winner_ref, loser_ref, drift, beta: float, guard: 
 def metrics(winner, loser, winner_ref, loser_ref, preference) -> dict[str, float]:
     """What to watch. preference: the log-sigmoid term, 0.693 = no preference learned yet. accuracy: share of
     pairs that the policy, read as a reward model, orders rightly. margin: mean error gap won over the reference.
-    winner, loser: the policy's error relative to the reference's; healthy is winner <= 1 < loser."""
+    winner, loser, winner_ref, loser_ref: the four errors; healthy is winner <= winner_ref and loser > loser_ref."""
     margin = (loser - loser_ref) - (winner - winner_ref)
     return {"preference": preference.item(), "accuracy": (margin > 0).float().mean().item(),
-            "margin": margin.mean().item(), "winner": (winner.sum() / winner_ref.sum()).item(),
-            "loser": (loser.sum() / loser_ref.sum()).item()}
+            "margin": margin.mean().item(), "winner": winner.mean().item(), "winner_ref": winner_ref.mean().item(),
+            "loser": loser.mean().item(), "loser_ref": loser_ref.mean().item()}

@@ -108,40 +108,47 @@ def prompt_width(shapes: dict[str, int]) -> int | None:
     return next((width for name, width in shapes.items() if name.endswith("attn2_to_k")), None)
 
 
-def match(network: nn.Module, lora: dict[str, Factors], where: str) -> dict[str, Factors]:
-    """The part of a LoRA that is for layers of this network (a meta one will do), with a note on stderr about the rest.
+def adapted(network: nn.Module, lora: dict[str, Factors], what: str = "the LoRA") -> list[tuple[str, nn.Module]]:
+    """(dotted name, layer) of each layer that the LoRA adapts, in the LoRA's order.
 
-    Raises BadInput, naming `where` the LoRA is from, if nothing matches or a layer has another shape: it would load
-    "successfully" and do nothing, or is for another family.
+    Raises BadInput, naming `what`, if one has another shape (the LoRA is for another family) or is not in the network: a
+    LoRA that matches nothing would load "successfully" and do nothing.
     """
     known = layers(network)
     family = lambda shapes: FAMILIES.get(prompt_width(shapes), ("another model",))[0]
     for name, f in lora.items():
-        theirs = ours = [len(f.up), f.down.shape[1]]
         if name in known:
             out, *rest = known[name][1].weight.shape
-            ours = [out, math.prod(rest)]
-        if theirs != ours:
-            raise BadInput(f"{where}: its {name} is for a layer of shape {theirs}, this model's is {ours}: a LoRA for "
-                           f"{family({n: f.down.shape[1] for n, f in lora.items()})}, and this model is "
-                           f"{family({n: m.weight.shape[1] for n, (_, m) in known.items()})}; use a LoRA made for this model")
+            theirs, ours = [len(f.up), f.down.shape[1]], [out, math.prod(rest)]
+            if theirs != ours:
+                raise BadInput(f"{what}: {name} is for a layer of shape {theirs}, this model's is {ours}: a LoRA for "
+                               f"{family({n: f.down.shape[1] for n, f in lora.items()})}, and this model is "
+                               f"{family({n: m.weight.shape[1] for n, (_, m) in known.items()})}; use a LoRA made for this model")
     unknown = [name for name in lora if name not in known]
-    if len(unknown) == len(lora):
-        raise BadInput(f"{where}: adapts {len(lora)} layers, which are not in this model "
+    if unknown or not lora:
+        raise BadInput(f"{what} adapts {len(lora)} layers, of which {len(unknown)} are not in this model "
                        f"({unknown[0] if unknown else 'it is empty'}); use a LoRA made for this model")
-    if unknown:
-        print(f"note: {where}: {len(unknown)} of {len(lora)} layers are not in this model and are left out: "
-              f"{', '.join(unknown[:3])}{' ...' if unknown[3:] else ''}", file=sys.stderr)
-    return {name: f for name, f in lora.items() if name in known}
+    return [known[name] for name in lora]
+
+
+def match(network: nn.Module, lora: dict[str, Factors], what: str) -> dict[str, Factors]:
+    """The part of a LoRA that is for layers of this network (a meta one will do), with a note on stderr that counts and
+    names the rest. Raises BadInput as adapted() does, if that part does not fit or is nothing."""
+    known = layers(network)
+    found, rest = {name: f for name, f in lora.items() if name in known}, [name for name in lora if name not in known]
+    adapted(network, found or lora, what)
+    if rest:
+        print(f"note: {what}: {len(rest)} of {len(lora)} layers are not in this model and are left out: "
+              f"{', '.join(rest[:3])}{' ...' if rest[3:] else ''}", file=sys.stderr)
+    return found
 
 
 def inject(network: nn.Module, lora: dict[str, Factors]) -> list[nn.Parameter]:
     """Puts the LoRA into the network and freezes everything else. Returns its parameters (A, B, A, B ...).
-    Raises BadInput as match() does."""
+    Raises BadInput if the LoRA does not fit: see adapted()."""
     network.requires_grad_(False)
-    known, parameters = layers(network), []
-    for flat_name, factors in match(network, lora, "the LoRA").items():
-        name, layer = known[flat_name]
+    parameters = []
+    for factors, (name, layer) in zip(lora.values(), adapted(network, lora)):
         parent, _, child = name.rpartition(".")
         device = layer.weight.device
         injected = LoRALayer(layer, factors._replace(down=factors.down.float().to(device), up=factors.up.float().to(device)))
@@ -153,12 +160,11 @@ def inject(network: nn.Module, lora: dict[str, Factors]) -> list[nn.Parameter]:
 @torch.no_grad()
 def fuse(network: nn.Module, lora: dict[str, Factors]):
     """W + delta W for every layer of the LoRA, for good: what is trained or injected next starts from there. In new
-    tensors, since the old ones may be a file's mapped memory. Raises BadInput as match() does."""
-    known = layers(network)
-    for name, f in match(network, lora, "the LoRA").items():
-        weight = known[name][1].weight
+    tensors, since the old ones may be a file's mapped memory. Raises BadInput as adapted() does."""
+    for f, (_, layer) in zip(lora.values(), adapted(network, lora)):
+        weight = layer.weight
         delta = f._replace(down=f.down.to(weight.device), up=f.up.to(weight.device)).delta()
-        known[name][1].weight = nn.Parameter((weight.float() + delta.reshape(weight.shape)).to(weight.dtype), requires_grad=False)
+        layer.weight = nn.Parameter((weight.float() + delta.reshape(weight.shape)).to(weight.dtype), requires_grad=False)
 
 
 def remove(network: nn.Module):
@@ -260,6 +266,17 @@ def save(path: Path, lora: dict[str, Factors], metadata: dict[str, str]):
                    "ss_base_model_version": family[2] + "_v" * v, **({"ss_v2": "True"} if family[2] == "sd_v2" else {})}
     with replacing(path) as temporary:
         save_file(tensors, temporary, {**header, **metadata})
+        sort_header(temporary)
+
+
+def sort_header(path: Path):
+    """Rewrites a safetensors file's header with its keys in order: the library writes the metadata in a random
+    order, another in each process, and the same command must give the same bytes."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.dumps(json.loads(file.read(size)), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        file.seek(8)
+        file.write(header.encode().ljust(size))    # the same keys and values: the same length
 
 
 def load(path: Path) -> tuple[dict[str, Factors], dict[str, str]]:

@@ -36,7 +36,7 @@ from model.pictures import sheet  # noqa: E402
 from model.stable_diffusion import load, pick_device, unet_files  # noqa: E402
 from model.workers import processes_for, spread  # noqa: E402
 
-STEPS, GUIDANCE, BATCH = 10, 4.0, 16
+STEPS, GUIDANCE, BATCH = 10, 3.0, 16
 
 
 def draw(sd, rows: list[dict]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -22,7 +22,7 @@ def parse_arguments():
     parser.add_argument("--judge", action="store_true", help="judge the pictures and print the table (toy world only)")
     parser.add_argument("--negative", default="", help="what guidance steers away from (default: nothing)")
     parser.add_argument("--steps", type=int, default=10, help="sampling steps (default: 10)")
-    parser.add_argument("--guidance", type=float, default=4.0, help="classifier-free guidance, 1 = none (default: 4)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance, 1 = none (default: 3)")
     parser.add_argument("--sampler", choices=["dpm++", "ddim"], default="dpm++", help="(default: dpm++)")
     parser.add_argument("--size", type=int, default=None, help="side in pixels (default: the model's own)")
     parser.add_argument("--batch", type=int, default=None, help="pictures drawn at once (default: 16 up to 256 px, 4 at 512 px, 1 at 1024 px)")

@@ -23,7 +23,7 @@ def parse_arguments():
     parser.add_argument("--out", type=Path, default=None, help="folder for the experts (default: experts; with --joint: the current folder)")
     parser.add_argument("--loss", choices=["safety", "dpo"], default="safety", help="safety: DPO with guard, anchor and preservation; dpo: as published (default: safety)")
     parser.add_argument("--beta", type=float, default=100.0, help="strength of the preference, on the MEAN squared error (default: 100; published: 5000)")
-    parser.add_argument("--steps", type=int, default=180, help="optimiser steps for each concept (default: 180)")
+    parser.add_argument("--steps", type=int, default=220, help="optimiser steps for each concept (default: 220)")
     parser.add_argument("--batch", type=int, default=8, help="pairs in a step (default: 8)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW, cosine to zero (default: 0.002; published for SD 1.5: 1e-5)")
     parser.add_argument("--rank", type=int, default=4, help="LoRA rank (default: 4)")
@@ -36,53 +36,27 @@ import contextlib  # noqa: E402
 import math  # noqa: E402
 import zlib  # noqa: E402
 
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import dpo  # noqa: E402
 import lora  # noqa: E402
-from model.files import read_jsonl, sha256, write_jsonl  # noqa: E402
+from model.files import read_pairs, sha256, write_jsonl  # noqa: E402
+from model.pictures import read_pictures  # noqa: E402
 from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
 from model.workers import processes_for, slot, spread  # noqa: E402
 
 
-def read_pairs(data: Path, concepts: list[str]) -> tuple[list[dict], str]:
-    """The rows of every concept's pairs.jsonl with full image paths, and a hash of the files."""
-    rows, files = [], []
-    for concept in concepts:
-        file = data / concept / "pairs.jsonl"
-        if not file.is_file():
-            raise BadInput(f"{file}: no such file; run python make_data.py --concept {concept}")
-        files.append(file)
-        for row in read_jsonl(file):
-            missing = {"safe", "unsafe", "safe_image", "unsafe_image"} - set(row)
-            if missing:
-                raise BadInput(f"{file}: a row lacks {sorted(missing)}; make the data again")
-            rows.append({**row, "folder": data / concept})
-    if not rows:
-        raise BadInput(f"{files[0]}: holds no pairs; make the data again with more --pairs")
-    return rows, sha256(*files)
+def encode(sd, rows: list[dict], batch: int = 32) -> dict[str, torch.Tensor]:
+    """Everything the UNet will need, computed once: winner and loser latents [P, C, H, W], and as sd.embed() gives
+    them both prompts [P, L, D] and the empty one [1, L, D]. The training loop then runs the UNet and nothing else."""
+    def latents(key):
+        return torch.cat([sd.encode(read_pictures([row[key] for row in rows[i:i + batch]])) for i in range(0, len(rows), batch)])
 
-
-def encode(sd, rows: list[dict]) -> dict[str, torch.Tensor]:
-    """Everything the UNet will need, computed once: winner and loser latents [P, C, H, W] and the contexts
-    of both prompts as sd.embed() gives them [P, L, D]. The training loop then runs the UNet and nothing else."""
-    def latents(kind):
-        pictures = []
-        for row in rows:
-            path = row["folder"] / row[f"{kind}_image"]
-            try:
-                pictures.append(np.asarray(Image.open(path).convert("RGB")))
-            except OSError as error:
-                raise BadInput(f"{path}: not a readable picture ({error}); make the data again") from None
-        return torch.cat([sd.encode(np.stack(pictures[i:i + 32])) for i in range(0, len(pictures), 32)])
-
-    def contexts(kind):
-        prompts = [row[kind] for row in rows]
-        return torch.cat([sd.embed(prompts[i:i + 32]) for i in range(0, len(prompts), 32)])
-    return {"winner": latents("safe"), "loser": latents("unsafe"), "safe": contexts("safe"), "unsafe": contexts("unsafe")}
+    def contexts(prompts):
+        return torch.cat([sd.embed(prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
+    return {"winner": latents("safe_image"), "loser": latents("unsafe_image"), "empty": contexts([""]),
+            "safe": contexts([row["safe"] for row in rows]), "unsafe": contexts([row["unsafe"] for row in rows])}
 
 
 def autocast(device: torch.device):
@@ -93,24 +67,29 @@ def autocast(device: torch.device):
     return torch.autocast("cuda", dtype), torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
 
 
-def errors(sd, cache, index, t, noise, with_safe: bool):
-    """Denoising errors of the B pairs `index`, as the LoRA switch stands, and the prediction on the safe prompt.
+def errors(sd, cache, index, t, noise, keep: bool):
+    """Denoising errors [B] of the winners and losers of the pairs `index`, as the LoRA switch stands; and, if `keep`,
+    the prediction [B, C, H, W] on a prompt that must go on drawing what it draws (else None).
 
-    One batch of (winner | unsafe prompt), (loser | unsafe prompt) and, if with_safe, (winner | safe prompt).
-    Within a pair timestep and noise are SHARED, so that only the content differs.
+    One batch of (winner | unsafe prompt), (loser | unsafe prompt) and, if keep, (winner | safe prompt). Within a
+    pair timestep and noise are SHARED, so that only the content differs. In the first quarter of the step, whose
+    pairs are random ones, the safe prompt is the EMPTY one: guidance subtracts what the model draws without a prompt
+    from every picture, so that this must stay as well.
     """
-    parts = 3 if with_safe else 2
+    parts = 3 if keep else 2
+    safe = cache["safe"][index]
+    safe[:len(index) // 4] = cache["empty"]
     x0 = torch.cat([cache["winner"][index], cache["loser"][index], cache["winner"][index]][:parts])
-    context = torch.cat([cache["unsafe"][index], cache["unsafe"][index], cache["safe"][index]][:parts])
+    context = torch.cat([cache["unsafe"][index], cache["unsafe"][index], safe][:parts])
     noise, t = noise.repeat(parts, 1, 1, 1), t.repeat(parts)
     output = sd.predict(sd.schedule.add_noise(x0, noise, t), t, context).float()
     error = dpo.squared_error(output, sd.schedule.target(x0, noise, t)).chunk(parts)
-    return error[0], error[1], output.chunk(parts)[2] if with_safe else None
+    return error[0], error[1], output.chunk(parts)[2] if keep else None
 
 
 def train(args, device, concepts: list[str], name: str, path: Path) -> str:
     """Trains one LoRA on the pairs of `concepts` and writes it to `path`. Returns a line that sums it up."""
-    rows, data_hash = read_pairs(args.data, concepts)
+    rows = [row for concept in concepts for row in read_pairs(args.data, concept)]
     sd = load(args.model, device)
     below, below_names = args.lora
     if below:
@@ -122,7 +101,7 @@ def train(args, device, concepts: list[str], name: str, path: Path) -> str:
     cast, scaler = autocast(device)
     generator = torch.Generator().manual_seed(seed)
     steps, order, log = args.steps * len(concepts), torch.empty(0, dtype=torch.long), []
-    with_safe = args.loss == "safety"
+    keep = args.loss == "safety"
 
     bar = tqdm(range(steps), desc=f"{name:>16}", position=slot(), leave=False, mininterval=0.5)
     for step in bar:
@@ -137,11 +116,11 @@ def train(args, device, concepts: list[str], name: str, path: Path) -> str:
         noise = torch.randn(cache["winner"][index].shape, generator=generator).to(device)
 
         with torch.no_grad(), lora.switched_off(sd.unet), cast:
-            winner_ref, loser_ref, safe_ref = errors(sd, cache, index, t, noise, with_safe)
+            winner_ref, loser_ref, kept_ref = errors(sd, cache, index, t, noise, keep)
         with cast:
-            winner, loser, safe = errors(sd, cache, index, t, noise, with_safe)
-        if with_safe:
-            loss, metrics = dpo.safety_dpo(winner, loser, winner_ref, loser_ref, dpo.squared_error(safe, safe_ref), args.beta)
+            winner, loser, kept = errors(sd, cache, index, t, noise, keep)
+        if keep:
+            loss, metrics = dpo.safety_dpo(winner, loser, winner_ref, loser_ref, dpo.squared_error(kept, kept_ref), args.beta)
         else:
             loss, metrics = dpo.diffusion_dpo(winner, loser, winner_ref, loser_ref, args.beta)
         if not math.isfinite(loss.item()):
@@ -155,10 +134,14 @@ def train(args, device, concepts: list[str], name: str, path: Path) -> str:
         optimiser.zero_grad(set_to_none=True)
 
         log.append({"step": step, "loss": loss.item(), **metrics})
-        bar.set_postfix({key: f"{value:.3f}" for key, value in log[-1].items() if key != "step"})
+        bar.set_postfix({"loss": f"{loss.item():.3f}", **{key: f"{metrics[key]:.3f}" for key in ("preference", "accuracy", "margin")},
+                         **{key: f"{metrics[key] / metrics[key + '_ref']:.2f}" for key in ("winner", "loser")}}, refresh=False)
+    if not all(p.isfinite().all() for p in parameters):
+        raise BadInput(f"{name}: the last step left weights that are not finite; lower --lr ({args.lr:g})")
 
     lora.save(path, lora.extract(sd.unet), {
-        "concept": name, "base_model_hash": sha256(*unet_files(args.model)), "data_hash": data_hash,
+        "concept": name, "base_model_hash": sha256(*unet_files(args.model)), "data_hash": sha256(*(args.data / concept / "pairs.jsonl" for concept in concepts),
+                                                                            *(row[key] for row in rows for key in ("safe_image", "unsafe_image"))),
         "prediction_type": sd.schedule.prediction_type, **({"on_top_of": ",".join(below_names)} if below else {}),
         "loss": args.loss, "beta": f"{args.beta:g}", "lr": f"{args.lr:g}", "steps": str(steps),
         "batch": str(args.batch), "rank": str(args.rank), "seed": str(args.seed)})
@@ -166,7 +149,8 @@ def train(args, device, concepts: list[str], name: str, path: Path) -> str:
     last = log[-max(1, steps // 10):]
     mean = {key: sum(row[key] for row in last) / len(last) for key in last[0]}
     return (f"{path}: {len(rows)} pairs, {steps} steps; at the end loss {mean['loss']:.3f}, accuracy {mean['accuracy']:.2f}, "
-            f"winner {mean['winner']:.2f} and loser {mean['loser']:.2f} times the reference's error")
+            f"winner {mean['winner'] / mean['winner_ref']:.2f} and loser {mean['loser'] / mean['loser_ref']:.2f} times the "
+            "reference's error")
 
 
 def main(args):

@@ -1,7 +1,8 @@
 """What every script does the same way: flags, one-line errors, files moved into place.
 
 Needs:       nothing but Python (torch is imported after the flags are parsed, so that --help is instant).
-Gives:       Parser, BadInput, run(), replacing(), opened(), prune(), read_jsonl(), write_jsonl(), sha256().
+Gives:       Parser, BadInput, run(), replacing(), opened(), prune(), read_jsonl(), write_jsonl(), read_pairs(),
+             sha256().
 """
 import argparse
 import contextlib
@@ -28,6 +29,12 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
         self.add_argument("--device", default="auto",
                           help="torch device; auto is cuda, then mps, then cpu (default: auto)")
+
+    def parse_args(self, *arguments):
+        args = super().parse_args(*arguments)
+        if args.seed < 0:
+            self.error(f"--seed {args.seed} is negative; use 0 or more")
+        return args
 
     def error(self, message):
         sys.exit(complain(message + "; see --help"))
@@ -95,15 +102,32 @@ def write_jsonl(path: Path, rows: list[dict]):
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Raises BadInput naming file and line where a line is not a JSON object."""
+    """Raises BadInput naming file and line where a line is not a JSON object in UTF-8."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line.decode("utf-8")))
             if not isinstance(rows[-1], dict):
                 raise ValueError("not an object")
         except ValueError as error:
             raise BadInput(f"{path} line {number}: not a JSON object ({error}); make the data again") from None
+    return rows
+
+
+def read_pairs(data: Path, concept: str) -> list[dict]:
+    """The pairs of data/<concept>/pairs.jsonl: prompts "safe" and "unsafe", and "safe_image" and "unsafe_image" as full
+    paths. Raises BadInput if there are none or a row lacks one of the four."""
+    file = data / concept / "pairs.jsonl"
+    if not file.is_file():
+        raise BadInput(f"{file}: no such file; run python make_data.py --concept {concept}")
+    rows = read_jsonl(file)
+    for number, row in enumerate(rows, 1):
+        wrong = [key for key in ("safe", "unsafe", "safe_image", "unsafe_image") if not isinstance(row.get(key), str)]
+        if wrong:
+            raise BadInput(f"{file} line {number}: {wrong[0]} is missing or not a text; make the data again")
+        row |= {key: file.parent / row[key] for key in ("safe_image", "unsafe_image")}
+    if not rows:
+        raise BadInput(f"{file}: holds no pairs; make the data again with more --pairs")
     return rows
 
 

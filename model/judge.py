@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from .toy_world import ACCESSORIES, BACKGROUNDS, CATEGORIES, COLOURS, OBJECTS, Scene
+from .files import BadInput
+from .toy_world import ACCESSORIES, BACKGROUNDS, CATEGORIES, COLOURS, OBJECTS, SIZE, Scene
 
 NOTHING = "nothing"  # an empty place where an extra could stand; None means "cannot be recognised"
 HEADS = {
@@ -77,7 +78,10 @@ class ToyJudge(nn.Module):
 
     @torch.no_grad()
     def judge(self, pictures: np.ndarray, batch: int = 64) -> list[Verdict]:
-        """pictures uint8 [N, 32, 32, 3] -> N verdicts. Fixed batches: verdict i depends on picture i."""
+        """pictures uint8 [N, 32, 32, 3] -> N verdicts, i from picture i alone. Raises BadInput for another size."""
+        if pictures.shape[1:] != (SIZE, SIZE, 3):
+            raise BadInput(f"the toy judge reads pictures of {SIZE}x{SIZE} pixels, not {pictures.shape[2]}x{pictures.shape[1]}; "
+                           "judge pictures of the toy model at its own size")
         verdicts = []
         for i in range(0, len(pictures), batch):
             images = torch.from_numpy(np.ascontiguousarray(pictures[i:i + batch]))

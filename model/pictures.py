@@ -1,7 +1,7 @@
-"""Labelled grids of pictures, as one PNG.
+"""Pictures from and to files: one by one, and as labelled grids.
 
 Needs:       pillow, numpy.
-Gives:       sheet().
+Gives:       read_pictures(), sheet().
 """
 import textwrap
 from pathlib import Path
@@ -9,9 +9,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .files import replacing
+from .files import BadInput, replacing
 
 CELL, GAP, LINE = 128, 6, 13  # pixels: a picture's side on the sheet, the space around it, a line of caption
+
+
+def read_pictures(paths: list[Path]) -> np.ndarray:
+    """uint8 [N, H, W, 3]. Raises BadInput naming the file that is not a picture, or not of the first one's size."""
+    pictures = []
+    for path in paths:
+        try:
+            pictures.append(np.asarray(Image.open(path).convert("RGB")))
+        except (OSError, Image.DecompressionBombError) as error:
+            raise BadInput(f"{path}: not a readable picture ({error}); make the data again") from None
+        if pictures[-1].shape != pictures[0].shape:
+            raise BadInput(f"{path}: {pictures[-1].shape[1]}x{pictures[-1].shape[0]} pixels where {paths[0]} has "
+                           f"{pictures[0].shape[1]}x{pictures[0].shape[0]}; make the data again")
+    return np.stack(pictures)
 
 
 def sheet(path: Path, cells: list[tuple[np.ndarray, str]], columns: int, titles: tuple[str, ...] = ()):

@@ -19,7 +19,7 @@ import torch
 
 from .checkpoint import Checkpoint, unet_files  # noqa: F401 (the scripts import it from here)
 from .files import BadInput
-from .schedule import NoiseSchedule, sample
+from .schedule import SAMPLERS, NoiseSchedule, sample
 from .text import TextEncoders
 from .unet import UNet
 from .vae import VAE
@@ -60,7 +60,10 @@ class StableDiffusion:
 
     def noise(self, seeds: list[int], size: int) -> torch.Tensor:
         """Start noise [B, C, size/f, size/f]. One CPU generator a picture: the same seed gives the same
-        picture on any device and in any batch, and the picture that diffusers gives."""
+        picture on any device and in any batch, and the picture that diffusers gives. Raises BadInput for a size
+        that the VAE cannot make."""
+        if size < self.reduction or size % self.reduction:
+            raise BadInput(f"--size {size} is not a positive multiple of {self.reduction}, this model's reduction; use one that is")
         side = size // self.reduction
         shape = (self.vae.config.get("latent_channels", 4), side, side)
         return torch.stack([torch.randn(shape, generator=torch.Generator("cpu").manual_seed(s)) for s in seeds])
@@ -93,10 +96,7 @@ class StableDiffusion:
         Classifier-free guidance (Ho & Salimans 2022): eps = eps(negative) + guidance * (eps(prompt) - eps(negative)).
         Both halves are one batch; guidance 1 is eps(prompt) alone, at half the cost.
         """
-        size = size or self.size
-        if size % self.reduction:
-            raise BadInput(f"--size {size}: this model's pictures have sides that are multiples of {self.reduction} pixels")
-        x, guided = self.noise(seeds, size).to(self.device), guidance != 1
+        x, guided = self.noise(seeds, size or self.size).to(self.device), guidance != 1
         prompt = self.embed([negative] * len(prompts) * guided + list(prompts))            # [2B, L, D]
         if guided and self.zero_negative and not negative:
             prompt[:len(prompts)] = 0            # SDXL was trained to draw without a prompt from zeros, not from ""
@@ -108,6 +108,10 @@ class StableDiffusion:
             without, with_prompt = output.float().chunk(2)
             return without + guidance * (with_prompt - without)
 
+        try:
+            SAMPLERS[sampler][0](self.schedule, steps)
+        except ValueError as error:
+            raise BadInput(f"--steps {steps}: {error}") from None
         return self.decode(self.finite(sample(predict, x, self.schedule, steps, sampler), "the picture"))
 
     @torch.no_grad()

@@ -14,8 +14,17 @@ from pathlib import Path
 
 from .toy_world import CATEGORIES
 
-# Each method at strength 1 and around its own best, so that trade-offs are compared and not scales.
-STRENGTHS = {"co-merge": (1, 1.5, 2), "average": (1, 2, 3), "sum": (1, 0.5, 0.3), "random": (1, 1.5, 2), "joint": (1, 0.7, 0.5)}
+# name: (merge.py's flags, strengths). Each at strength 1 and around its own best, so that trade-offs are compared and
+# not scales. (average is sum at another strength: 1/7, 2/7, ...)
+METHODS = {
+    "co-merge": (("--method", "co-merge"), (1, 0.8, 1.2)),
+    "co-merge, not rescaled": (("--method", "co-merge", "--no-rescale"), (1, 1.5, 1.8)),
+    "co-merge by wins": (("--method", "co-merge", "--score", "wins"), (1, 0.8, 1.2)),
+    "average": (("--method", "average"), (1,)),
+    "sum": (("--method", "sum"), (1, 0.35, 0.4, 0.45)),
+    "random rows": (("--method", "random"), (1, 2, 2.5)),
+    "joint": (None, (1, 0.8, 1.2)),     # one LoRA on all the data, by train.py --joint
+}
 COLUMNS = ("all: IP seen", "all: IP held-out", "all: scene", "safe: scene", "safe: accessory", "safe: nothing added", "safe: IP")
 
 
@@ -46,12 +55,12 @@ def run_seed(folder: Path, seed: int) -> tuple[dict, dict]:
     own = {c: tuple(judged(folder / f"judged/{c}-{kind}", data / c / "test.jsonl", seed, *lora)
                     for kind, lora in (("base", ()), ("expert", (f"{experts / c}.safetensors",)))) for c in CATEGORIES}
     merged = {"base": judged(folder / "judged/base", test, seed)}
-    for method, strengths in STRENGTHS.items():
-        file = folder / f"{method}.safetensors"
+    for name, (flags, strengths) in METHODS.items():
+        file = folder / f"{name.replace(',', '').replace(' ', '-')}.safetensors"
         if not file.exists():
-            script("merge.py", experts, "--method", method, "--data", data, "--out", file, "--seed", seed)
+            script("merge.py", experts, *flags, "--data", data, "--out", file, "--seed", seed)
         for s in strengths:
-            merged[f"{method} x {s}"] = judged(folder / f"judged/{method}-{s}", test, seed, f"{file}@{s}")
+            merged[f"{name} x {s}"] = judged(folder / f"judged/{file.stem}-{s}", test, seed, f"{file}@{s}")
     return own, merged
 
 

@@ -1,13 +1,15 @@
 """Work spread over processes: on a CPU, two small networks in two processes beat one in two threads.
 
-Needs:       torch.
+Needs:       torch, tqdm.
 Gives:       spread(), processes_for().
 """
 import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 _STATE = None  # what make() built in this worker process: each process builds its own, once
 
@@ -23,6 +25,7 @@ def processes_for(device: torch.device, weights: list[Path]) -> int:
 def _start(make):
     global _STATE
     torch.set_num_threads(1)  # threads of several processes would fight for the same cores
+    tqdm.set_lock(threading.RLock())  # its default lock is a semaphore, which leaks when an error ends the pool
     _STATE = make() if make else None
 
 
