@@ -140,7 +140,8 @@ def match(network: nn.Module, lora: dict[str, Factors], what: str) -> dict[str, 
     if rest:
         print(f"note: {what}: {len(rest)} of {len(lora)} layers are not in this model and are left out: "
               f"{', '.join(rest[:3])}{' ...' if rest[3:] else ''}", file=sys.stderr)
-    return found
+    # A linear layer and a 1x1 convolution are one thing, and some files have the other one: ours from here on.
+    return {name: f._replace(kernel=tuple(known[name][1].weight.shape[2:])) for name, f in found.items()}
 
 
 def inject(network: nn.Module, lora: dict[str, Factors]) -> list[nn.Parameter]:
@@ -160,7 +161,7 @@ def inject(network: nn.Module, lora: dict[str, Factors]) -> list[nn.Parameter]:
 @torch.no_grad()
 def fuse(network: nn.Module, lora: dict[str, Factors]):
     """W + delta W for every layer of the LoRA, for good: what is trained or injected next starts from there. In new
-    tensors, since the old ones may be a file's mapped memory. Raises BadInput as adapted() does."""
+    tensors, since the old ones may be a file's mapped memory, and rounded to the weights' own dtype. Raises BadInput as adapted() does."""
     for f, (_, layer) in zip(lora.values(), adapted(network, lora)):
         weight = layer.weight
         delta = f._replace(down=f.down.to(weight.device), up=f.up.to(weight.device)).delta()
@@ -184,13 +185,13 @@ def extract(network: nn.Module) -> dict[str, Factors]:
 @contextlib.contextmanager
 def switched_off(network: nn.Module):
     """Inside, the network is the base model: the DPO reference costs no second copy of the weights."""
-    adapted = [m for m in network.modules() if isinstance(m, LoRALayer)]
-    for layer in adapted:
+    switches = [m for m in network.modules() if isinstance(m, LoRALayer)]
+    for layer in switches:
         layer.on = False
     try:
         yield
     finally:
-        for layer in adapted:
+        for layer in switches:
             layer.on = True
 
 
@@ -291,16 +292,16 @@ def load(path: Path) -> tuple[dict[str, Factors], dict[str, str]]:
     with opened(path) as file:
         metadata = file.metadata() or {}
         for key in file.keys():
-            if match := TEXT_ENCODER.fullmatch(key):
-                text_layers.add(match[1])
+            if hit := TEXT_ENCODER.fullmatch(key):
+                text_layers.add(hit[1])
                 continue
-            matches = ((pattern.fullmatch(key), part) for pattern, part in STYLES)
-            match, part = next(((m, part) for m, part in matches if m), (None, None))
-            if match is None:
+            hits = ((pattern.fullmatch(key), part) for pattern, part in STYLES)
+            hit, part = next(((h, part) for h, part in hits if h), (None, None))
+            if hit is None:
                 raise BadInput(f"{path}: key {key!r} {file.get_slice(key).get_shape()} belongs to no known LoRA style; "
                                "is this a plain LoRA for a UNet?")
             peft = peft or ".lora_A." in key
-            name = flat(unet_name(".".join(match.groups())))
+            name = flat(unet_name(".".join(hit.groups())))
             name += "_0" if name.endswith("to_out") else ""      # old files leave out to_out's index
             parts.setdefault(name, {})[part] = file.get_tensor(key)
     lora, alpha_of = {}, peft_alpha(path, metadata) if peft else lambda name, rank: float(rank)

@@ -61,7 +61,7 @@ def draw(settings: dict, sd, chunk: list[tuple[str, int]]) -> np.ndarray:
     prompts, seeds = zip(*chunk)
     try:
         return sd.draw(prompts, seeds, **settings)
-    except torch.OutOfMemoryError:
+    except torch.cuda.OutOfMemoryError:
         raise BadInput(f"no memory left for {len(chunk)} pictures at once; use a smaller --batch or --size") from None
 
 

@@ -6,8 +6,9 @@ Needs:       requirements-test.txt. diffusers, transformers and peft are the ora
 Tolerances:  stated beside each comparison, always relative to the largest value, max|a - b| / max|b|. Networks
              are compared in float64 to 1e-8, far below any rounding excuse, and the toy in fp32 to 1e-4.
 
-The order is the reader's: schedule and samplers; UNet and VAE; text; the toy checkpoint; toy world and judge;
-LoRA; DPO; merging; the scripts.
+The order is the reader's: schedule and samplers; UNet and VAE; text; the toy checkpoint; whole checkpoints of SD 1, 2
+and XL and their LoRAs; toy world and judge; LoRA; DPO; merging; the scripts. `--bench`, at the end, is no test: full-size
+models beside diffusers, for speed and memory.
 """
 import ast
 import functools
@@ -41,13 +42,13 @@ import merge  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from model import toy_world as world  # noqa: E402
-from model.checkpoint import Checkpoint, fill  # noqa: E402
+from model.checkpoint import Checkpoint  # noqa: E402
 from model.files import TOY, BadInput, run  # noqa: E402
 from model.judge import HEADS, ToyJudge, Verdict, interval  # noqa: E402
 from model.schedule import SAMPLERS, NoiseSchedule  # noqa: E402
 from model.schedule import sample as solve  # noqa: E402
 from model.single_file import CONFIGS, place  # noqa: E402
-from model.stable_diffusion import StableDiffusion, load, predicts_noise  # noqa: E402
+from model.stable_diffusion import load, predicts_noise  # noqa: E402
 from model.text import TextEncoders, build_encoder  # noqa: E402
 from model.toy_pretrain import scenes_and_pictures  # noqa: E402
 from model.toy_tokenizer import write_tokenizer  # noqa: E402

@@ -52,7 +52,10 @@ class Place(NamedTuple):
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not an object")
+        return config
     except OSError:
         raise BadInput(f"{path}: cannot be read; --model takes a Stable Diffusion folder in the diffusers layout, or a single "
                        ".safetensors file") from None
@@ -140,7 +143,7 @@ class Checkpoint:
                 for key in file.keys():
                     name = single_file.old_vae_name(key) if part == "vae" else key.removeprefix(TEXT)
                     if not key.endswith("position_ids"):          # 0, 1, 2, ...: once stored as if it were a weight
-                        places[name] = Place(path, key)
+                        self._put(places, name, Place(path, key))
         return places
 
     def _index_single(self):
@@ -171,18 +174,29 @@ class Checkpoint:
             if found:
                 part, names = found
                 for i, name in enumerate(names):
-                    self.parts[part][name] = Place(self.path, key, i if len(names) == 3 else None, name == "text_projection.weight" and
-                                                   not key.endswith(".weight"))
+                    turned = name == "text_projection.weight" and not key.endswith(".weight")       # OpenCLIP keeps x @ W, not W x
+                    self._put(self.parts[part], name, Place(self.path, key, i if len(names) == 3 else None, turned))
+
+    @staticmethod
+    def _put(places: dict[str, Place], name: str, place: Place):
+        if name in places:
+            raise BadInput(f"{place.file}: holds {name} twice, as {places[name].key} and as {place.key}; get an undamaged copy")
+        places[name] = place
 
     def _refuse_inputs(self, channels: int):
         if channels != 4:
             raise BadInput(f"{self.path}: its UNet takes {channels} channels: this is {INPUTS.get(channels, 'another model')}; {ONLY}")
 
+    def _config_file(self, part: str) -> Path:
+        return self.side / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+
+    def has_config(self, part: str) -> bool:
+        return self._config_file(part).is_file()
+
     def config(self, part: str) -> dict:
         """The contents of <part>/config.json (scheduler: scheduler_config.json); a single file's is the published one."""
-        path = self.side / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-        if not self.single or path.is_file():
-            return read_json(path)
+        if not self.single or self.has_config(part):
+            return read_json(self._config_file(part))
         config = dict(single_file.CONFIGS[self.family][part])
         if part == "scheduler":  # some single files of SDXL carry these two names, without a value that matters
             config |= {"prediction_type": "v_prediction"} if "v_pred" in self.notes else {}

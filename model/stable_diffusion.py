@@ -170,8 +170,9 @@ def load(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> 
         raise BadInput(f"{path}: {error}") from None
     sd = StableDiffusion(unet, vae, text, schedule, device, checkpoint.zero_negative)
     sd.path = path
-    if checkpoint.family == "SD 2" and not (checkpoint.side / "scheduler").is_dir() and predicts_noise(sd):
-        sd.schedule, sd.size = NoiseSchedule({**config, "prediction_type": "epsilon"}), 64 * sd.reduction
+    if checkpoint.family == "SD 2" and not checkpoint.has_config("scheduler") and predicts_noise(sd):
+        sd.schedule = NoiseSchedule({**config, "prediction_type": "epsilon"})
+        sd.size = sd.size if checkpoint.has_config("unet") else 512
     return sd
 
 
