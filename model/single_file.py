@@ -30,7 +30,8 @@ CONFIGS = {
                            down_block_types=["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2, transformer_layers_per_block=[1, 2, 10],
                            up_block_types=["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"], use_linear_projection=True,
                            addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816),
-                 vae=dict(_VAE, scaling_factor=0.13025), text_encoder=_CLIP_L, text_encoder_2=_OPEN_CLIP_G, scheduler=_SCHEDULER)}
+                 vae=dict(_VAE, scaling_factor=0.13025), text_encoder=_CLIP_L, text_encoder_2=_OPEN_CLIP_G,
+                 scheduler=dict(_SCHEDULER, timestep_spacing="leading"))}
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 # family: {part: (prefix in the file, who wrote that text encoder)}
