@@ -132,7 +132,7 @@ def train(args, device, concepts: list[str], name: str, path: Path) -> str:
         bar.set_postfix({"loss": f"{loss.item():.3f}", **{key: f"{metrics[key]:.3f}" for key in ("preference", "accuracy", "margin")},
                          **{key: f"{metrics[key] / metrics[key + '_ref']:.2f}" for key in ("winner", "loser")}}, refresh=False)
     if not all(p.isfinite().all() for p in parameters):
-        raise BadInput(f"{name}: the last step left weights that are not finite; lower --lr ({args.lr:g})")
+        raise BadInput(f"{name}: the last step left weights that are not finite; lower --lr ({args.lr:g}) or --beta ({args.beta:g})")
 
     lora.save(path, lora.extract(sd.unet), {
         "concept": name, "base_model_hash": sha256(weights_file(args.model, "unet")), "data_hash": sha256(*(args.data / concept / "pairs.jsonl" for concept in concepts),
