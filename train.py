@@ -86,7 +86,7 @@ def errors(sd, cache, index, t, noise, keep: bool):
     return error[0], error[1], output.chunk(parts)[2] if keep else None
 
 
-def train(args, device, concepts: list[str], name: str, path: Path) -> str:
+def train(args, device, name: str, concepts: list[str], path: Path) -> str:
     """Trains one LoRA on the pairs of `concepts` and writes it to `path`. Returns a line that sums it up."""
     rows = [row for concept in concepts for row in read_pairs(args.data, concept)]
     sd = load(args.model, device)
@@ -156,17 +156,15 @@ def main(args):
     if args.concept == "all" and not found:
         raise BadInput(f"{args.data}: no concept has pairs yet; run python make_data.py")
     concepts = found if args.concept == "all" else [args.concept]
+    jobs = [(concept, [concept], (args.out or Path("experts")) / f"{concept}.safetensors") for concept in concepts]
     if args.joint:
-        print(train(args, device, concepts, "joint", (args.out or Path()) / "joint.safetensors"))
-        return
-    jobs = [(concept, (args.out or Path("experts")) / f"{concept}.safetensors") for concept in concepts]
+        jobs = [("joint", concepts, (args.out or Path()) / "joint.safetensors")]
     for line in spread(None, partial(train_job, args, device), jobs, processes_for(device, weights_file(args.model, "unet"))):
         tqdm.write(line)
 
 
 def train_job(args, device, _, job) -> str:
-    concept, path = job
-    return train(args, device, [concept], concept, path)
+    return train(args, device, *job)
 
 
 if __name__ == "__main__":
