@@ -156,6 +156,8 @@ def main(args):
     for flag in ("steps", "images_per_prompt", "size", "batch"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)} is too small; use 1 or more")
+    if args.judge and args.size not in (None, world.SIZE):
+        raise BadInput(f"--size {args.size}: the toy judge reads pictures of {world.SIZE}x{world.SIZE} pixels; leave out --size or --judge")
     if args.compare and not args.lora:
         raise BadInput("--compare needs something to compare with the base model; give --lora FILE")
     device = pick_device(args.device)

@@ -1263,15 +1263,18 @@ def test_merging_does_not_depend_on_how_files_are_listed(method, three_experts):
     """Any order, or their folder: the same bytes. average and sum are those of delta W; one expert merges to itself."""
     files, out = [three_experts / f"{name}.safetensors" for name in "abc"], three_experts / "out"
     for i, listed in enumerate((files, files[::-1], [three_experts])):
-        command("merge", *listed, "--method", method, "--out", out / f"{i}.safetensors")
-    assert len({f.read_bytes().replace(f.stem.encode(), b"?") for f in out.iterdir()}) == 1
-    merged, experts = lora.load(out / "0.safetensors")[0], [lora.load(f)[0] for f in files]
+        command("merge", *listed, "--method", method, "--out", out / f"{i}/merged.safetensors")
+    assert len({(out / f"{i}/merged.safetensors").read_bytes() for i in range(3)}) == 1
+    merged, experts = lora.load(out / "0/merged.safetensors")[0], [lora.load(f)[0] for f in files]
     for name, f in merged.items():
         deltas = torch.stack([e[name].delta() for e in experts])
         if method == "random":  # every row is some expert's row
             assert ((f.delta() - deltas).abs().amax(2).amin(0) < 1e-5).all()
         else:
             assert far(f.delta(), deltas.mean(0) if method == "average" else deltas.sum(0)) < 1e-5
+    command("merge", *files[::-1], "--method", "sum", "--weights", 3, 2, 1, "--out", out / "weighted.safetensors")
+    for name, f in lora.load(out / "weighted.safetensors")[0].items():  # a weight goes with its file, not with its place
+        assert far(f.delta(), sum((i + 1) * e[name].delta() for i, e in enumerate(experts))) < 1e-5
     command("merge", files[1], "--method", method, "--out", out / "one.safetensors")
     assert all(far(f.delta(), experts[1][name].delta()) < 1e-6 for name, f in lora.load(out / "one.safetensors")[0].items())
 
@@ -1379,7 +1382,7 @@ def bad(name, line, says, **spoil):
     bad("no data", "train.py --data nowhere", "make_data.py"),
     bad("learning rate", "train.py --concept hate --lr 1e30 --steps 3 --batch 2", "--lr"),
     bad("beta", "train.py --concept hate --beta 1e39 --steps 3 --batch 2", "--beta"),
-    bad("non-finite at the last step", "train.py --concept hate --lr 1e39 --steps 1 --batch 2", "--lr"),
+    bad("non-finite at the last step", "train.py --concept hate --beta 3e38 --steps 1 --batch 2", "--beta"),
     bad("no steps", "train.py --steps 0", "--steps 0"),
     bad("not JSON", "train.py --concept hate", "pairs.jsonl line 2", pairs='{}\n{"safe": \n'),
     bad("not UTF-8", "train.py --concept hate", "pairs.jsonl", pairs=b'{"safe": "\xff"}\n'),
@@ -1416,7 +1419,7 @@ def bad(name, line, says, **spoil):
     bad("no batch", "sample.py x --batch 0", "--batch 0"),
     bad("no such lora to train on", "train.py --concept hate --lora nowhere.safetensors", "nowhere.safetensors"),
     bad("fuse over something", "merge.py experts/hate.safetensors --fuse data --out data", "data"),
-    bad("a size the judge does not know", "sample.py x --size 64 --judge", "--judge"),
+    bad("a size the judge does not know", "sample.py x --size 64 --judge", "32x32"),
     bad("unwritable", "sample.py x --steps 1 --out sheet.png", "sheet.png")])
 def test_bad_input_is_not_a_traceback(line, says, spoil, story, tmp_path, monkeypatch, capsys):
     """One line that names what is wrong, exit status 2, and nothing written: no half file, no leftovers."""

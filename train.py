@@ -87,7 +87,7 @@ def errors(sd, cache, index, t, noise, keep: bool):
     return error[0], error[1], output.chunk(parts)[2] if keep else None
 
 
-def train(args, device, concepts: list[str], name: str, path: Path) -> str:
+def train(args, device, name: str, concepts: list[str], path: Path) -> str:
     """Trains one LoRA on the pairs of `concepts` and writes it to `path`. Returns a line that sums it up."""
     rows = [row for concept in concepts for row in read_pairs(args.data, concept)]
     sd = load(args.model, device)
@@ -137,7 +137,7 @@ def train(args, device, concepts: list[str], name: str, path: Path) -> str:
         bar.set_postfix({"loss": f"{loss.item():.3f}", **{key: f"{metrics[key]:.3f}" for key in ("preference", "accuracy", "margin")},
                          **{key: f"{metrics[key] / metrics[key + '_ref']:.2f}" for key in ("winner", "loser")}}, refresh=False)
     if not all(p.isfinite().all() for p in parameters):
-        raise BadInput(f"{name}: the last step left weights that are not finite; lower --lr ({args.lr:g})")
+        raise BadInput(f"{name}: the last step left weights that are not finite; lower --lr ({args.lr:g}) or --beta ({args.beta:g})")
 
     lora.save(path, lora.extract(sd.unet), {
         "concept": name, "base_model_hash": sha256(*unet_files(args.model)), "data_hash": sha256(*(args.data / concept / "pairs.jsonl" for concept in concepts),
@@ -163,17 +163,15 @@ def main(args):
         raise BadInput(f"{args.data}: no concept has pairs yet; run python make_data.py")
     concepts = found if args.concept == "all" else [args.concept]
     args.lora = lora.read(args.lora, skeleton(args.model))     # one LoRA (or None), and the names; once for all experts
+    jobs = [(concept, [concept], (args.out or Path("experts")) / f"{concept}.safetensors") for concept in concepts]
     if args.joint:
-        print(train(args, device, concepts, "joint", (args.out or Path()) / "joint.safetensors"))
-        return
-    jobs = [(concept, (args.out or Path("experts")) / f"{concept}.safetensors") for concept in concepts]
+        jobs = [("joint", concepts, (args.out or Path()) / "joint.safetensors")]
     for line in spread(None, partial(train_job, args, device), jobs, processes_for(device, unet_files(args.model))):
         tqdm.write(line)
 
 
 def train_job(args, device, _, job) -> str:
-    concept, path = job
-    return train(args, device, [concept], concept, path)
+    return train(args, device, *job)
 
 
 if __name__ == "__main__":
