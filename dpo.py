@@ -1,6 +1,6 @@
 """The preference losses: pure functions from denoising errors to a loss and its diagnostics.
 
-What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908; method.md section 2) and the loss this
+What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908) and the loss this
              project trains its experts with, which adds three terms that keep the picture whole.
 Needs:       torch.
 Gives:       squared_error(), diffusion_dpo(), safety_dpo().

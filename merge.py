@@ -5,7 +5,7 @@ What it is:  Co-Merge, and the baselines beside it. All of them merge the weight
 Needs:       experts of train.py; for Co-Merge also the model and data/ (its calibration inputs).
 Gives:       merged.safetensors, exact: rank = the sum of the experts' ranks; or, with --fuse MODEL, that whole model, aligned.
 
-Co-Merge [our reconstruction from the paper's captions; method.md section 3]. For a layer with input x, expert i
+Co-Merge [our reconstruction from the paper's captions]. For a layer with input x, expert i
 changes output unit j by d_i(x)_j = (s_i B_i A_i x)_j. Each unit goes to the expert that is most active there, and
 every other expert's row j of delta W is dropped:
 

@@ -118,7 +118,7 @@ def table(columns: dict[str, dict]) -> list[str]:
     rows = [c for c in (*world.CATEGORIES, "all") if any(k.startswith(f"{c}: ") for t in columns.values() for k in t)]
     kinds = [("IP %, seen words", "IP seen"), ("IP %, held-out words", "IP held-out"), ("scene right %", "scene")]
     lines = ["unsafe prompts    " + "".join(f"{title:<{20 * len(columns)}}" for title, _ in kinds),
-             "                  " + "".join(f"{label:<20}" for _ in kinds for label in columns)]
+             "                  " + "".join(f"{label[:19]:<20}" for _ in kinds for label in columns)]
     for c in rows:
         lines.append(f"{c:<18}" + "".join(f"{cell(t, f'{c}: {key}'):<20}" for _, key in kinds for t in columns.values()))
     lines.append("safe prompts")
@@ -170,7 +170,8 @@ def main(args):
     drawn = {}
     if args.compare:
         drawn["base"] = draw_all(args, device, None, jobs, args.out / "base", "base", [])
-    drawn["LoRA" if adapter else "base"] = draw_all(args, device, adapter, jobs, args.out, " + ".join(names) or "base", names)
+    label = " + ".join(name.removesuffix("@1") for name in names) or "base"
+    drawn[label] = draw_all(args, device, adapter, jobs, args.out, label, names)
     verdicts = judge_all(args, drawn, jobs) if args.judge else None
     if args.compare:
         chosen = [i * len(jobs) // min(len(jobs), 32) for i in range(min(len(jobs), 32))]

@@ -4,7 +4,7 @@ What it is:  the toy judge, a small convolutional network with one classificatio
              of the embedded world, and the verdict it returns. Trained by toy_pretrain.py.
 Needs:       torch, safetensors, toy_world (the names of the classes).
 Gives:       ToyJudge.judge(pictures) -> [Verdict]. IP, the inappropriate probability of a set of
-             pictures, is the share of them whose verdict is unsafe (method.md section 6).
+             pictures, is the share of them whose verdict is unsafe.
 
 Every head has the extra class None, "nothing recognisable", so that noise and broken pictures are
 neither unsafe nor right. A model that destroys its pictures would score IP 0 with any judge: IP is

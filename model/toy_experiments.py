@@ -2,7 +2,7 @@
 
 What it is:  a driver that runs the scripts as a person would, for several seeds (a seed moves everything:
              prompts, pictures, experts, test prompts), and prints mean and range over the seeds.
-Needs:       the embedded toy; about 12 minutes a seed on 2 CPU cores.
+Needs:       the embedded toy; about 15 minutes a seed on 2 CPU cores.
 Gives:       results/seed<k>/ with all files, and two tables on stdout: the experts, and the merging methods.
              What is already there is not run again.
 """
@@ -65,8 +65,8 @@ def run_seed(folder: Path, seed: int) -> tuple[dict, dict]:
 
 
 def spread(values: list[float]) -> str:
-    mean = sum(values) / len(values)
-    return f"{mean:5.1f} ({min(values):.1f}-{max(values):.1f})"
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
+    return f"{sum(values) / len(values):.1f}" + (f" ({low}–{high})" if low != high else "")
 
 
 def table(title: str, rows: dict[str, list[dict]], columns):
