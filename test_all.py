@@ -1078,21 +1078,21 @@ def four_errors(seed=0, n=6):
 
 
 def training_step(small, seed=0, n=4):
-    """A cache as train.encode makes it, with a step's choices: (cache, index, t, noise)."""
+    """A cache as train.encode makes it, with a step's choices as train.draw makes them: (cache, step)."""
     g = torch.Generator().manual_seed(seed)
     latents, contexts = torch.randn(2, n, 4, 8, 8, generator=g), torch.randn(2, n, 5, 24, generator=g)
-    cache = {"winner": latents[0], "loser": latents[1], "safe": contexts[0], "unsafe": contexts[1],
+    cache = {"winner": latents[0][:, None], "loser": latents[1][:, None], "safe": contexts[0], "unsafe": contexts[1],
              "empty": torch.randn(1, 5, 24, generator=g)}
-    return cache, torch.arange(n), torch.tensor([10, 300, 600, 990]), torch.randn(n, 4, 8, 8, generator=g)
+    return cache, {"index": torch.arange(n), "t": torch.tensor([10, 300, 600, 990]), "noise": torch.randn(n, 4, 8, 8, generator=g),
+                   "empty": torch.arange(n) < n // 4, "flip": torch.zeros(n, dtype=torch.long)}
 
 
-def gradient(small, cache, loss, *step):
+def gradient(small, cache, loss, step):
     """Loss and the gradient (one vector) of a fresh LoRA, computed with train.py's own errors()."""
     parameters = lora.inject(small.unet, lora.init(small.unet, 4, 4, seed=0))
     with torch.no_grad(), lora.switched_off(small.unet):
-        w_ref, l_ref, safe_ref = train.errors(small, cache, *step, True)
-    w, l, safe = train.errors(small, cache, *step, True)
-    value, metrics = loss(w, l, w_ref, l_ref, dpo.squared_error(safe, safe_ref))
+        reference = train.errors(small, cache, step, loss)
+    value, metrics = dpo.loss(loss, train.errors(small, cache, step, loss), reference, 100.0)
     value.backward()
     lora.remove(small.unet)
     return value.item(), metrics, torch.cat([p.grad.flatten() for p in parameters])
@@ -1102,11 +1102,11 @@ PUBLISHED = lambda w, l, wr, lr, drift: dpo.diffusion_dpo(w, l, wr, lr, beta=100
 SAFETY = lambda w, l, wr, lr, drift: dpo.safety_dpo(w, l, wr, lr, drift, beta=100.0)
 
 
-@pytest.mark.parametrize("loss", [PUBLISHED, SAFETY], ids=["dpo", "safety"])
+@pytest.mark.parametrize("loss", dpo.LOSSES)
 def test_a_loss_of_ln_2_is_not_a_stuck_loss(loss, small):
     """Policy = reference at the start: 0.693 exactly (1e-5), accuracy 0, and yet a gradient to follow."""
-    cache, *step = training_step(small)
-    value, metrics, grad = gradient(small, cache, loss, *step)
+    cache, step = training_step(small)
+    value, metrics, grad = gradient(small, cache, loss, step)
     assert value == pytest.approx(math.log(2), abs=1e-5) and metrics["preference"] == pytest.approx(math.log(2), abs=1e-5)
     assert metrics["accuracy"] == metrics["margin"] == 0 and grad.abs().max() > 1e-4
     assert metrics["winner"] == metrics["winner_ref"] and metrics["loser"] == metrics["loser_ref"]
@@ -1114,17 +1114,18 @@ def test_a_loss_of_ln_2_is_not_a_stuck_loss(loss, small):
 
 def test_which_picture_wins_is_all_that_the_published_loss_knows(small):
     """Winner and loser swapped, the first gradient is the same with the other sign (1e-4)."""
-    cache, *step = training_step(small)
+    cache, step = training_step(small)
     swapped = {**cache, "winner": cache["loser"], "loser": cache["winner"]}
-    assert far(gradient(small, swapped, PUBLISHED, *step)[2], -gradient(small, cache, PUBLISHED, *step)[2]) < 1e-4
+    assert far(gradient(small, swapped, "dpo", step)[2], -gradient(small, cache, "dpo", step)[2]) < 1e-4
 
 
 def test_noise_and_timestep_belong_to_the_pair(small):
     """Drawn twice, they would drown the content's difference: one picture as winner and loser has ONE error."""
-    cache, index, t, noise = training_step(small)
-    w, l, kept = train.errors(small, {**cache, "loser": cache["winner"]}, index, t, noise, True)
-    assert far(w, l) < 1e-6 and train.errors(small, cache, index, t, noise, False)[2] is None
-    x_t = small.schedule.add_noise(cache["winner"], noise, t)
+    cache, step = training_step(small)
+    t, noise = step["t"], step["noise"]
+    w, l, kept = train.errors(small, {**cache, "loser": cache["winner"]}, step, "safety")
+    assert far(w, l) < 1e-6 and len(train.errors(small, cache, step, "dpo")) == 2
+    x_t = small.schedule.add_noise(cache["winner"][:, 0], noise, t)
     assert far(w, (small.unet(x_t, t, cache["unsafe"]) - noise).square().mean((1, 2, 3))) < 1e-5
     # Preservation looks at the SAFE prompt, and in a quarter of the step at the empty one, which guidance uses too.
     assert far(kept, small.unet(x_t, t, torch.cat([cache["empty"], cache["safe"][1:]]))) < 1e-5
