@@ -11,6 +11,7 @@ and XL and their LoRAs; toy world and judge; LoRA; DPO; merging; the scripts. `-
 models beside diffusers, for speed and memory.
 """
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -19,9 +20,11 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1142,6 +1145,11 @@ def test_the_losses_are_what_their_equations_say():
     safety = [-log_sigmoid(-beta / 2 * ((w - wr) - (l - lr) + 2 * guard * max(0, w - wr))) + anchor * beta * (w - wr) + keep * beta * d
               for w, l, wr, lr, d in rows]
     loss, metrics = dpo.diffusion_dpo(*four_errors()[:4], beta)
+    prior = sum(plain) / len(plain) + sum(keep * beta * d for *_, d in rows) / len(rows)
+    assert dpo.prior_dpo(*four_errors(), beta, keep)[0].item() == pytest.approx(prior, rel=1e-12)
+    safe = [-log_sigmoid(-beta / 2 * ((w - l) - (wr - lr))) for w, l, wr, lr, _ in zip(*(e.tolist() for e in four_errors(1)))]
+    policy, reference = ([*four_errors()[k:k + 2], *four_errors(1)[k:k + 2]] for k in (0, 2))
+    assert dpo.both_prompts_dpo(policy, reference, beta)[0].item() == pytest.approx((sum(plain) + sum(safe)) / 2 / len(rows), rel=1e-12)
     assert loss.item() == pytest.approx(sum(plain) / len(plain), rel=1e-12)
     assert dpo.safety_dpo(*four_errors(), beta, guard, anchor, keep)[0].item() == pytest.approx(sum(safety) / len(safety), rel=1e-12)
     assert metrics["accuracy"] == pytest.approx(sum(l - lr > w - wr for w, l, wr, lr, _ in rows) / len(rows))
@@ -1157,6 +1165,77 @@ def test_the_default_loss_is_the_published_one_and_three_terms():
     assert loss == published and metrics == {k: v for k, v in more.items() if k != "drift"}
     for term in ("guard", "anchor", "keep"):
         assert dpo.safety_dpo(*errors, 50.0, **{"guard": 0, "anchor": 0, "keep": 0, term: 1.0})[0] != published
+
+
+def test_a_wider_gap_can_cost_the_winner():
+    """One step of size 1e-3 along each output's gradient, weights shared by winner and loser: the published loss makes the
+    winner WORSE where their residuals are alike and the loser's is the larger; with the factor it cannot, and the factor
+    is the largest that is safe. The loss's value is the published one, and the loser's gradient is factor times its own."""
+    target = torch.randn(2, 1, 2, 2, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    output = target + torch.tensor([0.1, 0.4], dtype=torch.double).view(2, 1, 1, 1) * torch.randn(1, 1, 2, 2, dtype=torch.double)   # alike
+    r_w, r_l = output - target
+    factor = dpo.winner_safe(r_w[None], r_l[None])
+    assert factor.item() == pytest.approx(sum(a * a for a in r_w.flatten().tolist()) / sum(a * b for a, b in zip(r_w.flatten().tolist(), r_l.flatten().tolist())))
+    for scale, worse in ((1.0, True), (factor.item() * 0.99, False), (factor.item() * 1.01, True)):
+        step = -1e-3 * (r_w - scale * r_l)                                # what both outputs would move by
+        assert ((r_w + step).square().mean() > r_w.square().mean()).item() == worse
+    assert dpo.winner_safe(r_w[None], -r_l[None]).item() == 1             # opposed: the loser's step helps the winner
+    e = [x.requires_grad_() for x in four_errors()]
+    factors = torch.linspace(0, 1, 6, dtype=torch.double)
+    plain, safe = dpo.diffusion_dpo(*e[:4], 30.0)[0], dpo.winner_safe_dpo(*e[:4], factors, 30.0)[0]
+    assert plain.item() == pytest.approx(safe.item(), rel=1e-12)
+    for wanted, got, times in zip(torch.autograd.grad(plain, e[:2]), torch.autograd.grad(safe, e[:2]), (1, factors)):
+        assert (wanted * times - got).abs().max() < 1e-12
+
+
+def test_the_losses_ask_for_what_they_name(small):
+    """dpo+safe looks at the safe prompt, duo at pure noise without a prompt at the last timestep: against plain calls."""
+    cache, step = training_step(small)
+    x_t = [small.schedule.add_noise(cache[side][:, 0], step["noise"], step["t"]) for side in ("winner", "loser")]
+    safe = train.errors(small, cache, step, "dpo+safe")[2:]
+    for x, got in zip(x_t, safe):
+        assert far(got, (small.unet(x, step["t"], cache["safe"]) - step["noise"]).square().mean((1, 2, 3))) < 1e-5
+    kept = train.errors(small, cache, step, "duo")[2]
+    assert far(kept, small.unet(step["noise"], torch.full((4,), 999), cache["empty"].expand(4, -1, -1))) < 1e-5
+
+
+def options(**changed):
+    return SimpleNamespace(**{"augment": False, "caption_dropout": 0.0, "reuse": 0, "batch": 4, "loss": "safety", **changed})
+
+
+def test_what_is_random_is_drawn_once_for_a_pair(small):
+    """Mirrored or not, where in the VAE's posterior, with a prompt or without: winner and loser share it, and without the
+    options nothing more is drawn, so that the default's random numbers are what they were."""
+    cache, _ = training_step(small)
+    cache = {**cache, **{f"{side}{end}": torch.randn(4, 2, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i, (side, end) in
+                         enumerate((s, e) for s in ("winner", "loser") for e in ("", "_std"))}}
+    draw = lambda **o: train.draw(options(**o), cache, 1000, torch.arange(4), torch.Generator().manual_seed(3))
+    plain, step = draw(), draw(augment=True, caption_dropout=0.5)
+    assert all(torch.equal(plain[key], step[key]) for key in ("t", "noise")) and len(plain["flip"].unique()) == 1
+    assert len(step["flip"].unique()) == 2 and 0 < step["dropped"].sum() < 4
+    w, l, _ = train.errors(small, cache, step, "safety")
+    for side, got in (("winner", w), ("loser", l)):
+        for i in range(4):
+            x0 = cache[side][i, step["flip"][i]] + step["spread"][i] * cache[side + "_std"][i, step["flip"][i]]
+            prompt = cache["empty"] if step["dropped"][i] else cache["unsafe"][i:i + 1]
+            noise, t = step["noise"][i:i + 1], step["t"][i:i + 1]
+            error = (small.unet(small.schedule.add_noise(x0[None], noise, t), t, prompt) - noise).square().mean()
+            assert far(got[i], error) < 1e-5
+
+
+@pytest.mark.parametrize("loss", dpo.LOSSES)
+def test_a_reference_need_not_be_asked_twice(loss, small):
+    """The stored answers are those that the reference gives again (1e-5), for each pair's own draws."""
+    cache, _ = training_step(small)
+    lora.inject(small.unet, random_lora(small.unet, 0))
+    table = train.fixed_draws(options(reuse=3, loss=loss), small, cache, torch.Generator().manual_seed(0), contextlib.nullcontext())
+    assert table["index"].tolist() == [*range(4)] * 3 and len(table["t"].unique()) == 12
+    entry = torch.tensor([9, 2, 4, 11])
+    with torch.no_grad(), lora.switched_off(small.unet):
+        again = train.errors(small, cache, {key: value[entry] for key, value in table.items()}, loss)
+    assert all(far(table[f"ref{i}"][entry], value) < 1e-5 for i, value in enumerate(again))
+    with torch.no_grad():                                              # and the policy's are others
+        assert far(train.errors(small, cache, {key: value[entry] for key, value in table.items()}, loss)[0], again[0]) > 1e-3
 
 
 def test_the_mean_goes_outside_the_log_sigmoid():
@@ -1304,7 +1383,8 @@ def story(tmp_path_factory):
 
 
 def contents(folder) -> dict[str, str]:
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()}
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.rglob("*")) if f.is_file()
+            and f.name != ".cache.safetensors"}         # what train.py may leave beside the data, whatever comes of it
 
 
 def test_random_numbers_and_processes_are_no_excuse(story):
@@ -1342,6 +1422,173 @@ def test_the_files_say_what_was_done(story, toy):
     pair = json.loads((folder / "data/hate/pairs.jsonl").read_text().splitlines()[0])
     safe = toy.draw([pair["safe"]], [pair["seed"]], 10, 3.0)[0].astype(int)  # make_data.py's settings
     assert np.abs(safe - np.asarray(Image.open(folder / "data/hate" / pair["safe_image"]))).max() <= 1
+
+
+TRAIN = ["--concept", "hate", "--batch", 2]
+
+
+def trained(story, *flags, out) -> dict:
+    """train.py in this process on the story's data: the expert's tensors."""
+    command("train", *TRAIN, "--data", story[0][0] / "data", "--out", out, *flags)
+    return load_file(Path(out) / "hate.safetensors")
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in b)
+
+
+def alike(a, b) -> bool:
+    """Two folders with one expert each: every logged number of every step to 1e-3 (or 1e-5 absolute), and the tensors
+    together to 1%, by norm: Adam's first steps divide a gradient by its own size, and so make much of a rounding error
+    in the few entries where it is all but zero."""
+    logs = [[json.loads(line) for line in (Path(f) / "hate.jsonl").read_text().splitlines()] for f in (a, b)]
+    x, y = (torch.cat([t.flatten() for t in load_file(Path(f) / "hate.safetensors").values()]) for f in (a, b))
+    return all(p == pytest.approx(q, rel=1e-3, abs=1e-5) for p, q in zip(*logs, strict=True)) and ((x - y).norm() / y.norm()).item() < 0.01
+
+
+@pytest.fixture()
+def alone(story, tmp_path, monkeypatch):
+    """An own copy of the story's data to train on, and no worker processes."""
+    shutil.copytree(story[0][0] / "data", tmp_path / "data", ignore=shutil.ignore_patterns(".cache*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "processes_for", lambda *_: 1)
+    return [[tmp_path]]
+
+
+def test_a_bigger_batch_needs_no_bigger_memory(alone):
+    """Two accumulated batches are one of twice the size, and activations computed twice are the same ones."""
+    trained(alone, "--steps", 3, "--batch", 4, out="one")
+    for name, flags in {"two": ["--batch", 2, "--accumulate", 2], "again": ["--batch", 4, "--checkpointing"]}.items():
+        trained(alone, "--steps", 3, *flags, out=name)
+        assert alike(name, "one")
+        assert lora.load(Path(name) / "hate.safetensors")[1]["batch"] == "4"
+
+
+@pytest.mark.parametrize("loss", dpo.LOSSES)
+def test_every_loss_trains(loss, alone, capsys):
+    """With all the randomness there is: finite, logged, drawn as curves, and said in the file."""
+    trained(alone, "--steps", 2, "--loss", loss, "--augment", "--caption-dropout", 0.5, "--reuse", 2, out="x")
+    metadata = lora.load(Path("x/hate.safetensors"))[1]
+    assert [metadata[key] for key in ("loss", "augment", "caption_dropout", "reuse")] == [loss, "1", "0.5", "2"]
+    rows = [json.loads(line) for line in Path("x/hate.jsonl").read_text().splitlines()]
+    assert rows[0]["preference"] == pytest.approx(math.log(2), abs=1e-4) and rows[1]["winner"] != rows[1]["winner_ref"]
+    curves = np.asarray(Image.open("x/hate.png").convert("L"))
+    assert curves.shape[0] > 300 and (curves == 0).sum() > 200
+
+
+def test_what_was_encoded_once_is_not_encoded_again(alone, monkeypatch):
+    """Unless a picture, a prompt or the settings changed; and a cached encoding trains to the same bits."""
+    calls, encode = [], train.encode
+    monkeypatch.setattr(train, "encode", lambda *a: calls.append(1) or encode(*a))
+    first = trained(alone, "--steps", 2, out="a")
+    assert same(trained(alone, "--steps", 2, out="b"), first) and len(calls) == 1
+    trained(alone, "--steps", 1, "--augment", out="b")
+    assert len(calls) == 2
+    picture = next(Path("data/hate/images").glob("*.png"))
+    Image.fromarray(255 - np.asarray(Image.open(picture))).save(picture)
+    assert not same(trained(alone, "--steps", 2, out="c"), first) and len(calls) == 3
+    file = Path("data/hate/.cache.safetensors")
+    assert str(alone[0][0]).encode() not in file.read_bytes()
+    file.write_bytes(file.read_bytes()[:-50])                             # damaged: made anew
+    trained(alone, "--steps", 2, out="d")
+    assert len(calls) == 4
+
+
+def test_finished_work_is_not_done_again_and_other_settings_are_not_finished(alone, monkeypatch, capsys):
+    first = trained(alone, "--steps", 2, out="a")
+    capsys.readouterr()
+    steps, loss = [], dpo.loss
+    monkeypatch.setattr(dpo, "loss", lambda *a: steps.append(1) or loss(*a))
+    assert same(trained(alone, "--steps", 2, out="a"), first) and not steps
+    assert "already trained" in capsys.readouterr().out
+    assert not same(trained(alone, "--steps", 2, "--lr", 1e-3, out="a"), first) and len(steps) == 2
+
+
+def test_an_interrupted_run_forgets_nothing(alone, monkeypatch):
+    """Stopped after any step, it goes on with the same weights, momentum, random numbers, order of pairs and log; and a
+    state of other settings is not taken up."""
+    flags = ["--steps", 5, "--augment", "--caption-dropout", 0.3]
+    whole, loss, left = trained(alone, *flags, out="whole"), dpo.loss, [0]
+
+    def plug(*a):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt                                      # the power goes: nobody saves anything now
+        return loss(*a)
+    monkeypatch.setattr(dpo, "loss", plug)
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
+    for steps in (1, 3):
+        left[0] = steps
+        with pytest.raises(SystemExit) as stop:
+            trained(alone, *flags, out="cut")
+        assert stop.value.code == 130 and Path("cut/.hate.resume").is_file() and not Path("cut/hate.safetensors").exists()
+    left[0] = 1                                                          # one step of five is missing
+    assert same(trained(alone, *flags, out="cut"), whole) and left[0] == 0
+    assert contents(Path("cut")) == contents(Path("whole"))
+    left[0] = 3
+    with pytest.raises(SystemExit):
+        trained(alone, *flags, out="other")
+    left[0] = 9
+    trained(alone, *flags, "--lr", 1e-3, out="other")
+    assert left[0] == 4
+
+
+SAVING = "import sys; sys.path.insert(0, %r); import train; train.SAVE_EVERY = 0.05; from model.files import run; run(train.main, train.parse_arguments())"
+
+
+def test_sigkill_leaves_nothing_half_done(alone):
+    """Three times, at a random moment after the first saved state: then the files are those of a run in peace."""
+    argv = [sys.executable, "-c", SAVING % str(ROOT), *map(str, TRAIN), "--steps", "30", "--out", "killed"]
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        before = Path("killed/.hate.resume").stat().st_mtime_ns if i else None
+        with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and not (Path("killed/.hate.resume").exists() and Path("killed/.hate.resume").stat().st_mtime_ns != before):
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.3))
+            process.kill()
+    assert Path("killed/.hate.resume").exists() and not Path("killed/hate.safetensors").exists()
+    assert subprocess.run(argv, capture_output=True).returncode == 0
+    trained(alone, "--steps", 30, out="whole")
+    assert contents(Path("killed")) == contents(Path("whole"))
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+def test_ctrl_c_is_not_a_crash(how, alone):
+    """In worker processes too: exit status 130, no traceback, the state of each expert saved, nothing else left behind.
+    Ctrl-C reaches every process of the terminal, SIGTERM the first alone."""
+    argv = [sys.executable, str(ROOT / "train.py"), "--batch", "2", "--steps", "2000"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        cache = [Path(f"data/{c}/.cache.safetensors") for c in sorted(world.CATEGORIES)]
+        workers = min(2, len(os.sched_getaffinity(0)))
+        while process.poll() is None and not all(file.exists() for file in cache[:workers]):
+            time.sleep(0.05)
+        time.sleep(3)
+        (os.killpg if how == "SIGINT" else os.kill)(process.pid, getattr(signal, how))
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err and err.count("the same command continues") >= workers
+    assert sorted(os.listdir("experts"))[:workers] == [f".{c}.resume" for c in sorted(world.CATEGORIES)[:workers]]
+    assert not [name for name in os.listdir("experts") if not name.endswith(".resume")]
+
+
+def test_two_processes_are_one_with_twice_the_batch(alone):
+    """torchrun over gloo: the step's random numbers are shared out, gradients summed, one rank writes."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *TRAIN, "--steps", 3, "--out", "two"]
+    done = subprocess.run([*map(str, line)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-800:]
+    trained(alone, "--steps", 3, "--batch", 4, out="one")
+    assert alike("two", "one") and done.stdout.count("two/hate") == 1
+    assert lora.load(Path("two/hate.safetensors"))[1] == lora.load(Path("one/hate.safetensors"))[1]
+
+
+def test_a_growing_gap_can_hide_a_winner_that_gets_worse(alone, monkeypatch, capsys):
+    """The log says it, and train.py too, naming the loss that guards against it; a healthy run hears nothing."""
+    trained(alone, "--steps", 2, out="a")
+    assert "winner's error rose" not in capsys.readouterr().err
+    loss = dpo.loss
+    monkeypatch.setattr(dpo, "loss", lambda name, policy, reference, beta: (lambda v, m: (v, {**m, "winner": 1.2 * m["winner_ref"]}))(*loss(name, policy, reference, beta)))
+    trained(alone, "--steps", 2, "--loss", "dpo", out="b")
+    assert "1.20 times" in (said := capsys.readouterr().err) and "--loss safety" in said
 
 
 def test_sdxl_goes_through_every_script(story, tmp_path, monkeypatch):
@@ -1384,6 +1631,9 @@ def bad(name, line, says, **spoil):
     bad("learning rate", "train.py --concept hate --lr 1e30 --steps 3 --batch 2", "--lr"),
     bad("beta", "train.py --concept hate --beta 1e39 --steps 3 --batch 2", "--beta"),
     bad("non-finite at the last step", "train.py --concept hate --beta 3e38 --steps 1 --batch 2", "--beta"),
+    bad("nothing to accumulate", "train.py --accumulate 0", "--accumulate 0"),
+    bad("reused never", "train.py --reuse -1", "--reuse -1"),
+    bad("more than all captions", "train.py --caption-dropout 1.5", "--caption-dropout 1.5"),
     bad("no steps", "train.py --steps 0", "--steps 0"),
     bad("not JSON", "train.py --concept hate", "pairs.jsonl line 2", pairs='{}\n{"safe": \n'),
     bad("not UTF-8", "train.py --concept hate", "pairs.jsonl", pairs=b'{"safe": "\xff"}\n'),
