@@ -3,10 +3,12 @@
 What it is:  preference optimisation of a LoRA on the UNet's attention, on the pairs of make_data.py. The
              policy is the UNet with the LoRA, the reference the same UNet with the LoRA switched off.
 Needs:       data/<concept>/, a Stable Diffusion (default: the embedded toy).
-Gives:       experts/<concept>.safetensors and .jsonl (the log); --joint: joint.safetensors, the paper's
-             baseline, one LoRA on all the data.
+Gives:       experts/<concept>.safetensors, .jsonl (the log) and .png (its curves); --joint: joint.safetensors, the
+             paper's baseline, one LoRA on all the data.
+Interrupted: the same command continues, from experts/.<concept>.resume, and the expert is the same to the bit (on a CPU).
+Many GPUs:   torchrun --nproc_per_node=N train.py ...: a step then has N * --batch * --accumulate pairs.
 
-Letters: P pairs, B pairs in a step, C H W a latent's shape, L tokens, D context width.
+Letters: P pairs, B pairs in a step, F 1 or (mirrored ones too) 2, C H W a latent's shape, L tokens, D context width.
 """
 from functools import partial
 from pathlib import Path
@@ -21,44 +23,114 @@ def parse_arguments():
     parser.add_argument("--data", type=Path, default=Path("data"), help="what make_data.py wrote (default: data)")
     parser.add_argument("--lora", nargs="+", default=[], metavar="FILE[@STRENGTH]", help="LoRAs to train on top of: fused into the frozen model first, strength 1 unless given (default: none)")
     parser.add_argument("--out", type=Path, default=None, help="folder for the experts (default: experts; with --joint: the current folder)")
-    parser.add_argument("--loss", choices=["safety", "dpo"], default="safety", help="safety: DPO with guard, anchor and preservation; dpo: as published (default: safety)")
+    parser.add_argument("--loss", choices=["safety", "dpo", "dpo+safe", "duo", "sdpo"], default="safety", help="safety: DPO with guard, anchor and preservation; dpo: as published; dpo+safe: on the safe prompt too; duo: and the prior on pure noise is kept; sdpo: the loser cannot raise the winner's error (default: safety)")
     parser.add_argument("--beta", type=float, default=100.0, help="strength of the preference, on the MEAN squared error (default: 100; published: 5000)")
     parser.add_argument("--steps", type=int, default=220, help="optimiser steps for each concept (default: 220)")
-    parser.add_argument("--batch", type=int, default=8, help="pairs in a step (default: 8)")
+    parser.add_argument("--batch", type=int, default=8, help="pairs that one process takes through the UNet at once (default: 8)")
+    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches in a step: N times the pairs in the memory of one batch (default: 1)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW, cosine to zero (default: 0.002; published for SD 1.5: 1e-5)")
     parser.add_argument("--rank", type=int, default=4, help="LoRA rank (default: 4)")
+    parser.add_argument("--augment", action="store_true", help="mirror each pair half of the time, and draw its latents from the VAE's posterior instead of taking the mean (default: off)")
+    parser.add_argument("--caption-dropout", type=float, default=0.0, metavar="P", help="share of pairs, 0 to 1, whose prompt is the empty one in a step (default: 0; published: 0.2)")
+    parser.add_argument("--reuse", type=int, default=0, metavar="K", help="draw timestep and noise only K times for each pair, and compute the reference's errors once, before the first step; 0: anew in every step (default: 0)")
+    parser.add_argument("--checkpointing", action="store_true", help="compute activations twice instead of keeping them: less memory, a slower step (default: off)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes at the start, then faster on a GPU (default: off)")
     return parser.parse_args()
 
 
 ARGS = parse_arguments() if __name__ == "__main__" else None  # before the heavy imports: --help answers at once
 
 import contextlib  # noqa: E402
+import hashlib  # noqa: E402
+import json  # noqa: E402
 import math  # noqa: E402
+import signal  # noqa: E402
+import sys  # noqa: E402
+import time  # noqa: E402
 import zlib  # noqa: E402
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import dpo  # noqa: E402
 import lora  # noqa: E402
-from model.files import read_pairs, sha256, write_jsonl  # noqa: E402
-from model.pictures import read_pictures  # noqa: E402
+from model import distributed  # noqa: E402
+from model.files import opened, prune, read_pairs, replacing, sha256, stopping, write_jsonl  # noqa: E402
+from model.pictures import curves, read_pictures  # noqa: E402
 from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
 from model.workers import processes_for, slot, spread  # noqa: E402
 
+SAVE_EVERY = 120  # seconds between two saved states: what a power cut can cost
 
-def encode(sd, rows: list[dict], batch: int = 32) -> dict[str, torch.Tensor]:
-    """Everything the UNet will need, computed once: winner and loser latents [P, C, H, W], and as sd.embed() gives
-    them both prompts [P, L, D] and the empty one [1, L, D]. The training loop then runs the UNet and nothing else."""
-    def latents(key):
-        return torch.cat([sd.encode(read_pictures([row[key] for row in rows[i:i + batch]])) for i in range(0, len(rows), batch)])
+
+# ------------------------------------------------------------------------------- tensors that outlive the process
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **about):
+    """A safetensors file in one move; about: what it is for, as JSON in its metadata."""
+    with replacing(path) as temporary:
+        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, temporary, {"about": json.dumps(about)})
+
+
+def read_tensors(path: Path, **wanted):
+    """(tensors, about) as write_tensors() was given them; None if there is no whole file or `about` is not as wanted."""
+    try:
+        with opened(path) as file:
+            about = json.loads(file.metadata()["about"])
+            if any(about[key] != value for key, value in wanted.items()):
+                return None
+            return {key: file.get_tensor(key).clone() for key in file.keys()}, about     # not the file's own memory
+    except (BadInput, KeyError, TypeError, ValueError):
+        return None
+
+
+def encode(sd, rows: list[dict], augment: bool, batch: int = 32) -> dict[str, torch.Tensor]:
+    """Everything the UNet will need, computed once, on the CPU: winner and loser latents [P, F, C, H, W], and as
+    sd.embed() gives them both prompts [P, L, D] and the empty one [1, L, D]. The training loop then runs the UNet and
+    nothing else. augment: F = 2, the second one mirrored, and how far the VAE's posterior spreads, winner_std and loser_std."""
+    def moments(key):
+        parts = []
+        for i in range(0, len(rows), batch):
+            pictures = read_pictures([row[key] for row in rows[i:i + batch]])
+            views = [pictures, np.ascontiguousarray(pictures[:, :, ::-1])][:1 + augment]
+            parts.append([torch.stack(m, dim=1).cpu() for m in zip(*map(sd.moments, views))])
+        return [torch.cat(part) for part in zip(*parts)]
 
     def contexts(prompts):
-        return torch.cat([sd.embed(prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
-    return {"winner": latents("safe_image"), "loser": latents("unsafe_image"), "empty": contexts([""]),
-            "safe": contexts([row["safe"] for row in rows]), "unsafe": contexts([row["unsafe"] for row in rows])}
+        return torch.cat([sd.embed(prompts[i:i + batch]).cpu() for i in range(0, len(prompts), batch)])
+    (winner, winner_std), (loser, loser_std) = moments("safe_image"), moments("unsafe_image")
+    return {"winner": winner, "loser": loser, **({"winner_std": winner_std, "loser_std": loser_std} if augment else {}),
+            "empty": contexts([""]), "safe": contexts([row["safe"] for row in rows]), "unsafe": contexts([row["unsafe"] for row in rows])}
 
 
+def cached(sd, data: Path, concepts: list[str], augment: bool) -> dict[str, torch.Tensor]:
+    """encode() of all concepts' pairs, each concept's from data/<concept>/.cache.safetensors where that was made by the
+    same VAE and text encoders from the same prompts and pictures; else it is made (anew), by one process for all."""
+    digest = hashlib.sha256(repr(sd.scale).encode())
+    for tensor in [*sd.vae.state_dict().values(), *sd.text.state_dict().values()]:
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    parts = []
+    for concept in concepts:
+        rows, path, key = read_pairs(data, concept), data / concept / ".cache.safetensors", digest.copy()
+        key.update((data_hash(data, [concept]) + str(augment)).encode())
+        key.update(sd.text.tokenize([row[side] for row in rows for side in ("safe", "unsafe")]).numpy())
+        for rank in (0, 1):           # rank 0 first; the others find its file
+            if (distributed.RANK > 0) == rank and not (found := read_tensors(path, key=key.hexdigest())):
+                found = encode(sd, rows, augment), None
+                if distributed.RANK == 0:
+                    write_tensors(path, found[0], key=key.hexdigest())
+            distributed.wait()
+        parts.append(found[0])
+    return {key: parts[0][key] if key == "empty" else torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
+def data_hash(data: Path, concepts: list[str]) -> str:
+    """Of the lists of pairs, then of their pictures."""
+    rows = [row for concept in concepts for row in read_pairs(data, concept)]
+    return sha256(*(data / concept / "pairs.jsonl" for concept in concepts), *(row[key] for row in rows for key in ("safe_image", "unsafe_image")))
+
+
+# --------------------------------------------------------------------------------------------------- one step
 def autocast(device: torch.device):
     """(context manager, gradient scaler): bf16 on CUDA, fp16 with a scaler where bf16 is missing, fp32 elsewhere."""
     if device.type != "cuda":
@@ -67,107 +139,228 @@ def autocast(device: torch.device):
     return torch.autocast("cuda", dtype), torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
 
 
-def errors(sd, cache, index, t, noise, keep: bool):
-    """Denoising errors [B] of the winners and losers of the pairs `index`, as the LoRA switch stands; and, if `keep`,
-    the prediction [B, C, H, W] on a prompt that must go on drawing what it draws (else None).
+def draw(args, cache, T: int, index, generator) -> dict[str, torch.Tensor]:
+    """All that is random in a step on the pairs `index` [B], drawn ONCE for each pair, so that winner and loser differ in
+    their content alone. Whoever shares a step out (processes, accumulation) draws all of it, and then takes a slice."""
+    B, shape = len(index), cache["winner"].shape[2:]
+    # Stratified timesteps, one from each of B equal slices: every step sees all noise levels.
+    u = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
+    step = {"index": index, "t": (u * T).long(), "noise": torch.randn(B, *shape, generator=generator),
+            "empty": torch.arange(B) < B // 4, "flip": torch.zeros(B, dtype=torch.long)}
+    if args.augment:
+        step["flip"] = torch.randint(2, (B,), generator=generator)
+        step["spread"] = torch.randn(B, *shape, generator=generator)
+    if args.caption_dropout:
+        step["dropped"] = torch.rand(B, generator=generator) < args.caption_dropout
+    return step
 
-    One batch of (winner | unsafe prompt), (loser | unsafe prompt) and, if keep, (winner | safe prompt). Within a
-    pair timestep and noise are SHARED, so that only the content differs. In the first quarter of the step, whose
-    pairs are random ones, the safe prompt is the EMPTY one: guidance subtracts what the model draws without a prompt
-    from every picture, so that this must stay as well.
+
+def errors(sd, cache, step: dict[str, torch.Tensor], loss: str) -> tuple[torch.Tensor, ...]:
+    """(L_w, L_l, more): denoising errors [B] of the winners and losers of a step as draw() gives it, as the LoRA switch
+    stands, and what dpo.loss() wants besides for the loss of this name.
+
+    One batch of (winner | unsafe prompt), (loser | unsafe prompt) and
+        safety    (winner | safe prompt): an output [B, C, H, W] that must stay. For the pairs that step["empty"] marks, the
+                  first quarter (random ones), the prompt is EMPTY: guidance subtracts what the model draws without a
+                  prompt from every picture, so that this must stay as well
+        duo       (pure noise | empty prompt) at the last timestep, an output that must stay
+        dpo+safe  (winner | safe prompt), (loser | safe prompt): two errors more
     """
-    parts = 3 if keep else 2
-    safe = cache["safe"][index]
-    safe[:len(index) // 4] = cache["empty"]
-    x0 = torch.cat([cache["winner"][index], cache["loser"][index], cache["winner"][index]][:parts])
-    context = torch.cat([cache["unsafe"][index], cache["unsafe"][index], safe][:parts])
-    noise, t = noise.repeat(parts, 1, 1, 1), t.repeat(parts)
-    output = sd.predict(sd.schedule.add_noise(x0, noise, t), t, context).float()
-    error = dpo.squared_error(output, sd.schedule.target(x0, noise, t)).chunk(parts)
-    return error[0], error[1], output.chunk(parts)[2] if keep else None
+    index, t, noise, flip = step["index"], step["t"], step["noise"], step["flip"]
+
+    def latents(side):
+        x0 = cache[side][index, flip]
+        return x0 + cache[side + "_std"][index, flip] * step["spread"] if "spread" in step else x0
+    winner, loser, unsafe, safe = latents("winner"), latents("loser"), cache["unsafe"][index], cache["safe"][index]
+    if "dropped" in step:
+        unsafe[step["dropped"]] = safe[step["dropped"]] = cache["empty"]
+    if loss == "safety":
+        safe[step["empty"]] = cache["empty"]
+    x0 = [winner, loser, *{"safety": [winner], "dpo+safe": [winner, loser]}.get(loss, [])]
+    context, parts = [unsafe, unsafe, safe, safe][:len(x0)], len(x0)
+    x0, noise, t = (x.to(sd.device) for x in (torch.cat(x0), noise.repeat(parts, 1, 1, 1), t.repeat(parts)))
+    x0 = x0.contiguous(memory_format=torch.channels_last)     # the layout in which convolutions are fastest
+    x_t, times = sd.schedule.add_noise(x0, noise, t), t
+    if loss == "duo":
+        B = len(index)
+        context.append(cache["empty"].expand(B, -1, -1))
+        x_t, times = torch.cat([x_t, noise[:B]]), torch.cat([t, torch.full_like(t[:B], sd.schedule.T - 1)])
+    output = sd.predict(x_t, times, torch.cat(context).to(sd.device)).float()
+    noised, target = output[:len(x0)], sd.schedule.target(x0, noise, t)
+    error, residual = dpo.squared_error(noised, target).chunk(parts), (noised - target).chunk(parts)
+    more = {"safety": lambda: output.chunk(3)[2:], "duo": lambda: output.chunk(3)[2:], "dpo+safe": lambda: error[2:],
+            "sdpo": lambda: (dpo.winner_safe(residual[0], residual[1]),), "dpo": lambda: ()}[loss]()
+    return (*error[:2], *more)
 
 
+@torch.no_grad()
+def fixed_draws(args, sd, cache, generator, cast) -> dict[str, torch.Tensor]:
+    """--reuse: K draws for each pair, and in "ref0", "ref1", ... the reference's errors() on them, which are constants:
+    they are computed here once, and a step costs the policy's passes alone. Entry k * P + i is draw k of pair i."""
+    P, table = len(cache["safe"]), []
+    for _ in range(args.reuse):
+        step = draw(args, cache, sd.schedule.T, torch.randperm(P, generator=generator), generator)
+        table.append({key: value[step["index"].argsort()] for key, value in step.items()})
+    table = {key: torch.cat([step[key] for step in table]) for key in table[0]}
+    with lora.switched_off(sd.unet), cast:
+        parts = [errors(sd, cache, {key: v[i:i + args.batch] for key, v in table.items()}, args.loss) for i in range(0, args.reuse * P, args.batch)]
+    return table | {f"ref{i}": torch.cat(part).cpu() for i, part in enumerate(zip(*parts))}
+
+
+# ----------------------------------------------------------------------------------------------- one expert
 def train(args, device, name: str, concepts: list[str], path: Path) -> str:
-    """Trains one LoRA on the pairs of `concepts` and writes it to `path`. Returns a line that sums it up."""
-    rows = [row for concept in concepts for row in read_pairs(args.data, concept)]
+    """Trains one LoRA on the pairs of `concepts` and writes it to `path`, with its log and curves. Returns a line that
+    sums it up. Continues where an interrupted run of the same plan was; a finished expert of the same plan is left alone."""
+    pairs = sum(len(read_pairs(args.data, concept)) for concept in concepts)
     sd = load(args.model, device)
     below, below_names = args.lora
+    steps, chunks = args.steps * len(concepts), args.accumulate * distributed.WORLD
+    plan = {"concept": name, "base_model_hash": args.base_hash, "data_hash": data_hash(args.data, concepts),
+            "prediction_type": sd.schedule.prediction_type, **({"on_top_of": ",".join(below_names)} if below else {}),
+            "loss": args.loss, "beta": f"{args.beta:g}", "lr": f"{args.lr:g}", "steps": str(steps),
+            "batch": str(args.batch * chunks), "rank": str(args.rank), "seed": str(args.seed),
+            **{key: f"{getattr(args, key):g}" for key in ("augment", "caption_dropout", "reuse") if getattr(args, key)}}
+    resume = path.with_name(f".{path.stem}.resume")
+    if path.is_file() and {k: v for k, v in lora.load(path)[1].items() if not k.startswith(("ss_", "modelspec."))} == plan:
+        resume.unlink(missing_ok=True)
+        return f"{path}: already trained with these settings on these pairs; delete it to train it again"
     if below:
         lora.fuse(sd.unet, below)             # base and reference are now the user's model: frozen weights + LoRA
-    cache = encode(sd, rows)
+    cache = cached(sd, args.data, concepts, args.augment)
     seed = zlib.crc32(f"{args.seed} {name}".encode())  # every expert has its own LoRA initialisation
     parameters = lora.inject(sd.unet, lora.init(sd.unet, args.rank, args.rank, seed))
-    optimiser = torch.optim.AdamW(parameters, args.lr, weight_decay=1e-2)
+    # Safe with a LoRA that is switched: it stands as in the forward pass when the backward pass computes a layer again.
+    sd.unet.checkpointing = args.checkpointing
+    if device.type == "cuda":
+        sd.unet.to(memory_format=torch.channels_last)
+    if args.compile:
+        sd.unet.compile()
+    optimiser = torch.optim.AdamW(parameters, args.lr, weight_decay=1e-2, fused=device.type == "cuda")
     cast, scaler = autocast(device)
     generator = torch.Generator().manual_seed(seed)
-    steps, order, log = args.steps * len(concepts), torch.empty(0, dtype=torch.long), []
-    keep = args.loss == "safety"
+    table = fixed_draws(args, sd, cache, generator, cast) if args.reuse else None
+    order, log = torch.empty(0, dtype=torch.long), []
 
-    bar = tqdm(range(steps), desc=f"{name:>16}", position=slot(), leave=False, mininterval=0.5)
-    for step in bar:
-        for group in optimiser.param_groups:  # ten steps of warm-up, then a cosine to zero
-            group["lr"] = args.lr * min(1, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        while len(order) < args.batch:        # every pair once before any pair again
-            order = torch.cat([order, torch.randperm(len(rows), generator=generator)])
-        index, order = order[:args.batch].to(device), order[args.batch:]
-        # Stratified timesteps, one from each of B equal slices: every step sees all noise levels.
-        u = (torch.randperm(args.batch, generator=generator) + torch.rand(args.batch, generator=generator)) / args.batch
-        t = (u * sd.schedule.T).long().to(device)
-        noise = torch.randn(cache["winner"][index].shape, generator=generator).to(device)
+    def save():
+        state = {f"{i}.{key}": t for i, part in optimiser.state_dict()["state"].items() for key, t in part.items()}
+        write_tensors(resume, {**state, **{f"parameter.{i}": p for i, p in enumerate(parameters)}, "order": order,
+                               "generator": generator.get_state()}, plan=plan, log=log, scaler=scaler.state_dict())
 
-        with torch.no_grad(), lora.switched_off(sd.unet), cast:
-            winner_ref, loser_ref, kept_ref = errors(sd, cache, index, t, noise, keep)
-        with cast:
-            winner, loser, kept = errors(sd, cache, index, t, noise, keep)
-        if keep:
-            loss, metrics = dpo.safety_dpo(winner, loser, winner_ref, loser_ref, dpo.squared_error(kept, kept_ref), args.beta)
-        else:
-            loss, metrics = dpo.diffusion_dpo(winner, loser, winner_ref, loser_ref, args.beta)
-        if not math.isfinite(loss.item()):
-            sd.finite(winner_ref, "the reference's error")      # damaged weights are no matter of the settings
-            raise BadInput(f"{name}: the loss is {loss.item()} at step {step}; lower --lr ({args.lr:g}) or --beta ({args.beta:g})")
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimiser)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        scaler.step(optimiser)
-        scaler.update()
-        optimiser.zero_grad(set_to_none=True)
+    if found := read_tensors(resume, plan=plan):
+        tensors, about = found
+        log, order = about["log"], tensors.pop("order")
+        generator.set_state(tensors.pop("generator"))
+        scaler.load_state_dict(about["scaler"])
+        with torch.no_grad():
+            for i, p in enumerate(parameters):
+                p.copy_(tensors.pop(f"parameter.{i}"))
+        state = {i: {} for i in range(len(parameters))}
+        for key, t in tensors.items():
+            i, _, field = key.partition(".")
+            state[int(i)][field] = t
+        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+    distributed.wait()                                               # until every process has read it
+    prune(path.parent, f".{path.stem}.*.tmp", set()) if distributed.RANK == 0 else None        # of a run that was killed
 
-        log.append({"step": step, "loss": loss.item(), **metrics})
-        bar.set_postfix({"loss": f"{loss.item():.3f}", **{key: f"{metrics[key]:.3f}" for key in ("preference", "accuracy", "margin")},
-                         **{key: f"{metrics[key] / metrics[key + '_ref']:.2f}" for key in ("winner", "loser")}}, refresh=False)
+    bar = tqdm(range(len(log), steps), desc=f"{name:>16}", position=slot(), leave=False, mininterval=0.5, initial=len(log),
+               total=steps, disable=distributed.RANK > 0)
+    saved = time.monotonic()
+    with stopping() as asked:
+        for step in bar:
+            for group in optimiser.param_groups:  # ten steps of warm-up, then a cosine to zero
+                group["lr"] = args.lr * min(1, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            while len(order) < args.batch * chunks:        # every pair once before any pair again
+                order = torch.cat([order, torch.randperm(pairs, generator=generator)])
+            index, order = order[:args.batch * chunks], order[args.batch * chunks:]
+            if table:
+                entry = index + pairs * torch.randint(args.reuse, index.shape, generator=generator)
+                whole = {key: value[entry] for key, value in table.items()}
+            else:
+                whole = draw(args, cache, sd.schedule.T, index, generator)
+
+            values = {"stop": float(asked())}
+            for chunk in range(distributed.RANK, chunks, distributed.WORLD):
+                part = {key: value[chunk * args.batch:(chunk + 1) * args.batch] for key, value in whole.items()}
+                if table:
+                    reference = [part[f"ref{i}"].to(device) for i in range(sum(key.startswith("ref") for key in part))]
+                else:
+                    with torch.no_grad(), lora.switched_off(sd.unet), cast:
+                        reference = errors(sd, cache, part, args.loss)
+                with cast:
+                    policy = errors(sd, cache, part, args.loss)
+                loss, metrics = dpo.loss(args.loss, policy, reference, args.beta)
+                scaler.scale(loss / chunks).backward()     # the sum over chunks is the mean over the step's pairs
+                for key, value in {"loss": loss.item(), **metrics}.items():
+                    values[key] = values.get(key, 0.0) + value / chunks
+            total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+            distributed.add_up([total])
+            distributed.add_up([p.grad for p in parameters])
+            values = dict(zip(values, total.tolist()))
+            stop = values.pop("stop")
+            if not math.isfinite(values["loss"]):
+                sd.finite(reference[0], "the reference's error")      # damaged weights are no matter of the settings
+                raise BadInput(f"{name}: the loss is {values['loss']} at step {step}; lower --lr ({args.lr:g}) or --beta ({args.beta:g})")
+            scaler.unscale_(optimiser)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)       # of the sum: every process clips alike
+            scaler.step(optimiser)
+            scaler.update()
+            optimiser.zero_grad(set_to_none=True)
+
+            log.append({"step": step, **values})
+            bar.set_postfix({"loss": f"{values['loss']:.3f}", **{key: f"{values[key]:.3f}" for key in ("preference", "accuracy", "margin")},
+                             **{key: f"{values[key] / values[key + '_ref']:.2f}" for key in ("winner", "loser")},
+                             "images/s": f"{2 * len(index) * (bar.format_dict['rate'] or 0):.0f}"}, refresh=False)
+            if stop or time.monotonic() - saved > SAVE_EVERY:
+                if distributed.RANK == 0:
+                    save()
+                saved = time.monotonic()
+            if stop:                          # every process knows it in the same step, whichever was asked
+                bar.close()
+                if distributed.RANK == 0:
+                    print(f"note: {name}: stopped after step {step + 1} of {steps}; the same command continues", file=sys.stderr)
+                raise SystemExit(130)
     if not all(p.isfinite().all() for p in parameters):
         raise BadInput(f"{name}: the last step left weights that are not finite; lower --lr ({args.lr:g}) or --beta ({args.beta:g})")
 
-    lora.save(path, lora.extract(sd.unet), {
-        "concept": name, "base_model_hash": sha256(*unet_files(args.model)), "data_hash": sha256(*(args.data / concept / "pairs.jsonl" for concept in concepts),
-                                                                            *(row[key] for row in rows for key in ("safe_image", "unsafe_image"))),
-        "prediction_type": sd.schedule.prediction_type, **({"on_top_of": ",".join(below_names)} if below else {}),
-        "loss": args.loss, "beta": f"{args.beta:g}", "lr": f"{args.lr:g}", "steps": str(steps),
-        "batch": str(args.batch), "rank": str(args.rank), "seed": str(args.seed)})
-    write_jsonl(path.with_suffix(".jsonl"), log)
     last = log[-max(1, steps // 10):]
     mean = {key: sum(row[key] for row in last) / len(last) for key in last[0]}
-    return (f"{path}: {len(rows)} pairs, {steps} steps; at the end loss {mean['loss']:.3f}, accuracy {mean['accuracy']:.2f}, "
+    if distributed.RANK == 0:
+        write_jsonl(path.with_suffix(".jsonl"), log)
+        relative = {f"{side}'s error / reference's": [row[side] / row[side + "_ref"] for row in log] for side in ("winner", "loser")}
+        curves(path.with_suffix(".png"), {"preference": [row["preference"] for row in log], **relative})
+        lora.save(path, lora.extract(sd.unet), plan)                  # last: where an expert is, all is
+        resume.unlink(missing_ok=True)
+        if mean["winner"] > 1.05 * mean["winner_ref"]:
+            print(f"note: {name}: the winner's error rose to {mean['winner'] / mean['winner_ref']:.2f} times the reference's, which spoils "
+                  "pictures; --loss safety guards against it, and a lower --lr helps", file=sys.stderr)
+    return (f"{path}: {pairs} pairs, {steps} steps; at the end loss {mean['loss']:.3f}, accuracy {mean['accuracy']:.2f}, "
             f"winner {mean['winner'] / mean['winner_ref']:.2f} and loser {mean['loser'] / mean['loser_ref']:.2f} times the "
             "reference's error")
 
 
 def main(args):
-    for flag in ("steps", "batch", "rank"):
+    for flag in ("steps", "batch", "rank", "accumulate"):
         if getattr(args, flag) < 1:
             raise BadInput(f"--{flag} {getattr(args, flag)} is too small; use 1 or more")
-    device = pick_device(args.device)
+    if args.reuse < 0:
+        raise BadInput(f"--reuse {args.reuse} is negative; use 0 (off) or a few, such as 8")
+    if not 0 <= args.caption_dropout <= 1:
+        raise BadInput(f"--caption-dropout {args.caption_dropout:g} is not a share; use 0 to 1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also while the workers work and this process waits
+    device = distributed.start(pick_device(args.device))
     found = sorted(p.parent.name for p in args.data.glob("*/pairs.jsonl"))
     if args.concept == "all" and not found:
         raise BadInput(f"{args.data}: no concept has pairs yet; run python make_data.py")
     concepts = found if args.concept == "all" else [args.concept]
     args.lora = lora.read(args.lora, skeleton(args.model))     # one LoRA (or None), and the names; once for all experts
+    args.base_hash = sha256(*unet_files(args.model))
     jobs = [(concept, [concept], (args.out or Path("experts")) / f"{concept}.safetensors") for concept in concepts]
     if args.joint:
         jobs = [("joint", concepts, (args.out or Path()) / "joint.safetensors")]
-    for line in spread(None, partial(train_job, args, device), jobs, processes_for(device, unet_files(args.model))):
-        tqdm.write(line)
+    processes = 1 if distributed.WORLD > 1 else processes_for(device, unet_files(args.model))
+    for line in spread(None, partial(train_job, args, device), jobs, processes):
+        if distributed.RANK == 0:
+            tqdm.write(line)
 
 
 def train_job(args, device, _, job) -> str:

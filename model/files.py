@@ -2,14 +2,16 @@
 
 Needs:       nothing but Python (torch is imported after the flags are parsed, so that --help is instant).
 Gives:       Parser, BadInput, run(), replacing(), opened(), prune(), read_jsonl(), write_jsonl(), read_pairs(),
-             sha256().
+             sha256(), stopping().
 """
 import argparse
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -139,3 +141,20 @@ def sha256(*paths: Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def stopping():
+    """Yields asked(): whether Ctrl-C or SIGTERM has come, or this worker's parent is gone. The block goes on until it
+    asks, so that it can stop at a place of its choice; a second signal acts at once."""
+    came, parent = [], multiprocessing.parent_process()
+
+    def note(number, _):
+        came.append(number)
+        signal.signal(number, before[number])
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came) or (parent is not None and not parent.is_alive())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,7 +1,7 @@
-"""Pictures from and to files: one by one, and as labelled grids.
+"""Pictures from and to files: one by one, and as labelled grids; and curves.
 
 Needs:       pillow, numpy.
-Gives:       read_pictures(), sheet().
+Gives:       read_pictures(), sheet(), curves().
 """
 import textwrap
 from pathlib import Path
@@ -47,5 +47,25 @@ def sheet(path: Path, cells: list[tuple[np.ndarray, str]], columns: int, titles:
         image.paste(Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS), (x, y))
         for n, text in enumerate(caption):
             pen.text((x, y + CELL + 1 + n * LINE), text, "black", font)
+    with replacing(path) as temporary:
+        image.save(temporary, "png")
+
+
+def curves(path: Path, series: dict[str, list[float]], width: int = 480, height: int = 120):
+    """Writes one panel a series (name: a value a step) as a PNG: the smallest and largest value at the left, and each
+    pixel's column the mean of its steps, since one step's few pairs are mostly noise."""
+    font = ImageFont.load_default(size=11)
+    image = Image.new("RGB", (width + 70, (height + 3 * GAP + LINE) * len(series)), "white")
+    pen = ImageDraw.Draw(image)
+    for i, (name, values) in enumerate(series.items()):
+        top, columns = i * (height + 3 * GAP + LINE) + LINE + GAP, min(len(values), width // 4)
+        means = [part.mean() for part in np.array_split(np.array(values), columns)]
+        low, high = min(means), max(means)
+        pen.text((60, top - LINE - 2), f"{name}, {len(values)} steps", "black", font)
+        pen.rectangle((60, top, 60 + width, top + height), outline="lightgray")
+        for value, y in ((high, top), (low, top + height - LINE)):
+            pen.text((GAP, y), f"{value:.3g}", "black", font)
+        points = [(60 + width * (n + 0.5) / columns, top + height * (1 - (m - low) / ((high - low) or 1))) for n, m in enumerate(means)]
+        pen.line(points if columns > 1 else points * 2, "black", 2)
     with replacing(path) as temporary:
         image.save(temporary, "png")

@@ -127,12 +127,17 @@ class StableDiffusion:
         return ((images / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
     @torch.no_grad()
-    def encode(self, pictures: np.ndarray) -> torch.Tensor:
-        """uint8 pictures [B, H, W, 3] -> latents as the UNet sees them [B, C, h, w], fp32: the mean of the VAE's
-        posterior, times scaling_factor."""
+    def moments(self, pictures: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 pictures [B, H, W, 3] -> mean and standard deviation [B, C, h, w], fp32, of the VAE's posterior, times
+        scaling_factor: mean + deviation * noise is a latent as the UNet sees it. In slices, as decode()."""
         images = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents = self.vae.encode(images.to(self.vae.decoder.conv_in.weight.dtype))[0].float() * self.scale
-        return self.finite(latents, "the encoded picture")
+        parts = images.to(self.vae.decoder.conv_in.weight.dtype).split(max(1, 512 ** 2 // images[0, 0].numel()))
+        mean, logvar = (torch.cat(part) for part in zip(*map(self.vae.encode, parts)))
+        return self.finite(mean.float() * self.scale, "the encoded picture"), (logvar.float() / 2).exp() * self.scale
+
+    def encode(self, pictures: np.ndarray) -> torch.Tensor:
+        """uint8 pictures [B, H, W, 3] -> latents as the UNet sees them [B, C, h, w], fp32: the posterior's mean."""
+        return self.moments(pictures)[0]
 
     def finite(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         """The tensor, if it holds no NaN and no infinity. Else raises BadInput with the reason: a damaged weight, by name.

@@ -5,6 +5,7 @@ Gives:       spread(), processes_for().
 """
 import multiprocessing
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -47,7 +48,12 @@ def spread(make, work, items: list, processes: int):
     item's result depends on the item alone, never on which process took it: every worker has one thread.
     """
     if processes > 1 and len(items) > 1:
-        with multiprocessing.get_context("spawn").Pool(min(processes, len(items)), _start, (make,)) as pool:
+        # Ctrl-C reaches every process of the terminal: the workers, who inherit this, leave it to us, and we end them with
+        # SIGTERM, which train.py's workers take as a sign to save their state.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        pool = multiprocessing.get_context("spawn").Pool(min(processes, len(items)), _start, (make,))
+        signal.signal(signal.SIGINT, before)
+        with pool:
             yield from pool.imap(_call, [(work, item) for item in items])
     else:
         if processes > 1:  # a small network and a single item: the same one thread, hence the same bytes
