@@ -32,7 +32,7 @@ METHODS = ("co-merge", "average", "sum", "random")
 
 def parse_arguments():
     parser = Parser("Merges LoRA experts into one LoRA.")
-    parser.add_argument("experts", nargs="+", type=Path, help="LoRA files, or a folder of them (.jsonl logs are passed over)")
+    parser.add_argument("experts", nargs="+", type=Path, help="LoRA files, or a folder of them (an expert's log and curves are passed over)")
     parser.add_argument("--method", choices=METHODS, default="co-merge", help="random: rows dealt out at random, a control (default: co-merge)")
     parser.add_argument("--score", choices=["own", "wins"], default="own", help="co-merge: how active an expert is at an output unit (default: own)")
     parser.add_argument("--no-rescale", action="store_true", help="co-merge: leave the kept rows as strong as they are")
@@ -143,8 +143,9 @@ def co_merge(experts: list[dict], activity: dict[str, Activity], score: str, res
 
 
 def expand(paths: list[Path]) -> list[Path]:
-    """The LoRA files that are meant: a folder stands for its .safetensors, and training logs are passed over."""
-    files = [p for path in paths for p in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path]) if p.suffix != ".jsonl"]
+    """The LoRA files that are meant: a folder stands for its .safetensors, and an expert's log and curves are passed over."""
+    files = [p for path in paths for p in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])
+             if p.suffix not in (".jsonl", ".png") or not p.with_suffix(".safetensors").is_file()]
     if not files:
         raise BadInput(f"{paths[0]}: no LoRA file here; run python train.py first")
     twice = [p for i, p in enumerate(files) if p.resolve() in [q.resolve() for q in files[:i]]]
