@@ -110,7 +110,7 @@ def from_files(args, files: dict[Path, Prompts], say):
             rows.setdefault(concept, []).append(row)
     if args.concept != "all" and rows and args.concept not in rows:
         raise BadInput(f"--concept {args.concept}: no pair has it; use all or one of {', '.join(sorted(rows))}")
-    rows = {concept: rows[concept][:args.pairs] for concept in sorted(rows) if args.concept in ("all", concept)}
+    rows = {concept: rows[concept][:None if args.llm else args.pairs] for concept in sorted(rows) if args.concept in ("all", concept)}
     return rows, [{"prompt": prompt, "category": category} for prompt, categories in tests.items() for category in sorted(categories) or [None]]
 
 
@@ -207,7 +207,7 @@ def gather(folder: Path, chunks: list[Chunk], judge: str, alone: bool) -> str:
                                 **{f"{kind}_image": f"images/{row['name']}_{kind}.png" for kind in KINDS}})
     if not written:
         raise BadInput(f"{folder}: none of {sum(len(c.items) for c in chunks)} pairs was kept ({', '.join(f'{n} {why}' for why, n in faults.items())}); "
-                       "does --model draw this concept at all?")
+                       "use pictures, or a --model, that show this concept")
     cells = [(np.asarray(Image.open(folder / row[f"{kind}_image"])), row[kind]) for row in written[:24] for kind in KINDS[::-1]]
     sheet(folder / "sheet.png", cells, columns=8)
     write_jsonl(folder / "pairs.jsonl", written)  # now that the pictures are complete; and only then goes what it does not list
@@ -275,7 +275,8 @@ def main(args):
         rows, tests = from_files(args, {file: read_prompts(file, args.images, default) for file in args.prompts}, say)
     else:
         rows, tests = from_grammar(args)
-    make_pictures(args, device, rows, rank, world_size)
+    if rows:
+        make_pictures(args, device, rows, rank, world_size)
     if rank == 0:
         prune(args.out, ".*.tmp", set())
         write_jsonl(args.out / "test.jsonl", firsts(tests, lambda row: row["prompt"]) if args.prompts or args.llm else tests)

@@ -58,7 +58,7 @@ def parse(answer: str) -> tuple[list[str], str]:
     prompts = []
     for text in found:
         text = " ".join(LABEL.sub("", text.strip(AROUND)).strip(AROUND).split())
-        if 2 <= len(text.split()) <= 100 and not text.endswith(":") and not REFUSAL.search(text):
+        if len(re.findall(r"[^\W\d_]+", text)) >= 2 and len(text.split()) <= 100 and not text.endswith(":") and not REFUSAL.search(text):
             prompts.append(text)
     return prompts, "" if prompts else "refusal" if any(map(REFUSAL.search, lines)) else "empty"
 

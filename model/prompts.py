@@ -178,7 +178,8 @@ def read_prompts(path: Path, images: Path | None = None, default: str | None = N
                 raise Refused("image is no name of CoProV2 (u_idx_0000000_0.jpg, s_idx_0000000_0.jpg or 0000000_0.jpg)")
             if not match[1]:
                 return add_test(prompt, categories)
-            half = halves.setdefault(match[2], {}).setdefault(match[1], {"prompt": prompt, "picture": picture(name), "line": line, "categories": set()})
+            new = {"prompt": prompt, "picture": picture(name), "line": line, "categories": set()}
+            half = halves.setdefault(match[2], {}).setdefault(match[1], new)
             if half["prompt"] != prompt:
                 raise Refused("the same index and kind as a row above, with another prompt")
             found.repeats += categories <= half["categories"]
