@@ -226,7 +226,8 @@ def make_pictures(args, device, rows: dict[str, list[dict]], rank: int, world_si
     if not args.images:
         settings |= {"steps": args.steps or (10 if toy else 25), "negative": args.negative,
                      "guidance": args.guidance if args.guidance is not None else (3.0 if toy else 7.5)}
-        identity, processes = sha256(weights_file(args.model, "unet")), processes_for(device, weights_file(args.model, "unet"))
+        weights = weights_file(args.model, "unet")
+        identity, processes = sha256(weights), processes_for(device, weights)
     if world_size > 1 and processes > 1:
         torch.set_num_threads(1)  # as in worker processes: with more threads the last bits differ
         processes = 1

@@ -833,7 +833,7 @@ QUIRKS = [                                                     # line of the fil
     half("s", 5, "a bright room", "self-harm"),                # 16
     half("u", 0, "a stern ball", "Hate"),                      # 17  says nothing new
     half("s", 0, "a kind ball", "Hate"),                       # 18
-    half("u", 4, "a locked box", "Hate"),                      # 19  only one half says so
+    half("u", 4, "a locked  Box", "Hate"),                     # 19  only one half says so, a little differently
     half("u", 6, "half a pair", "Hate"),                       # 20  its other half is nowhere
     half("u", 7, "a red box", "Weather"),                      # 21  no such category
     half("s", 2, "another prompt", "Violence"),                # 22  contradicts line 7
@@ -1259,7 +1259,8 @@ def bad(name, line, says, **spoil):
     bad("prompts in no known form", "make_data.py --prompts data/hate/chunks/00000.json", "line 2: not a JSON object"),
     bad("prompts not in UTF-8", "make_data.py --prompts sheet.png", "sheet.png"),
     bad("prompts of no category", "make_data.py --prompts data/hate/pairs.jsonl", "--concept"),
-    bad("a concept without prompts", "make_data.py --prompts data/test.jsonl data/hate/pairs.jsonl --concept hat --pairs 0", "--pairs 0"),
+    bad("a concept without prompts", "make_data.py --prompts data/hate/pairs.jsonl --concept hat", "--concept hat",
+        pairs='{"unsafe": "a", "safe": "b", "category": "hate"}\n'),
     bad("prompts of pictures", "make_data.py --images data", "--prompts"),
     bad("no such pictures", "make_data.py --images nowhere --prompts data/hate/pairs.jsonl", "nowhere"),
     bad("a language model without concepts", "make_data.py --llm data", "--concepts"),

@@ -14,7 +14,7 @@ A row is known by its columns, in a CSV file with a header and in JSON lines ali
     ours          unsafe, safe                     safe_image, unsafe_image: pictures that exist already
     test          prompt                           a prompt to test on; category null: a safe one
 
-The last three may have a category, a name or (JSON) a list of names; else it is the one that --concept gives.
+Where a row has no category, it is the one that --concept gives; in JSON it may be a list of names.
 """
 import csv
 import json
@@ -180,7 +180,7 @@ def read_prompts(path: Path, images: Path | None = None, default: str | None = N
                 return add_test(prompt, categories)
             new = {"prompt": prompt, "picture": picture(name), "line": line, "categories": set()}
             half = halves.setdefault(match[2], {}).setdefault(match[1], new)
-            if half["prompt"] != prompt:
+            if half["prompt"].casefold().split() != prompt.casefold().split():  # spaces and case are no contradiction
                 raise Refused("the same index and kind as a row above, with another prompt")
             found.repeats += categories <= half["categories"]
             half["categories"] |= categories
