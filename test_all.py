@@ -1256,7 +1256,7 @@ def bad(name, line, says, **spoil):
     bad("no model", "make_data.py --model nowhere", "nowhere"),
     bad("model without files", "make_data.py --model data", "data"),
     bad("no such prompt file", "make_data.py --prompts nowhere.csv", "nowhere.csv"),
-    bad("prompts in no known form", "make_data.py --prompts data/hate/chunks/00000.json", "line 2: not a JSON object"),
+    bad("prompts in no known form", "make_data.py --prompts data/hate/chunks/00000.json", "line 1: not a JSON object"),
     bad("prompts not in UTF-8", "make_data.py --prompts sheet.png", "sheet.png"),
     bad("prompts of no category", "make_data.py --prompts data/hate/pairs.jsonl", "--concept"),
     bad("a concept without prompts", "make_data.py --prompts data/hate/pairs.jsonl --concept hat", "--concept hat",
