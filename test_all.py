@@ -46,7 +46,7 @@ import train  # noqa: E402
 from model import llm  # noqa: E402
 from model import toy_world as world  # noqa: E402
 from model.files import TOY, BadInput, read_pairs, run  # noqa: E402
-from model.judge import HEADS, ToyJudge, Verdict, interval  # noqa: E402
+from model.judge import HEADS, NoJudge, ToyJudge, Verdict, interval  # noqa: E402
 from model.prompts import read_prompts, split  # noqa: E402
 from model.schedule import SAMPLERS, NoiseSchedule  # noqa: E402
 from model.schedule import sample as solve  # noqa: E402
@@ -56,6 +56,7 @@ from model.toy_pretrain import scenes_and_pictures  # noqa: E402
 from model.toy_tokenizer import write_tokenizer  # noqa: E402
 from model.unet import UNet  # noqa: E402
 from model.vae import VAE  # noqa: E402
+from model.workers import local_device  # noqa: E402
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
@@ -1049,6 +1050,35 @@ def test_only_what_is_missing_is_drawn(tmp_path, monkeypatch):
     assert names("--pairs", 6) == ["00004", "00005"] and names("--pairs", 4) == [] and contents(tmp_path) == first
     for other in (["--seed", 1], ["--steps", 3], ["--guidance", 2], ["--negative", "grey"], ["--size", 64], ["--batch", 4]):
         assert len(names("--pairs", 4, *other)) == 4, other
+
+
+def test_what_suits_the_toy_does_not_suit_a_real_model(tmp_path, monkeypatch):
+    """10 steps at guidance 3 are the toy's. Every setting reaches the sampler, and safe and unsafe share it and the seeds."""
+    seen, picture = [], np.zeros((4, 4, 3), np.uint8)
+
+    def draw(prompts, seeds, **settings):
+        seen.append((seeds, settings))
+        return [picture] * len(prompts)
+    monkeypatch.setattr(make_data, "build", lambda model, device, judge: (SimpleNamespace(draw=draw), NoJudge()))
+    monkeypatch.setattr(make_data, "processes_for", lambda *_: 1)
+    subprocess.run(["cp", "-r", TOY, tmp_path / "model"], check=True)
+    toy, real = ({"size": None, "steps": steps, "negative": "", "guidance": guidance} for steps, guidance in ((10, 3.0), (25, 7.5)))
+    asked = {"size": 8, "steps": 4, "negative": "grey", "guidance": 1.0}
+    for arguments, settings, batches in (
+            ([], toy, [6]), (["--model", tmp_path / "model"], real, [4, 2]),
+            ([x for key, value in asked.items() for x in (f"--{key}", value)] + ["--batch", 5], asked, [5, 1])):
+        seen.clear()
+        command("make_data", "--concept", "hate", "--pairs", 6, "--judge", "none", "--out", tmp_path / "data", *arguments)
+        assert [s for _, s in seen] == [settings] * 2 * len(batches) and [len(seeds) for seeds, _ in seen[::2]] == batches
+        assert [seeds for seeds, _ in seen[::2]] == [seeds for seeds, _ in seen[1::2]]
+
+
+def test_a_gpu_is_not_shared_by_all_processes(monkeypatch):
+    """Under torchrun --device auto and cuda mean one's own GPU; a device that was named stays."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [local_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["auto", "cuda", "cuda:1", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert [local_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda:2", "cuda:2", "cuda:1", "cpu"]
 
 
 def test_a_judge_drops_what_does_not_show_its_prompt(tmp_path, monkeypatch, capsys):

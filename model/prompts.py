@@ -173,7 +173,7 @@ def read_prompts(path: Path, images: Path | None = None, default: str | None = N
             name, prompt, categories = _text(row, "image"), _text(row, "prompt"), _categories(row, default)
             match = IMAGE.fullmatch(name)
             if not categories <= set(PUBLISHED):
-                raise Refused(f"category {row['category']!r} is none of CoProV2's")
+                raise Refused(f"category {row.get('category') or default!r} is none of CoProV2's")
             if not match:
                 raise Refused("image is no name of CoProV2 (u_idx_0000000_0.jpg, s_idx_0000000_0.jpg or 0000000_0.jpg)")
             if not match[1]:
