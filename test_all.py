@@ -925,6 +925,12 @@ def test_a_test_prompt_that_was_trained_on_measures_memory(tmp_path, capsys, mon
     assert rows("test.jsonl") == [{"prompt": "a new prompt", "category": "hate"}, {"prompt": "another", "category": "shocking"}]
     assert rows("sexual/test.jsonl") == [{"prompt": "a new prompt", "category": "sexual"}]
     assert len(read_pairs(tmp_path / "data", "hate")) == 2 and rows("shocking/pairs.jsonl")[0]["seed"] == rows("sexual/pairs.jsonl")[0]["seed"]
+    coprov2(tmp_path / "other.csv", QUIRKS[13::-1])  # a row's seed comes from the row: not from its place, nor from the others
+    command("make_data", "--prompts", "other.csv", "test.csv", "--judge", "none", "--out", "other")
+    seeds = [{row["unsafe"]: row["seed"] for file in (tmp_path / out).glob("*/pairs.jsonl") for row in map(json.loads, file.read_text().splitlines())}
+             for out in ("data", "other")]
+    assert len(seeds[1]) == 5 and len(set(seeds[0].values())) == 6 and seeds[1].items() <= seeds[0].items()
+    capsys.readouterr()
     before = contents(tmp_path / "data")
     command("make_data", "--prompts", "test.csv")  # alone: what is there already counts as training
     assert contents(tmp_path / "data") == before and "3 rows left out" in capsys.readouterr().out
@@ -1008,10 +1014,13 @@ def test_four_shards_are_one(undisturbed, tmp_path, monkeypatch):
     """Whole chunks are dealt out, since a batch of another size rounds otherwise. Who comes first does not matter: the
     first process gathers what the others have drawn."""
     monkeypatch.setenv("WORLD_SIZE", "4")
-    for rank in (2, 3, 1, 0):
+    there = set()
+    for rank, share in ((2, {2}), (3, {3}), (1, {1, 5}), (0, {0, 4})):
         monkeypatch.setenv("RANK", str(rank))
         assert not (tmp_path / "hate/pairs.jsonl").exists()
         command("make_data", *DRAW, "--out", tmp_path)
+        there |= share
+        assert {int(file.stem) for file in tmp_path.glob("hate/chunks/*.json")} == there
     assert contents(tmp_path) == undisturbed
 
 
