@@ -33,7 +33,7 @@ def parse_arguments():
     parser.add_argument("--guidance", type=float, default=None, help="classifier-free guidance, 1 = none (default: 3 for the toy, else 7.5)")
     parser.add_argument("--negative", default="", help="what guidance steers away from, in both pictures (default: nothing)")
     parser.add_argument("--size", type=int, default=None, help="side in pixels (default: the model's own); with --images: crop and resize to it (default: as they are)")
-    parser.add_argument("--batch", type=int, default=None, help="pairs in a chunk, drawn at once (default: 16 for the toy, else 4)")
+    parser.add_argument("--batch", type=int, default=None, help="pairs in a chunk, drawn at once (default: 16 up to 256 px, 4 at 512 px, 1 at 1024 px)")
     parser.add_argument("--judge", choices=["toy", "none"], default=None, help="drops pairs whose pictures are not what they should be (default: toy for pictures drawn by the toy, else none)")
     parser.add_argument("--out", type=Path, default=Path("data"), help="folder to write (default: data)")
     return parser.parse_args()
@@ -58,7 +58,7 @@ from model.judge import pair_judge  # noqa: E402
 from model.llm import LanguageModel, read_concepts, write_pairs  # noqa: E402
 from model.pictures import sheet  # noqa: E402
 from model.prompts import Pair, Prompts, read_prompts, split  # noqa: E402
-from model.stable_diffusion import load, pick_device, weights_file  # noqa: E402
+from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
 from model.workers import Chunk, cores, digest, local_device, processes_for, share, spread  # noqa: E402
 
 KINDS = ("safe", "unsafe")
@@ -221,13 +221,15 @@ def gather(folder: Path, chunks: list[Chunk], judge: str, alone: bool) -> str:
 def make_pictures(args, device, rows: dict[str, list[dict]], rank: int, world_size: int):
     toy = args.model.resolve() == TOY.resolve()
     judge = args.judge or ("toy" if toy and not args.images else "none")
-    batch = args.batch or (16 if toy or args.images else 4)
+    batch = args.batch or 16
+    if not (args.batch or args.images):  # as in sample.py: as many as make a megapixel, at most 16
+        side = args.size or 8 * (skeleton(args.model).config.get("sample_size") or 64)
+        batch = max(1, min(16, 1024 ** 2 // side ** 2))
     settings, processes, identity = {"size": args.size}, cores(), None
     if not args.images:
         settings |= {"steps": args.steps or (10 if toy else 25), "negative": args.negative,
                      "guidance": args.guidance if args.guidance is not None else (3.0 if toy else 7.5)}
-        weights = weights_file(args.model, "unet")
-        identity, processes = sha256(weights), processes_for(device, weights)
+        identity, processes = sha256(*unet_files(args.model)), processes_for(device, unet_files(args.model))
     if world_size > 1 and processes > 1:
         torch.set_num_threads(1)  # as in worker processes: with more threads the last bits differ
         processes = 1

@@ -3,7 +3,7 @@
 What it is:  Co-Merge, and the baselines beside it. All of them merge the weight CHANGES delta W_i = s_i B_i A_i,
              never the factors: averaging A and B separately would leave cross terms B_i A_j.
 Needs:       experts of train.py; for Co-Merge also the model and data/ (its calibration inputs).
-Gives:       merged.safetensors, exact: rank = the sum of the experts' ranks.
+Gives:       merged.safetensors, exact: rank = the sum of the experts' ranks; or, with --fuse MODEL, that whole model, aligned.
 
 Co-Merge [our reconstruction from the paper's captions; method.md section 3]. For a layer with input x, expert i
 changes output unit j by d_i(x)_j = (s_i B_i A_i x)_j. Each unit goes to the expert that is most active there, and
@@ -38,7 +38,8 @@ def parse_arguments():
     parser.add_argument("--no-rescale", action="store_true", help="co-merge: leave the kept rows as strong as they are")
     parser.add_argument("--weights", type=float, nargs="+", default=None, help="one factor for each expert, or one for all (default: 1)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="calibration inputs of co-merge: what make_data.py wrote (default: data)")
-    parser.add_argument("--out", type=Path, default=Path("merged.safetensors"), help="file to write (default: merged.safetensors)")
+    parser.add_argument("--fuse", type=Path, default=None, metavar="MODEL", help="write the whole aligned checkpoint instead: a copy of this diffusers folder or single file with the merged LoRA in its weights (default: none)")
+    parser.add_argument("--out", type=Path, default=None, help="LoRA file to write; with --fuse the folder (default: merged.safetensors; with --fuse: aligned)")
     return parser.parse_args()
 
 
@@ -51,9 +52,10 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
+from model.checkpoint import Checkpoint  # noqa: E402
 from model.files import read_pairs, sha256  # noqa: E402
 from model.pictures import read_pictures  # noqa: E402
-from model.stable_diffusion import load, pick_device, weights_file  # noqa: E402
+from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
 
 PER_EXPERT, BATCH = 24, 16  # calibration pairs of each expert, pictures in a batch
 
@@ -71,7 +73,7 @@ def calibration(sd, data: Path, concepts: list[str], seed: int):
             prompts, paths = zip(*items[k:k + BATCH])
             x0, t = sd.encode(read_pictures(paths)), times[k:k + BATCH]
             noise = torch.randn(x0.shape, generator=generator).to(x0)
-            yield i, sd.schedule.add_noise(x0, noise, t), t, sd.text.encode(list(prompts))[0]
+            yield i, sd.schedule.add_noise(x0, noise, t), t, sd.embed(list(prompts))
 
 
 @dataclass
@@ -110,7 +112,7 @@ def measure(sd, experts: list[dict], batches) -> dict[str, Activity]:
     handles = [layer.register_forward_pre_hook(listen(name)) for name, layer in layers.items()]
     try:
         for now, x_t, t, context in batches:
-            sd.unet(x_t, t, context)
+            sd.finite(sd.predict(x_t, t, context), "a calibration input")
     finally:
         for handle in handles:
             handle.remove()
@@ -177,7 +179,9 @@ def main(args):
     names = [path.stem for path in files]
     experts = [{k: f._replace(up=w * f.up) for k, f in e.items()} for e, w in zip(experts, weights)]
 
-    if args.method == "average":
+    if len(experts) == 1 and args.fuse:
+        merged = experts[0]                    # nothing to merge with: as it is, times its weight
+    elif args.method == "average":
         merged = lora.compose(experts, [1 / len(experts)] * len(experts))
     elif args.method == "sum":
         merged = lora.compose(experts, [1.0] * len(experts))
@@ -187,7 +191,7 @@ def main(args):
         merged = keep_rows(experts, owner)
     else:
         sd = load(args.model, pick_device(args.device))
-        if metadata[0].get("base_model_hash") not in (None, sha256(weights_file(args.model, "unet"))):
+        if metadata[0].get("base_model_hash") not in (None, sha256(*unet_files(args.model))):
             raise BadInput(f"{files[0]}: was trained on another base model than --model {args.model}; give that model")
         lora.adapted(sd.unet, experts[0], str(files[0]))
         concepts = [m.get("concept", name) for m, name in zip(metadata, names)]
@@ -196,10 +200,17 @@ def main(args):
         for i, name in enumerate(names):
             share = sum((o == i).sum().item() for o in owner.values()) / sum(o.numel() for o in owner.values())
             print(f"{name:>20} keeps {share:6.1%} of the rows")
-    lora.save(args.out, merged, {"concept": ",".join(names), "method": args.method,
+    if args.fuse:
+        merged = lora.match(skeleton(args.fuse), merged, str(files[0]))
+        layers = Checkpoint(args.fuse).rewrite(out := args.out or Path("aligned"), lambda name: merged[key].delta() if (
+            key := lora.flat(name.removesuffix(".weight"))) in merged and name.endswith(".weight") else None)
+        print(f"{out}: {args.fuse.name} with {layers} layers changed by {', '.join(names)}")
+        return
+    out = args.out or Path("merged.safetensors")
+    lora.save(out, merged, {"concept": ",".join(names), "method": args.method,
                                  **({"score": args.score, "rescale": str(not args.no_rescale)} if args.method == "co-merge" else {}), "weights": ",".join(f"{w:g}" for w in weights),
-                                 **({"base_model_hash": h} if (h := metadata[0].get("base_model_hash")) else {})})
-    print(f"{args.out}: {len(names)} experts merged by {args.method}, rank {next(iter(merged.values())).down.shape[0]}")
+                                 **{key: metadata[0][key] for key in ("base_model_hash", "prediction_type") if key in metadata[0]}})
+    print(f"{out}: {len(names)} experts merged by {args.method}, rank {next(iter(merged.values())).down.shape[0]}")
 
 
 if __name__ == "__main__":

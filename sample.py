@@ -25,6 +25,7 @@ def parse_arguments():
     parser.add_argument("--guidance", type=float, default=3.0, help="classifier-free guidance, 1 = none (default: 3)")
     parser.add_argument("--sampler", choices=["dpm++", "ddim"], default="dpm++", help="(default: dpm++)")
     parser.add_argument("--size", type=int, default=None, help="side in pixels (default: the model's own)")
+    parser.add_argument("--batch", type=int, default=None, help="pictures drawn at once (default: 16 up to 256 px, 4 at 512 px, 1 at 1024 px)")
     parser.add_argument("--images-per-prompt", type=int, default=1, help="pictures of each prompt (default: 1)")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder to write (default: samples)")
     return parser.parse_args()
@@ -33,9 +34,9 @@ def parse_arguments():
 ARGS = parse_arguments() if __name__ == "__main__" else None  # before the heavy imports: --help answers at once
 
 import json  # noqa: E402
-import math  # noqa: E402
 
 import numpy as np  # noqa: E402
+import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -44,27 +45,8 @@ from model import toy_world as world  # noqa: E402
 from model.files import prune, read_jsonl, replacing, write_jsonl  # noqa: E402
 from model.judge import ToyJudge, interval  # noqa: E402
 from model.pictures import sheet  # noqa: E402
-from model.stable_diffusion import load, pick_device, weights_file  # noqa: E402
+from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
 from model.workers import processes_for, spread  # noqa: E402
-
-BATCH = 16
-
-
-def read_loras(arguments: list[str]) -> tuple[dict | None, list[str]]:
-    """"A B@0.5" -> one composed LoRA (exact), and the names and strengths as they go into index.jsonl."""
-    loras, strengths, names = [], [], []
-    for argument in arguments:
-        name, at, strength = argument.rpartition("@")
-        name, strength = (name, strength) if at else (argument, "1")
-        try:
-            strengths.append(float(strength))
-            if not math.isfinite(strengths[-1]):
-                raise ValueError
-        except ValueError:
-            raise BadInput(f"--lora {argument}: {strength!r} is not a number; write FILE@0.5") from None
-        loras.append(lora.load(Path(name))[0])
-        names.append(f"{Path(name).name}@{strengths[-1]:g}")
-    return (lora.compose(loras, strengths) if loras else None), names
 
 
 def build(model: Path, device, adapter: dict | None):
@@ -77,16 +59,19 @@ def build(model: Path, device, adapter: dict | None):
 
 def draw(settings: dict, sd, chunk: list[tuple[str, int]]) -> np.ndarray:
     prompts, seeds = zip(*chunk)
-    return sd.draw(prompts, seeds, **settings)
+    try:
+        return sd.draw(prompts, seeds, **settings)
+    except torch.cuda.OutOfMemoryError:
+        raise BadInput(f"no memory left for {len(chunk)} pictures at once; use a smaller --batch or --size") from None
 
 
 def draw_all(args, device, adapter, jobs: list[tuple[str, int]], folder: Path, label: str, loras: list[str]) -> np.ndarray:
     """Draws every (prompt, seed) and writes the pictures and index.jsonl. Returns uint8 [N, S, S, 3]."""
     settings = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler, "negative": args.negative, "size": args.size}
-    chunks, pictures = [jobs[i:i + BATCH] for i in range(0, len(jobs), BATCH)], []
+    chunks, pictures = [jobs[i:i + args.batch] for i in range(0, len(jobs), args.batch)], []
     with tqdm(total=len(jobs), desc=label, unit="picture") as bar:
         for drawn in spread(partial(build, args.model, device, adapter), partial(draw, settings), chunks,
-                            processes_for(device, weights_file(args.model, "unet"))):
+                            processes_for(device, unet_files(args.model))):
             for picture in drawn:
                 with replacing(folder / f"{len(pictures):05d}.png") as temporary:
                     Image.fromarray(picture).save(temporary, "png")
@@ -168,14 +153,19 @@ def main(args):
         prompts += [row["prompt"] for row in rows]
     if not prompts:
         raise BadInput("nothing to draw; give a prompt in quotes, or --prompts FILE")
-    for flag in ("steps", "images_per_prompt"):
-        if getattr(args, flag) < 1:
+    for flag in ("steps", "images_per_prompt", "size", "batch"):
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)} is too small; use 1 or more")
+    if args.judge and args.size not in (None, world.SIZE):
+        raise BadInput(f"--size {args.size}: the toy judge reads pictures of {world.SIZE}x{world.SIZE} pixels; leave out --size or --judge")
     if args.compare and not args.lora:
         raise BadInput("--compare needs something to compare with the base model; give --lora FILE")
     device = pick_device(args.device)
     jobs = [(prompt, args.seed + i) for i, prompt in enumerate(p for p in prompts for _ in range(args.images_per_prompt))]
-    adapter, names = read_loras(args.lora)
+    network = skeleton(args.model)
+    adapter, names = lora.read(args.lora, network)
+    if args.batch is None:  # as many pictures as make a megapixel, at most 16; a latent is 8 pixels wide in all but the toy
+        args.batch = max(1, min(16, 1024 ** 2 // (args.size or 8 * (network.config.get("sample_size") or 64)) ** 2))
 
     drawn = {}
     if args.compare:

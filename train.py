@@ -19,6 +19,7 @@ def parse_arguments():
     parser.add_argument("--concept", default="all", help="a folder under --data, or all of them, one expert each (default: all)")
     parser.add_argument("--joint", action="store_true", help="train one LoRA on all concepts instead, for as many steps as all experts together")
     parser.add_argument("--data", type=Path, default=Path("data"), help="what make_data.py wrote (default: data)")
+    parser.add_argument("--lora", nargs="+", default=[], metavar="FILE[@STRENGTH]", help="LoRAs to train on top of: fused into the frozen model first, strength 1 unless given (default: none)")
     parser.add_argument("--out", type=Path, default=None, help="folder for the experts (default: experts; with --joint: the current folder)")
     parser.add_argument("--loss", choices=["safety", "dpo"], default="safety", help="safety: DPO with guard, anchor and preservation; dpo: as published (default: safety)")
     parser.add_argument("--beta", type=float, default=100.0, help="strength of the preference, on the MEAN squared error (default: 100; published: 5000)")
@@ -42,18 +43,18 @@ import dpo  # noqa: E402
 import lora  # noqa: E402
 from model.files import read_pairs, sha256, write_jsonl  # noqa: E402
 from model.pictures import read_pictures  # noqa: E402
-from model.stable_diffusion import load, pick_device, weights_file  # noqa: E402
+from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
 from model.workers import processes_for, slot, spread  # noqa: E402
 
 
 def encode(sd, rows: list[dict], batch: int = 32) -> dict[str, torch.Tensor]:
-    """Everything the UNet will need, computed once: winner and loser latents [P, C, H, W], the contexts of both
-    prompts [P, L, D] and of the empty one [1, L, D]. The training loop then runs the UNet and nothing else."""
+    """Everything the UNet will need, computed once: winner and loser latents [P, C, H, W], and as sd.embed() gives
+    them both prompts [P, L, D] and the empty one [1, L, D]. The training loop then runs the UNet and nothing else."""
     def latents(key):
         return torch.cat([sd.encode(read_pictures([row[key] for row in rows[i:i + batch]])) for i in range(0, len(rows), batch)])
 
     def contexts(prompts):
-        return torch.cat([sd.text.encode(prompts[i:i + batch])[0] for i in range(0, len(prompts), batch)])
+        return torch.cat([sd.embed(prompts[i:i + batch]) for i in range(0, len(prompts), batch)])
     return {"winner": latents("safe_image"), "loser": latents("unsafe_image"), "empty": contexts([""]),
             "safe": contexts([row["safe"] for row in rows]), "unsafe": contexts([row["unsafe"] for row in rows])}
 
@@ -81,15 +82,18 @@ def errors(sd, cache, index, t, noise, keep: bool):
     x0 = torch.cat([cache["winner"][index], cache["loser"][index], cache["winner"][index]][:parts])
     context = torch.cat([cache["unsafe"][index], cache["unsafe"][index], safe][:parts])
     noise, t = noise.repeat(parts, 1, 1, 1), t.repeat(parts)
-    output = sd.unet(sd.schedule.add_noise(x0, noise, t), t, context).float()
+    output = sd.predict(sd.schedule.add_noise(x0, noise, t), t, context).float()
     error = dpo.squared_error(output, sd.schedule.target(x0, noise, t)).chunk(parts)
     return error[0], error[1], output.chunk(parts)[2] if keep else None
 
 
-def train(args, device, concepts: list[str], name: str, path: Path) -> str:
+def train(args, device, name: str, concepts: list[str], path: Path) -> str:
     """Trains one LoRA on the pairs of `concepts` and writes it to `path`. Returns a line that sums it up."""
     rows = [row for concept in concepts for row in read_pairs(args.data, concept)]
     sd = load(args.model, device)
+    below, below_names = args.lora
+    if below:
+        lora.fuse(sd.unet, below)             # base and reference are now the user's model: frozen weights + LoRA
     cache = encode(sd, rows)
     seed = zlib.crc32(f"{args.seed} {name}".encode())  # every expert has its own LoRA initialisation
     parameters = lora.inject(sd.unet, lora.init(sd.unet, args.rank, args.rank, seed))
@@ -120,6 +124,7 @@ def train(args, device, concepts: list[str], name: str, path: Path) -> str:
         else:
             loss, metrics = dpo.diffusion_dpo(winner, loser, winner_ref, loser_ref, args.beta)
         if not math.isfinite(loss.item()):
+            sd.finite(winner_ref, "the reference's error")      # damaged weights are no matter of the settings
             raise BadInput(f"{name}: the loss is {loss.item()} at step {step}; lower --lr ({args.lr:g}) or --beta ({args.beta:g})")
         scaler.scale(loss).backward()
         scaler.unscale_(optimiser)
@@ -132,11 +137,12 @@ def train(args, device, concepts: list[str], name: str, path: Path) -> str:
         bar.set_postfix({"loss": f"{loss.item():.3f}", **{key: f"{metrics[key]:.3f}" for key in ("preference", "accuracy", "margin")},
                          **{key: f"{metrics[key] / metrics[key + '_ref']:.2f}" for key in ("winner", "loser")}}, refresh=False)
     if not all(p.isfinite().all() for p in parameters):
-        raise BadInput(f"{name}: the last step left weights that are not finite; lower --lr ({args.lr:g})")
+        raise BadInput(f"{name}: the last step left weights that are not finite; lower --lr ({args.lr:g}) or --beta ({args.beta:g})")
 
     lora.save(path, lora.extract(sd.unet), {
-        "concept": name, "base_model_hash": sha256(weights_file(args.model, "unet")), "data_hash": sha256(*(args.data / concept / "pairs.jsonl" for concept in concepts),
+        "concept": name, "base_model_hash": sha256(*unet_files(args.model)), "data_hash": sha256(*(args.data / concept / "pairs.jsonl" for concept in concepts),
                                                                             *(row[key] for row in rows for key in ("safe_image", "unsafe_image"))),
+        "prediction_type": sd.schedule.prediction_type, **({"on_top_of": ",".join(below_names)} if below else {}),
         "loss": args.loss, "beta": f"{args.beta:g}", "lr": f"{args.lr:g}", "steps": str(steps),
         "batch": str(args.batch), "rank": str(args.rank), "seed": str(args.seed)})
     write_jsonl(path.with_suffix(".jsonl"), log)
@@ -156,17 +162,16 @@ def main(args):
     if args.concept == "all" and not found:
         raise BadInput(f"{args.data}: no concept has pairs yet; run python make_data.py")
     concepts = found if args.concept == "all" else [args.concept]
+    args.lora = lora.read(args.lora, skeleton(args.model))     # one LoRA (or None), and the names; once for all experts
+    jobs = [(concept, [concept], (args.out or Path("experts")) / f"{concept}.safetensors") for concept in concepts]
     if args.joint:
-        print(train(args, device, concepts, "joint", (args.out or Path()) / "joint.safetensors"))
-        return
-    jobs = [(concept, (args.out or Path("experts")) / f"{concept}.safetensors") for concept in concepts]
-    for line in spread(None, partial(train_job, args, device), jobs, processes_for(device, weights_file(args.model, "unet"))):
+        jobs = [("joint", concepts, (args.out or Path()) / "joint.safetensors")]
+    for line in spread(None, partial(train_job, args, device), jobs, processes_for(device, unet_files(args.model))):
         tqdm.write(line)
 
 
 def train_job(args, device, _, job) -> str:
-    concept, path = job
-    return train(args, device, [concept], concept, path)
+    return train(args, device, *job)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """What every script does the same way: flags, one-line errors, files moved into place.
 
 Needs:       nothing but Python (torch is imported after the flags are parsed, so that --help is instant).
-Gives:       Parser, BadInput, run(), replacing(), prune(), read_jsonl(), write_jsonl(), read_pairs(), sha256().
+Gives:       Parser, BadInput, run(), replacing(), opened(), prune(), read_jsonl(), write_jsonl(), read_pairs(),
+             sha256().
 """
 import argparse
 import contextlib
 import hashlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False)
-        self.add_argument("--model", type=Path, default=TOY, help="Stable Diffusion folder (default: the embedded model/toy)")
+        self.add_argument("--model", type=Path, default=TOY, help="Stable Diffusion 1, 2 or XL: a diffusers folder or a single .safetensors file (default: the embedded model/toy)")
         self.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
         self.add_argument("--device", default="auto",
                           help="torch device; auto is cuda, then mps, then cpu (default: auto)")
@@ -57,7 +59,7 @@ def run(main, *arguments):
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """Yields a temporary path beside `path`, moved over it only when the block ends well: never half a file."""
+    """Yields a temporary path beside `path`, moved over it only when the block ends well: never half a file or folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -65,7 +67,26 @@ def replacing(path: Path):
         yield temporary
         os.replace(temporary, path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
+
+
+def opened(path: Path):
+    """safetensors.safe_open: a with block's file, whose tensors are memory-mapped. Raises BadInput for whatever is not a
+    whole safetensors file. The library checks the header: its length, its JSON, and that the tensors fill the file."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        start = b""
+        if Path(path).is_file():
+            with open(path, "rb") as file:
+                start = file.read(2)
+        if start in (b"PK", b"\x80\x02", b"\x80\x04"):  # a zip or a bare pickle, as torch.save writes them
+            raise BadInput(f"{path}: not a safetensors file but a pickle, as .ckpt, .pt and .bin files are, and pickles are never "
+                           "opened; get it in safetensors form") from None
+        raise BadInput(f"{path}: not a readable safetensors file ({error}); copy or download it again") from None
 
 
 def prune(folder: Path, pattern: str, keep: set[str]):

@@ -1,7 +1,6 @@
 """Text encoding: prompts -> the vectors that the UNet attends to.
 
-Needs   transformers (CLIP itself is not rebuilt here) and a checkpoint folder in the diffusers layout:
-        tokenizer/, text_encoder/ and, for SDXL, tokenizer_2/, text_encoder_2/.
+Needs   transformers (CLIP itself is not rebuilt here) and a Checkpoint's text encoders and tokenizers.
 Gives   TextEncoders: prompts -> token ids -> context [B,L,D], and for SDXL also pooled [B,P].
 
 What the UNet was trained on, and so what must come out, differs by family:
@@ -20,7 +19,7 @@ import os
 import torch
 from torch import nn
 
-PREFIX = "text_model."  # the published files' name for the transformer; transformers 5 has dropped the level
+from .checkpoint import TEXT, Checkpoint
 
 
 def _transformers():
@@ -30,73 +29,39 @@ def _transformers():
     return transformers
 
 
-def load_tokenizer(folder: str):
-    """The CLIP tokenizer in folder (vocab.json + merges.txt, or tokenizer.json); raises FileNotFoundError."""
+def load_tokenizer(folder: str, **special):
+    """The CLIP tokenizer in folder (vocab.json + merges.txt, or tokenizer.json); special: such as pad_token, over what
+    its files say. Raises FileNotFoundError."""
     if not any(os.path.isfile(os.path.join(folder, name)) for name in ("vocab.json", "tokenizer.json")):
         raise FileNotFoundError(f"{folder} has no vocab.json; give a checkpoint folder that holds its tokenizer")
     # Local only: with no file missing there is nothing to ask a server for, and no command may hang offline.
-    return _transformers().CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    return _transformers().CLIPTokenizer.from_pretrained(folder, local_files_only=True, **special)
 
 
-def build_encoder(config: dict, state: dict | None = None, where: str = "the text encoder"):
-    """A transformers CLIPTextModel or CLIPTextModelWithProjection, as config["architectures"] says.
+def build_encoder(config: dict):
+    """A new transformers CLIPTextModel or CLIPTextModelWithProjection, as config["architectures"] says.
 
-    config: the contents of text_encoder/config.json.
-    state: its tensors by published name; they become the parameters (no copy, their dtype is kept) and the
-        model comes frozen. None: fresh random weights, trainable, for training from scratch.
-    Raises ValueError naming `where` when the class is neither of the two, or unless every tensor of the
-    model is in state, every tensor in state is in the model, and all shapes agree.
+    config: the contents of text_encoder/config.json. Raises ValueError when the class is neither of the two.
     """
     transformers = _transformers()
     name = (config.get("architectures") or ["CLIPTextModel"])[0]
     if name not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-        raise ValueError(f"{where} is a {name}, which is not supported; use a CLIP text encoder (SD 1.x, 2.x or SDXL)")
-    kind, config = getattr(transformers, name), transformers.CLIPTextConfig.from_dict(config)
-    if state is None:
-        return kind(config)
-    with torch.device("meta"):  # no memory and no time for initial values that are overwritten at once
-        model = kind(config)
+        raise ValueError(f"a text encoder is a {name}, which is not supported; use a CLIP text encoder (SD 1.x, 2.x or SDXL)")
+    return getattr(transformers, name)(transformers.CLIPTextConfig.from_dict(config))
 
-    # 1. Rename. Both sides are compared without PREFIX: that joins files with it (all published ones) and
-    #    without it (saved by transformers 5) to modules with it (transformers 4) and without it (5).
-    ours = {key.removeprefix(PREFIX): key for key in model.state_dict()}
-    theirs = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
-    # The one exception: 0, 1, 2, … was once stored as if it were a weight; it is computed below.
-    theirs.pop("embeddings.position_ids", None)
-    # 2. One strict load.
-    missing, unknown = sorted(ours.keys() - theirs.keys()), sorted(theirs.keys() - ours.keys())
-    if missing or unknown:
-        raise ValueError(f"{where} does not fit its config.json: {len(missing)} tensors missing {missing[:2]}, "
-                         f"{len(unknown)} not known {unknown[:2]}; take both files from the same checkpoint")
-    try:
-        model.load_state_dict({ours[key]: tensor for key, tensor in theirs.items()}, strict=True, assign=True)
-    except RuntimeError as error:  # names complete, so only shapes can disagree
-        detail = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{where} does not fit its config.json: {detail}") from None
-    # 3. Buffers outside the file are still on the meta device, where an index silently has no values.
+
+def load_encoder(checkpoint: Checkpoint, part: str, device, dtype):
+    """A checkpoint's text_encoder or text_encoder_2, frozen. Raises BadInput unless every tensor fits."""
+    model = checkpoint.build(part, build_encoder, device, dtype)
+    # Buffers outside the file are still on the meta device, where an index silently has no values.
     for module in model.modules():
         if "position_ids" in module._buffers:
-            module.position_ids = torch.arange(config.max_position_embeddings)[None]                   # [1,L]
+            module.position_ids = torch.arange(model.config.max_position_embeddings, device=device)[None]       # [1,L]
     empty = [key for key, buffer in model.named_buffers() if buffer.is_meta]
     if empty:
-        raise ValueError(f"{where}: this transformers {transformers.__version__} keeps values we do not "
+        raise ValueError(f"{part}: this transformers {_transformers().__version__} keeps values we do not "
                          f"fill in ({empty[0]}); use the version pinned in requirements.txt")
     return model.requires_grad_(False).eval()
-
-
-def _load_encoder(folder, dtype):
-    """build_encoder from a text_encoder folder; floats to dtype."""
-    from safetensors.torch import load_file
-    for name in ("model.safetensors", "model.fp16.safetensors"):
-        path = os.path.join(folder, name)
-        if os.path.isfile(path):
-            with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-                config = json.load(file)
-            state = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor
-                     for key, tensor in load_file(path).items()}
-            return build_encoder(config, state, path)
-    raise FileNotFoundError(f"{folder} has no model.safetensors; pickled weights (.bin) are never opened, "
-                            f"so get the checkpoint in safetensors form")
 
 
 class TextEncoders(nn.Module):
@@ -114,12 +79,11 @@ class TextEncoders(nn.Module):
                           *(e.config.max_position_embeddings for e in encoders))                       # L
 
     @classmethod
-    def load(cls, folder: str, dtype=torch.float32, device="cpu"):
-        """From a diffusers checkpoint folder, frozen; two encoders exactly if it has a text_encoder_2.
-        Raises FileNotFoundError or ValueError, one sentence that names the file."""
-        parts = ["", "_2"] if os.path.isdir(os.path.join(folder, "text_encoder_2")) else [""]
-        return cls([load_tokenizer(os.path.join(folder, "tokenizer" + part)) for part in parts],
-                   [_load_encoder(os.path.join(folder, "text_encoder" + part), dtype) for part in parts]).to(device)
+    def of(cls, checkpoint: Checkpoint, dtype=torch.float32, device="cpu"):
+        """A checkpoint's, frozen; two encoders exactly if it has a text_encoder_2.
+        Raises BadInput, FileNotFoundError or ValueError, one sentence that names the file."""
+        return cls([load_tokenizer(folder, **special) for folder, special in checkpoint.tokenizers],
+                   [load_encoder(checkpoint, part, device, dtype) for part in checkpoint.parts if part.startswith("text")])
 
     def save(self, folder: str):
         """Write text_encoder/ (config.json, model.safetensors) for each encoder under folder, by the
@@ -128,7 +92,7 @@ class TextEncoders(nn.Module):
         for part, encoder in zip(("", "_2"), self.encoders):
             target = os.path.join(folder, "text_encoder" + part)
             os.makedirs(target, exist_ok=True)
-            state = {key if key.startswith((PREFIX, "text_projection.")) else PREFIX + key: tensor.contiguous()
+            state = {key if key.startswith((TEXT, "text_projection.")) else TEXT + key: tensor.contiguous()
                      for key, tensor in encoder.state_dict().items()}
             save_file(state, os.path.join(target, "model.safetensors"), metadata={"format": "pt"})
             config = {**encoder.config.to_diff_dict(), "architectures": [type(encoder).__name__]}

@@ -21,10 +21,10 @@ from .files import BadInput, replacing, sha256
 _STATE = None  # what make() built in this worker process: each process builds its own, once
 
 
-def processes_for(device: torch.device, weights: Path) -> int:
+def processes_for(device: torch.device, weights: list[Path]) -> int:
     """How many processes to use: one a CPU core where the network is small enough to fit in its cache and
     memory many times over (under 64 MB: the toy), else one, with all of torch's threads."""
-    if device.type != "cpu" or weights.stat().st_size > 64e6:
+    if device.type != "cpu" or sum(file.stat().st_size for file in weights) > 64e6:
         return 1
     return cores()
 
