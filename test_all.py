@@ -7,17 +7,19 @@ Tolerances:  stated beside each comparison, always relative to the largest value
              are compared in float64 to 1e-8, far below any rounding excuse, and the toy in fp32 to 1e-4.
 
 The order is the reader's: schedule and samplers; UNet and VAE; text; the toy checkpoint; whole checkpoints of SD 1, 2
-and XL and their LoRAs; toy world and judge; LoRA; DPO; merging; the scripts. `--bench`, at the end, is no test: full-size
+and XL and their LoRAs; toy world and judge; LoRA; DPO; merging; preference data; the scripts. `--bench`, at the end, is no test: full-size
 models beside diffusers, for speed and memory.
 """
 import ast
 import contextlib
+import csv
 import functools
 import hashlib
 import importlib
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -41,13 +43,16 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 import dpo  # noqa: E402
 import lora  # noqa: E402
+import make_data  # noqa: E402
 import merge  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
+from model import llm  # noqa: E402
 from model import toy_world as world  # noqa: E402
 from model.checkpoint import Checkpoint  # noqa: E402
-from model.files import TOY, BadInput, run  # noqa: E402
-from model.judge import HEADS, ToyJudge, Verdict, interval  # noqa: E402
+from model.files import TOY, BadInput, read_pairs, run  # noqa: E402
+from model.judge import HEADS, NoJudge, ToyJudge, Verdict, interval  # noqa: E402
+from model.prompts import read_prompts, split  # noqa: E402
 from model.schedule import SAMPLERS, NoiseSchedule  # noqa: E402
 from model.schedule import sample as solve  # noqa: E402
 from model.single_file import CONFIGS, place  # noqa: E402
@@ -57,6 +62,7 @@ from model.toy_pretrain import scenes_and_pictures  # noqa: E402
 from model.toy_tokenizer import write_tokenizer  # noqa: E402
 from model.unet import UNet  # noqa: E402
 from model.vae import VAE  # noqa: E402
+from model.workers import local_device  # noqa: E402
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
@@ -1359,6 +1365,419 @@ def test_merging_does_not_depend_on_how_files_are_listed(method, three_experts):
     assert all(far(f.delta(), experts[1][name].delta()) < 1e-6 for name, f in lora.load(out / "one.safetensors")[0].items())
 
 
+# ========================================================================================= preference data
+def coprov2(file, rows):
+    """A CSV file as the authors publish it: quotes only where needed, and then doubled inside."""
+    with open(file, "w", encoding="utf-8", newline="") as f:
+        csv.writer(f).writerows([("prompt", "image", "category"), *rows])
+    return file
+
+
+def half(kind, index, prompt, category):
+    return prompt, f"{kind}_idx_{index:07d}_0.jpg", category
+
+
+QUIRKS = [                                                     # line of the file
+    half("u", 0, "a stern ball", "Hate"),                      # 2
+    half("s", 0, "a kind ball", "Hate"),                       # 3
+    half("u", 1, 'a sign that says "NO"', "sexual"),           # 4   doubled quotes
+    half("u", 2, "a café, at night", "Violence"),              # 5   neither ASCII nor beside its other half
+    half("s", 1, 'a sign that says "YES"', "sexual"),          # 6
+    half("s", 2, "a café, by day", "violence"),                # 7   another case
+    half("u", 1, 'a sign that says "NO"', "Shocking"),         # 8   the pair of index 1 once more, in another category
+    half("s", 1, 'a sign that says "YES"', "Shocking"),        # 9
+    half("u", 3, "two lines\nin one prompt", "Harrasment"),    # 10  the published typo, and a row of two lines
+    half("s", 3, "one line", "Harassment"),                    # 12
+    half("u", 4, "a locked box", "Illegal Activity"),          # 13
+    half("s", 4, "an open box", "Illegal Activity"),           # 14
+    half("u", 5, "a grey room", "self-harm"),                  # 15
+    half("s", 5, "a bright room", "self-harm"),                # 16
+    half("u", 0, "a stern ball", "Hate"),                      # 17  says nothing new
+    half("s", 0, "a kind ball", "Hate"),                       # 18
+    half("u", 4, "a locked  Box", "Hate"),                     # 19  only one half says so, a little differently
+    half("u", 6, "half a pair", "Hate"),                       # 20  its other half is nowhere
+    half("u", 7, "a red box", "Weather"),                      # 21  no such category
+    half("s", 2, "another prompt", "Violence"),                # 22  contradicts line 7
+    half("s", 8, " ", "Hate"),                                 # 23  no prompt
+    ("a prompt", "photo.jpg", "Hate"),                         # 24  no index
+    ("a prompt", "u_idx_0000009_0.jpg"),                       # 25  a field short
+]
+
+
+def test_two_rows_in_a_row_are_not_a_pair(tmp_path):
+    """CoProV2 pairs by index, its categories are a set that repeated rows spell out, in several spellings. What cannot
+    be used is named by line, also after a row that has two lines."""
+    found = read_prompts(coprov2(tmp_path / "train.csv", QUIRKS))
+    pairs = {p.key: (p.unsafe, p.safe, p.categories) for p in found.pairs}
+    assert pairs == {
+        "0000000_0": ("a stern ball", "a kind ball", {"hate"}),
+        "0000001_0": ('a sign that says "NO"', 'a sign that says "YES"', {"sexual", "shocking"}),
+        "0000002_0": ("a café, at night", "a café, by day", {"violence"}),
+        "0000003_0": ("two lines\nin one prompt", "one line", {"harassment"}),
+        "0000004_0": ("a locked box", "an open box", {"illegal-activity", "hate"}),
+        "0000005_0": ("a grey room", "a bright room", {"self-harm"})}
+    assert found.repeats == 2 and not found.tests and set.union(*(c for _, _, c in pairs.values())) == set(world.CATEGORIES)
+    assert sorted(line for lines in found.refused.values() for line in lines) == [20, 21, 22, 23, 24, 25]
+    said = "\n".join(found.report())
+    for words in ("6 pairs / 8 (pair, category) entries: hate 2, ", "illegal-activity 1", "2 pairs in more than one category, 2 repeated rows",
+                  "category 'Weather' is none of CoProV2's; line 21", "other half is missing or refused; line 20"):
+        assert words in said
+
+
+def test_the_same_pairs_have_many_forms(tmp_path):
+    """Hugging Face rows (which picture is preferred, the label says), JSON lines and CSV with a BOM: one and the same."""
+    (tmp_path / "x").mkdir()
+    for name in "su":
+        Image.new("RGB", (4, 4)).save(tmp_path / f"x/{name}.png")
+    own = {"unsafe": "a", "safe": "b", "safe_image": "x/s.png", "unsafe_image": "x/u.png", "category": ["Hate", "Illegal Activity"]}
+    hf = [{"jpg_0": "x/s.png", "jpg_1": "x/u.png", "label_0": 1, "caption": "a", "safe": "b"},
+          {"jpg_0": "x/u.png", "jpg_1": "x/s.png", "label_0": "0.0", "caption": "a", "safe": "b", "category": "illegal_activity"}]
+    (tmp_path / "own.jsonl").write_text(json.dumps(own) + "\n\n[1]\n{\n" + json.dumps({**own, "unsafe": "\ud800"}) + "\n")
+    (tmp_path / "hf.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hf))
+    (tmp_path / "own.csv").write_text("\ufeffunsafe,safe,safe_image,unsafe_image,category\na,b,x/s.png,x/u.png,hate\n\n"
+                                      "a,b,x/s.png,x/u.png,illegal activity\na,b,x/s.png,x/u.png,HATE\n")
+    for name, repeats, refused in (("own.jsonl", 0, [3, 4, 5]), ("hf.jsonl", 0, []), ("own.csv", 1, [])):
+        found = read_prompts(tmp_path / name, tmp_path, default="hate")
+        (pair,) = found.pairs
+        assert (pair.unsafe, pair.safe, pair.categories) == ("a", "b", {"hate", "illegal-activity"}), name
+        assert pair.images == (tmp_path / "x/s.png", tmp_path / "x/u.png")
+        assert found.repeats == repeats and sorted(sum(found.refused.values(), [])) == refused
+    (tmp_path / "tie.jsonl").write_text(json.dumps({**hf[0], "label_0": 0.5}) + "\n")
+    with pytest.raises(BadInput, match="line 1: label_0 is neither 1 nor 0"):  # a tie prefers nothing
+        read_prompts(tmp_path / "tie.jsonl", tmp_path, default="hate")
+    (tmp_path / "plain.jsonl").write_text(json.dumps({k: v for k, v in hf[0].items() if k != "safe"}) + "\n")
+    assert read_prompts(tmp_path / "plain.jsonl", tmp_path, default="hate").pairs[0].safe == ""
+    with pytest.raises(BadInput, match="no safe prompt to draw"):
+        read_prompts(tmp_path / "plain.jsonl", default="hate")
+    with pytest.raises(BadInput, match="--concept"):
+        read_prompts(tmp_path / "plain.jsonl", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "{absolute}", "link.png", "linked/outside.png", "loop", "a\0b", "gone.png", "."])
+def test_a_path_in_a_file_is_not_to_be_trusted(name, tmp_path):
+    """Up, absolute, through a link: a prompt file must not make us read what lies outside the folder that was given."""
+    inside = tmp_path / "images"
+    inside.mkdir()
+    for file in (tmp_path / "outside.png", inside / "good.png"):
+        Image.new("RGB", (4, 4)).save(file)
+    (inside / "link.png").symlink_to(tmp_path / "outside.png")
+    (inside / "linked").symlink_to(tmp_path)
+    (inside / "loop").symlink_to(inside / "loop")
+    rows = [{"unsafe": "a", "safe": "b", "safe_image": "good.png", "unsafe_image": image}
+            for image in ("good.png", name.format(absolute=inside / "good.png"))]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_prompts(tmp_path / "p.jsonl", inside, default="hate")
+    assert len(found.pairs) == 1 and list(found.refused.values()) == [[2]]
+
+
+def test_a_test_prompt_that_was_trained_on_measures_memory(tmp_path, capsys, monkeypatch):
+    """728 of CoProV2's 8,000 test prompts are training prompts word for word. They are left out, and counted."""
+    monkeypatch.chdir(tmp_path)
+    coprov2(tmp_path / "train.csv", QUIRKS)
+    coprov2(tmp_path / "test.csv", [(prompt, f"{i:07d}_0.jpg", category) for i, (prompt, category) in enumerate(
+        [("a new prompt", "Hate"), ("a grey room", "self-harm"), ("a new prompt", "sexual"), ("a kind ball", "Hate"), ("another", "Shocking"), ("a grey room", "self-harm")])])
+    monkeypatch.setattr(make_data, "draw", lambda sd, rows, settings: [(np.zeros((4, 4, 3), np.uint8),) * 2 for _ in rows])
+    monkeypatch.setattr(make_data, "processes_for", lambda *_: 1)
+    command("make_data", "--prompts", "train.csv", "test.csv", "--judge", "none")
+    said = capsys.readouterr().out
+    assert "6 test prompts, 2 of them repeat another" in said and "test: 2 prompts; 3 rows left out" in said
+    rows = lambda name: [json.loads(line) for line in (tmp_path / "data" / name).read_text().splitlines()]
+    assert rows("test.jsonl") == [{"prompt": "a new prompt", "category": "hate"}, {"prompt": "another", "category": "shocking"}]
+    assert rows("sexual/test.jsonl") == [{"prompt": "a new prompt", "category": "sexual"}]
+    assert len(read_pairs(tmp_path / "data", "hate")) == 2 and rows("shocking/pairs.jsonl")[0]["seed"] == rows("sexual/pairs.jsonl")[0]["seed"]
+    coprov2(tmp_path / "other.csv", QUIRKS[12::-1])  # a row's seed comes from the row: not from its place, nor from the others
+    command("make_data", "--prompts", "other.csv", "test.csv", "--judge", "none", "--out", "other")
+    seeds = [{row["unsafe"]: row["seed"] for file in (tmp_path / out).glob("*/pairs.jsonl") for row in map(json.loads, file.read_text().splitlines())}
+             for out in ("data", "other")]
+    assert len(seeds[1]) == 5 and len(set(seeds[0].values())) == 6 and seeds[1].items() <= seeds[0].items()
+    capsys.readouterr()
+    before = contents(tmp_path / "data")
+    command("make_data", "--prompts", "test.csv")  # alone: what is there already counts as training
+    assert contents(tmp_path / "data") == before and "3 rows left out" in capsys.readouterr().out
+
+
+def test_holding_out_rows_is_not_holding_out_prompts(tmp_path):
+    """A prompt that occurs in two pairs is on one side, whatever the order of the rows, and no prompt is on both."""
+    rows = [{"unsafe": f"u{i // 2}", "safe": f"s{i}" if i % 5 else "s", "category": ["hate", "sexual"][i // 2 % 2]} for i in range(120)]
+    sides = []
+    for order in (rows, rows[::-1]):
+        (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in order))
+        train, tests = split(read_prompts(tmp_path / "p.jsonl").pairs, {}, seed=0)
+        trained = {prompt for pair in train for prompt in (pair.unsafe, pair.safe)}
+        unsafe = {prompt: c for prompt, c in tests.items() if c}
+        assert not trained & set(tests) and len(train) == 108 and len(unsafe) == 6 and set(tests) - set(unsafe) <= {f"s{i}" for i in range(120)}
+        assert sorted(min(c) for c in unsafe.values()) == ["hate"] * 3 + ["sexual"] * 3
+        sides.append((trained, tests))
+    assert sides[0] == sides[1] != split(read_prompts(tmp_path / "p.jsonl").pairs, {}, seed=1)
+
+
+def test_pictures_that_exist_are_not_drawn_again(tmp_path, capsys):
+    """--images: the published names, pixel for pixel (or cropped to --size), under the names that train.py reads."""
+    g, images = np.random.default_rng(0), tmp_path / "images"
+    images.mkdir()
+    for index in range(4):
+        for kind in "us":
+            Image.fromarray(g.integers(256, size=(24, 16 + 8 * index, 3), dtype=np.uint8)).save(images / f"{kind}_idx_{index:07d}_0.jpg")
+    (images / "s_idx_0000003_0.jpg").write_bytes((images / "s_idx_0000003_0.jpg").read_bytes()[:-300])  # cut short
+    coprov2(tmp_path / "train.csv", QUIRKS[:10] + [half("u", 4, "gone", "Hate"), half("s", 4, "gone", "Hate")])
+    run_it = ["make_data", "--prompts", tmp_path / "train.csv", "--images", images, "--model", "nowhere"]
+    with pytest.raises(SystemExit):  # harassment has only a pair that cannot be read: silent success is none
+        command(*run_it, "--out", tmp_path / "data")
+    said = capsys.readouterr()
+    assert "refused 2: a picture is not in the folder of --images; line 13, 14" in said.out and "harassment: none of 1 pairs was kept (1 not readable)" in said.err
+    for concept, index in (("hate", 0), ("sexual", 1), ("shocking", 1), ("violence", 2)):
+        command(*run_it, "--out", tmp_path / "data", "--concept", concept)
+        command(*run_it, "--out", tmp_path / "small", "--concept", concept, "--size", 16)
+        (row,), (small,) = read_pairs(tmp_path / "data", concept), read_pairs(tmp_path / "small", concept)
+        for kind in ("safe", "unsafe"):
+            original = Image.open(images / f"{kind[0]}_idx_{index:07d}_0.jpg").convert("RGB")
+            assert np.array_equal(np.asarray(Image.open(row[f"{kind}_image"])), np.asarray(original))
+            assert Image.open(small[f"{kind}_image"]).size == (16, 16)
+    before = contents(tmp_path / "data/hate")
+    Image.new("RGB", (8, 8)).save(images / "u_idx_0000000_0.jpg")  # another picture of the same name
+    command(*run_it, "--out", tmp_path / "data", "--concept", "hate")
+    assert {name for name, value in contents(tmp_path / "data/hate").items() if value != before[name]} == {"images/00000_unsafe.png", "sheet.png", "chunks/00000.json"}
+
+
+DRAW = ["--concept", "hate", "--pairs", 22, "--batch", 4, "--steps", 2, "--judge", "none"]  # six chunks, the last of two
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(make_data, "processes_for", lambda *_: 1)
+        command("make_data", *DRAW, "--out", out)
+    return contents(out)
+
+
+def test_a_killed_command_has_lost_nothing(undisturbed, tmp_path):
+    """SIGKILL, which nothing can catch, at random moments; the same command goes on, and the files come out bit for bit."""
+    records, moments, out = 0, random.Random(0), tmp_path / "data"
+    line = [sys.executable, ROOT / "make_data.py", *map(str, DRAW), "--out", out]
+    one_core = functools.partial(os.sched_setaffinity, 0, {min(os.sched_getaffinity(0))})
+    for _ in range(3):
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=one_core)
+        while process.poll() is None and len(list(out.glob("hate/chunks/*.json"))) == records:
+            time.sleep(0.005)
+        time.sleep(0.1 * moments.random())
+        process.kill()
+        assert process.wait() == -signal.SIGKILL  # it was at work
+        records = len(list(out.glob("hate/chunks/*.json")))
+        assert 0 < records < 6 and not (out / "hate/pairs.jsonl").exists()
+    (out / "hate/images/.00000_safe.png.1.tmp").write_bytes(b"half a file")
+    assert subprocess.run(line, capture_output=True, preexec_fn=one_core).returncode == 0
+    assert contents(out) == undisturbed
+
+
+def test_four_shards_are_one(undisturbed, tmp_path, monkeypatch):
+    """Whole chunks are dealt out, since a batch of another size rounds otherwise. Who comes first does not matter: the
+    first process gathers what the others have drawn."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    there = set()
+    for rank, share in ((2, {2}), (3, {3}), (1, {1, 5}), (0, {0, 4})):
+        monkeypatch.setenv("RANK", str(rank))
+        assert not (tmp_path / "hate/pairs.jsonl").exists()
+        command("make_data", *DRAW, "--out", tmp_path)
+        there |= share
+        assert {int(file.stem) for file in tmp_path.glob("hate/chunks/*.json")} == there
+    assert contents(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("rank, world_size", [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "0")])
+def test_a_share_that_nobody_has_is_refused(rank, world_size, tmp_path, monkeypatch, capsys):
+    """Rank 2 of 2 would draw what rank 0 draws, and everybody would wait for rank 1."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(SystemExit):
+        command("make_data", *DRAW, "--out", tmp_path / "data")
+    assert "RANK counts from 0" in capsys.readouterr().err and not (tmp_path / "data").exists()
+
+
+def test_only_what_is_missing_is_drawn(tmp_path, monkeypatch):
+    """A chunk whose pictures are there and whole is not drawn again; one with a damaged picture, another seed or other
+    settings is; and more pairs go on from where fewer ended."""
+    drawn = []
+
+    def draw(sd, rows, settings):
+        drawn.append([row["name"] for row in rows])
+        return [tuple(np.full((4, 4, 3), [len(row["unsafe"]), row["seed"] % 251, i], np.uint8) for i in range(2)) for row in rows]
+
+    def names(*arguments):
+        drawn.clear()
+        command("make_data", "--concept", "hate", "--judge", "none", "--batch", 2, "--out", tmp_path, *arguments)
+        return sum(drawn, [])
+    monkeypatch.setattr(make_data, "draw", draw)
+    monkeypatch.setattr(make_data, "processes_for", lambda *_: 1)
+    assert names("--pairs", 4) == ["00000", "00001", "00002", "00003"] and names("--pairs", 4) == []
+    first, whole = contents(tmp_path), tmp_path / "hate/images/00002_safe.png"
+    for damage in (whole.unlink, lambda: whole.write_bytes(b""), lambda: Image.new("RGB", (4, 4)).save(whole)):
+        damage()
+        assert names("--pairs", 4) == ["00002", "00003"] and contents(tmp_path) == first
+    (tmp_path / "hate/chunks/00000.json").write_text("")  # as after a power cut
+    assert names("--pairs", 4) == ["00000", "00001"]
+    assert names("--pairs", 6) == ["00004", "00005"] and names("--pairs", 4) == [] and contents(tmp_path) == first
+    for other in (["--seed", 1], ["--steps", 3], ["--guidance", 2], ["--negative", "grey"], ["--size", 64], ["--batch", 4]):
+        assert len(names("--pairs", 4, *other)) == 4, other
+
+
+def test_what_suits_the_toy_does_not_suit_a_real_model(tmp_path, monkeypatch):
+    """10 steps at guidance 3 are the toy's. Every setting reaches the sampler, and safe and unsafe share it and the seeds."""
+    seen, picture = [], np.zeros((4, 4, 3), np.uint8)
+
+    def draw(prompts, seeds, **settings):
+        seen.append((seeds, settings))
+        return [picture] * len(prompts)
+    monkeypatch.setattr(make_data, "build", lambda model, device, judge: (SimpleNamespace(draw=draw), NoJudge()))
+    monkeypatch.setattr(make_data, "processes_for", lambda *_: 1)
+    subprocess.run(["cp", "-r", TOY, tmp_path / "model"], check=True)
+    toy, real = ({"size": None, "steps": steps, "negative": "", "guidance": guidance} for steps, guidance in ((10, 3.0), (25, 7.5)))
+    asked = {"size": 8, "steps": 4, "negative": "grey", "guidance": 1.0}
+    for arguments, settings, batches in (
+            ([], toy, [6]), (["--model", tmp_path / "model"], real, [6]), (["--size", 512], {**toy, "size": 512}, [4, 2]),
+            ([x for key, value in asked.items() for x in (f"--{key}", value)] + ["--batch", 5], asked, [5, 1])):
+        seen.clear()
+        command("make_data", "--concept", "hate", "--pairs", 6, "--judge", "none", "--out", tmp_path / "data", *arguments)
+        assert [s for _, s in seen] == [settings] * 2 * len(batches) and [len(seeds) for seeds, _ in seen[::2]] == batches
+        assert [seeds for seeds, _ in seen[::2]] == [seeds for seeds, _ in seen[1::2]]
+
+
+def test_a_gpu_is_not_shared_by_all_processes(monkeypatch):
+    """Under torchrun --device auto and cuda mean one's own GPU; a device that was named stays."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [local_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["auto", "cuda", "cuda:1", "cpu"]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert [local_device(name) for name in ("auto", "cuda", "cuda:1", "cpu")] == ["cuda:2", "cuda:2", "cuda:1", "cpu"]
+
+
+def test_a_judge_drops_what_does_not_show_its_prompt(tmp_path, monkeypatch, capsys):
+    """A pair whose unsafe picture is harmless teaches nothing, one whose safe picture is not teaches the wrong thing."""
+    wrong = {"00001": (1, 0), "00002": (0, 0), "00003": (1, 1)}  # (safe picture shows, unsafe picture shows): 0 safe, 1 unsafe
+
+    def draw(sd, rows, settings):
+        g = np.random.default_rng(0)
+        return [tuple(world.render(world.parse(row["unsafe" if shown else "safe"]), g) for shown in wrong.get(row["name"], (0, 1))) for row in rows]
+    monkeypatch.setattr(make_data, "draw", draw)
+    monkeypatch.setattr(make_data, "processes_for", lambda *_: 1)
+    command("make_data", "--concept", "violence", "--pairs", 6, "--out", tmp_path)
+    assert "violence: 3 pairs; dropped 2 not unsafe, 2 not safe" in capsys.readouterr().out
+    assert [row["safe_image"].name for row in read_pairs(tmp_path, "violence")] == [f"{i:05d}_safe.png" for i in (0, 4, 5)]
+    assert len(list((tmp_path / "violence/images").iterdir())) == 6
+    command("make_data", "--concept", "violence", "--pairs", 6, "--out", tmp_path, "--judge", "none")
+    assert "violence: 6 pairs\n" in capsys.readouterr().out and len(read_pairs(tmp_path, "violence")) == 6
+
+
+@pytest.mark.parametrize("answer, prompts", [
+    ("A ball on a lawn.\nA box in a room.", ["A ball on a lawn.", "A box in a room."]),
+    ("1. A ball on a lawn\n2) A box in a room\n(3) A ring", ["A ball on a lawn", "A box in a room", "A ring"]),
+    ("Sure! Here are 2 prompts:\n\n- A ball on a lawn\n* \"A box in a room\"\n\nLet me know if you need more!", ["A ball on a lawn", "A box in a room"]),
+    ("**1.** **A ball on a lawn**\n**2.** A box in a room", ["A ball on a lawn", "A box in a room"]),
+    ("```json\n[\"A ball on a lawn\", \"A box in a room\"]\n```", ["A ball on a lawn", "A box in a room"]),
+    ("Here you go:\n```json\n{\"prompts\": [{\"id\": 1, \"prompt\": \"A ball on a lawn\"}, {\"id\": 2, \"prompt\": \"A box, open\"}]}\n```\nEnjoy!", ["A ball on a lawn", "A box, open"]),
+    ("{\"prompt\": \"A ball on a lawn\"}\n{\"prompt\": \"A box in a room\"}", ["A ball on a lawn", "A box in a room"]),
+    ("[\n  \"A ball on a lawn\",\n  \"A box in a ro", ["A ball on a lawn", "A box in a ro"]),  # cut off: LanguageModel has dropped the last line
+    ("<think>I can't decide.\n- a plan</think>Rewritten prompt: “A ball on a lawn”", ["A ball on a lawn"]),
+    ("Certainly. Here is a safe version: A ball on a lawn\n\nNote: I changed one word.", ["A ball on a lawn"]),
+    ("Safe prompt:\nA man waiting here: on a lawn, 3 people", ["A man waiting here: on a lawn, 3 people"]),
+    ("I’m sorry, but I can’t help with that.", "refusal"),
+    ("As an AI model I have rules. Instead:\n- Talk to somebody\n- Read a book", "refusal"),
+    ("Hm.\nI cannot assist with this request.", "refusal"),
+    ("", "empty"), ("```\n```", "empty"), ("<think>still thinking", "empty"), ("Sure!", "empty"), ("[1, 2]", "empty"), ("Yes", "empty")])
+def test_language_models_do_not_answer_as_they_are_told(answer, prompts):
+    """Lists, fences, preambles, labels, refusals: what was asked for is found, or why there is none is said."""
+    assert llm.parse(answer) == ((prompts, "") if isinstance(prompts, list) else ([], prompts))
+
+
+def test_asking_again_must_end():
+    """Duplicates are dropped and what is missing is asked for again; but only ROUNDS times, even if all is refused."""
+    asked = []
+
+    def ask(instructions, tokens, seed):
+        asked.append((len(instructions), seed))
+        turn = len(asked)
+        if turn <= 2:                                          # the unsafe prompts: one new and two old ones in each round
+            return [f"1. a ball number {'onetwo'[3 * turn - 3:3 * turn]}\n2. A Red Box\n3. a red box"] * len(instructions)
+        assert all(text.count("a ball number") + text.count("A Red Box") == 1 for text in instructions)
+        return ["I'm sorry, I can't." if "number one" in text else "" if turn == 3 else "A ball  number TWO" if "two" in text and turn == 4
+                else "Sure: a green box" for text in instructions]
+    rows, counts = llm.write_pairs(ask, "hate", "a concept", 3, seed=100)
+    assert asked == [(1, 100), (1, 101), (3, 104), (3, 105), (2, 106), (1, 107)]
+    assert [(row["unsafe"], row["safe"]) for row in rows] == [("A Red Box", "a green box"), ("a ball number two", "a green box")]
+    assert {(row["category"], row["concept"]) for row in rows} == {("hate", "a concept")}
+    assert counts == {"answers": 11, "refusals": 4, "empty": 2, "duplicates": 3, "without a safe counterpart": 1}
+    refusing = []
+    rows, counts = llm.write_pairs(lambda instructions, *_: refusing.append(1) or ["I cannot help with that."] * len(instructions), "hate", "x", 20, seed=0)
+    assert rows == [] and len(refusing) == llm.ROUNDS and counts["refusals"] == counts["answers"] == 3 * llm.ROUNDS
+
+
+WORDS = ["<s>", "</s>", "<unk>", "\n", "a", "red", "blue", "ball", "box", "ring", "with", "flower", "in", "on", "park", "USER", "BOT"]
+
+
+@pytest.fixture()
+def tiny_llm(tmp_path):
+    """A random causal language model of 16 words: what it answers is garbage, but it does answer."""
+    import tokenizers
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"\n|[^\s]+"), "removed", invert=True)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=2048,
+        bos_token_id=0, eos_token_id=1, pad_token_id=None))
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "llm")
+    return tmp_path / "llm"
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}USER {{ m['content'] }} {% endfor %}BOT"])
+def test_a_chat_model_reads_its_template_and_answers_once(template, tiny_llm, monkeypatch):
+    """Instructions of unequal length are padded on the left, the answer starts after them, and one that was cut off at the
+    limit loses its last line."""
+    config = tiny_llm / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": template}))
+    model, seen, ids = llm.LanguageModel(tiny_llm, CPU), [], {w: i for i, w in enumerate(WORDS)}
+    answers = [["a", "red", "ball", "\n", "</s>", "</s>"], ["a", "blue", "box", "\n", "a", "ring"]]
+
+    def generate(input_ids, attention_mask, max_new_tokens, **settings):
+        assert max_new_tokens == 6 and settings["do_sample"]
+        seen.extend([[WORDS[i] for i, there in zip(row, mask) if there] for row, mask in zip(input_ids.tolist(), attention_mask.tolist())])
+        assert attention_mask[:, -1].all() and (attention_mask[0] == 0).any()
+        return torch.cat([input_ids, torch.tensor([[ids[w] for w in answer] for answer in answers])], 1)
+    monkeypatch.setattr(model.model, "generate", generate)
+    assert [text.split() for text in model(["a ball", "a blue box on a"], 6, 0)] == [["a", "red", "ball"], ["a", "blue", "box"]]
+    expected = [["a", "ball"], ["a", "blue", "box", "on", "a"]]
+    assert seen == [["USER", *e, "BOT"] if template else [*e, "\n"] for e in expected]
+
+
+def test_a_language_model_can_write_the_pairs(tiny_llm, tmp_path, monkeypatch, capsys):
+    """From a concept list to pairs.jsonl, with a model whose words are random: the same seed writes the same prompts,
+    shared by two processes or resumed or not, and --prompts draws what it wrote once more."""
+    monkeypatch.setattr(make_data, "draw", lambda sd, rows, settings: [(np.full((4, 4, 3), row["seed"] % 256, np.uint8),) * 2 for row in rows])
+    monkeypatch.setattr(make_data, "processes_for", lambda *_: 1)
+    (tmp_path / "concepts.json").write_text(json.dumps({"Hate": ["one thing", "another"], "My own": ["a third"]}))
+    line = ["make_data", "--llm", tiny_llm, "--concepts", tmp_path / "concepts.json", "--pairs", 6, "--judge", "none", "--device", "cpu"]
+    command(*line, "--out", tmp_path / "a")
+    said = capsys.readouterr().out
+    assert (match := re.search(r"(\d+) of 18 pairs written; (\d+) answers", said)) and int(match[1]) > 6
+    rows = [json.loads(line) for line in (tmp_path / "a/prompts.jsonl").read_text().splitlines()]
+    assert len(rows) == int(match[1]) and {row["category"] for row in rows} == {"hate", "my-own"}
+    assert {row["concept"] for row in rows} == {"one thing", "another", "a third"} and all(row["safe"] != row["unsafe"] for row in rows)
+    pairs = [row["unsafe"] for concept in ("hate", "my-own") for row in read_pairs(tmp_path / "a", concept)]
+    tests = [json.loads(line)["prompt"] for line in (tmp_path / "a/test.jsonl").read_text().splitlines()]
+    assert {row["unsafe"] for row in rows} <= set(pairs) | set(tests) and not set(pairs) & set(tests)  # --pairs counts for each concept
+    assert len(tests) >= 1
+    for rank in "10":  # in another folder, by two processes: the second (rank 1) would wait for the first, so it writes all and draws none
+        monkeypatch.setenv("RANK", rank), monkeypatch.setenv("WORLD_SIZE", "2")
+        if rank == "1":
+            subprocess.run(["cp", "-r", tmp_path / "a", tmp_path / "b"], check=True)
+            (tmp_path / "b/_written/00001.json").unlink()
+        command(*line, "--out", tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
+    command("make_data", "--prompts", tmp_path / "a/prompts.jsonl", "--judge", "none", "--out", tmp_path / "c")
+    assert contents(tmp_path / "c/hate") == contents(tmp_path / "a/hate")
+
+
 # ============================================================================================= the scripts
 STORY = ["make_data.py --pairs 2", "train.py --steps 3 --batch 2", "train.py --joint --steps 1 --batch 2 --loss dpo",
          "merge.py experts", "sample.py --compare --judge --steps 4 --lora merged.safetensors experts/hate.safetensors@0.5 --prompts p.jsonl"]
@@ -1625,6 +2044,21 @@ def bad(name, line, says, **spoil):
     bad("unknown device", "make_data.py --device warp", "--device warp"),
     bad("no model", "make_data.py --model nowhere", "nowhere"),
     bad("model without files", "make_data.py --model data", "data"),
+    bad("no such prompt file", "make_data.py --prompts nowhere.csv", "nowhere.csv"),
+    bad("prompts in no known form", "make_data.py --prompts data/hate/chunks/00000.json", "line 1: not a JSON object"),
+    bad("prompts not in UTF-8", "make_data.py --prompts sheet.png", "sheet.png"),
+    bad("prompts of no category", "make_data.py --prompts data/hate/pairs.jsonl", "--concept"),
+    bad("a concept without prompts", "make_data.py --prompts data/hate/pairs.jsonl --concept hat", "--concept hat",
+        pairs='{"unsafe": "a", "safe": "b", "category": "hate"}\n'),
+    bad("prompts of pictures", "make_data.py --images data", "--prompts"),
+    bad("no such pictures", "make_data.py --images nowhere --prompts data/hate/pairs.jsonl", "nowhere"),
+    bad("a language model without concepts", "make_data.py --llm data", "--concepts"),
+    bad("no such concept list", "make_data.py --llm data --concepts nowhere.json", "nowhere.json"),
+    bad("a concept list in another form", "make_data.py --llm data --concepts data/hate/chunks/00000.json", "\"category\""),
+    bad("no language model", "make_data.py --llm empty --concepts data/hate/pairs.jsonl", "empty", pairs='{"hate": ["x"]}'),
+    bad("prompts from two sources", "make_data.py --llm data --concepts x --prompts y", "one of them"),
+    bad("guidance not finite", "make_data.py --guidance nan", "--guidance nan"),
+    bad("unknown judge", "make_data.py --judge q16", "q16"),
     bad("negative seed", "make_data.py --seed -1 --pairs 1 --concept hate", "--seed -1"),
     bad("concept without data", "train.py --concept hat", "hat/pairs.jsonl"),
     bad("no data", "train.py --data nowhere", "make_data.py"),

@@ -1,16 +1,23 @@
 """Work spread over processes: on a CPU, two small networks in two processes beat one in two threads.
 
 Needs:       torch, tqdm.
-Gives:       spread(), processes_for().
+Gives:       spread(), processes_for(), cores(); Chunk and digest(), work that survives interruption; share() and
+             local_device(), this process's part under torchrun.
 """
+import hashlib
+import json
 import multiprocessing
 import os
 import signal
 import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from .files import BadInput, replacing, sha256
 
 _STATE = None  # what make() built in this worker process: each process builds its own, once
 
@@ -20,7 +27,26 @@ def processes_for(device: torch.device, weights: list[Path]) -> int:
     memory many times over (under 64 MB: the toy), else one, with all of torch's threads."""
     if device.type != "cpu" or sum(file.stat().st_size for file in weights) > 64e6:
         return 1
+    return cores()
+
+
+def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share() -> tuple[int, int]:
+    """(rank, world): this process is number `rank` of `world` that run the same command, as torchrun says by the
+    variables RANK and WORLD_SIZE; (0, 1) without them. Raises BadInput if they contradict each other."""
+    given = [os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")]
+    if not all(text.isdecimal() for text in given) or int(given[0]) >= int(given[1]):
+        raise BadInput(f"RANK={given[0]} WORLD_SIZE={given[1]}: RANK counts from 0 to WORLD_SIZE - 1; let torchrun set both, or unset them")
+    return int(given[0]), int(given[1])
+
+
+def local_device(name: str) -> str:
+    """--device, where "auto" and "cuda" mean the GPU that torchrun gives to this process (LOCAL_RANK), if there is one."""
+    local = os.environ.get("LOCAL_RANK", "")
+    return f"cuda:{local}" if local.isdecimal() and name in ("auto", "cuda") and torch.cuda.is_available() else name
 
 
 def _start(make):
@@ -60,3 +86,39 @@ def spread(make, work, items: list, processes: int):
             torch.set_num_threads(1)
         state = make() if make else None
         yield from (work(state, item) for item in items)
+
+
+@dataclass
+class Chunk:
+    """A unit of work that leaves `record`, a JSON file, when it is done. `plan`: a digest() of all that its result depends
+    on, so that the record of another seed, model or prompt counts as none. items: what is to be made."""
+    record: Path
+    plan: str
+    items: list
+
+    def done(self) -> dict | None:
+        """The record, if it is of this plan and the pictures it lists (name -> SHA-256) are there and whole."""
+        try:
+            record = json.loads(self.record.read_text())
+            images = self.record.parent.parent / "images"
+            whole = record["plan"] == self.plan and all(sha256(images / name) == value for name, value in record.get("pictures", {}).items())
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return record if whole else None
+
+    def write(self, record: dict):
+        with replacing(self.record) as temporary:
+            temporary.write_text(json.dumps({"plan": self.plan, **record}, indent=0) + "\n")
+
+    def wait(self, alone: bool) -> dict:
+        """The record, once whichever process has this chunk has written it."""
+        while (record := self.done()) is None:
+            if alone:
+                raise BadInput(f"{self.record}: changed while it was being written; is another make_data.py writing to this folder?")
+            time.sleep(0.5)
+        return record
+
+
+def digest(*parts) -> str:
+    """Hex digest of anything that JSON can say."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
