@@ -48,6 +48,7 @@ import merge  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from model import llm  # noqa: E402
+from model import cache  # noqa: E402
 from model import toy_world as world  # noqa: E402
 from model.checkpoint import Checkpoint  # noqa: E402
 from model.files import TOY, BadInput, read_pairs, run  # noqa: E402
@@ -1087,7 +1088,7 @@ def four_errors(seed=0, n=6):
 
 
 def training_step(small, seed=0, n=4):
-    """A cache as train.encode makes it, with a step's choices as train.draw makes them: (cache, step)."""
+    """A cache as encode() makes it, with a step's choices as train.draw makes them: (cache, step)."""
     g = torch.Generator().manual_seed(seed)
     latents, contexts = torch.randn(2, n, 4, 8, 8, generator=g), torch.randn(2, n, 5, 24, generator=g)
     cache = {"winner": latents[0][:, None], "loser": latents[1][:, None], "safe": contexts[0], "unsafe": contexts[1],
@@ -1897,8 +1898,8 @@ def test_every_loss_trains(loss, alone, capsys):
 
 def test_what_was_encoded_once_is_not_encoded_again(alone, monkeypatch):
     """Unless a picture, a prompt or the settings changed; and a cached encoding trains to the same bits."""
-    calls, encode = [], train.encode
-    monkeypatch.setattr(train, "encode", lambda *a: calls.append(1) or encode(*a))
+    calls, encode = [], cache.encode
+    monkeypatch.setattr(cache, "encode", lambda *a: calls.append(1) or encode(*a))
     first = trained(alone, "--steps", 2, out="a")
     assert same(trained(alone, "--steps", 2, out="b"), first) and len(calls) == 1
     trained(alone, "--steps", 1, "--augment", out="b")
@@ -2249,10 +2250,11 @@ with torch.no_grad():
         sd.predict(x, torch.tensor([500, 500]), prompt)
         drawn()""",
     "ours": """import time, types, lora, train, dpo
+from model.cache import encode
 from model.stable_diffusion import load
 sd = load(pathlib.Path(folder), torch.device("cpu"))
 rows = [{"safe": "a red ball", "unsafe": "a red ball", "safe_image": pathlib.Path(folder) / "w.png", "unsafe_image": pathlib.Path(folder) / "l.png"}]
-cache = train.encode(sd, rows, False)
+cache = encode(sd, rows, False)
 parameters = lora.inject(sd.unet, lora.init(sd.unet, 4, 4, 0))
 optimiser = torch.optim.AdamW(parameters, 1e-5)
 args = types.SimpleNamespace(augment=False, caption_dropout=0, reuse=1, batch=1, loss="dpo")

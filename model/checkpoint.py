@@ -105,8 +105,8 @@ def fill(module: nn.Module, state: dict[str, torch.Tensor], where: str, keys: di
     problems += [f"holds {keys.get(name, name)} {list(t.shape)}, which this model does not have"
                  for name, t in state.items() if name not in expected]
     for name in expected.keys() & state.keys():
-        full, shape = expected[name]
-        if (found := list(state[name].shape)) != shape and (longer := max(found, shape, key=len)) == min(found, shape, key=len) + [1, 1]:
+        _, shape = expected[name]
+        if (found := list(state[name].shape)) != shape and max(found, shape, key=len) == min(found, shape, key=len) + [1, 1]:
             state[name] = state[name].reshape(shape)
         elif found != shape:
             problems.append(f"holds {keys.get(name, name)} with shape {found}, expected {shape}")

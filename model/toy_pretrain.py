@@ -77,7 +77,6 @@ def train_vae(out: Path, steps: int, batch: int = 16):
     scenes, pictures = scenes_and_pictures(20_000, seed=1)
     images = to_tensor(pictures)
     # Pixels of the object and the extra count four times: they are few, and they carry the meaning.
-    rng = np.random.default_rng(0)
     plain = {b: to_tensor([np.rint(world._cached(world._background, b)).astype(np.uint8)])[0] for b in world.BACKGROUNDS}
     order = torch.Generator().manual_seed(2)
     bar = tqdm(range(steps), desc="vae", mininterval=5)

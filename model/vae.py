@@ -13,7 +13,6 @@ Attribute names equal the public checkpoints' keys: loading is one strict load_s
 Letters:  B batch   H W height and width of the picture in pixels   f = 2^(levels-1), the reduction, 8 in SD
           h w = H/f, W/f of the latent   Z latent channels, 4 in SD   C channels inside   N = pixels as tokens
 """
-import torch
 import torch.nn.functional as F
 from torch import nn
 
