@@ -56,6 +56,7 @@ from model.checkpoint import Checkpoint  # noqa: E402
 from model.files import read_pairs, sha256  # noqa: E402
 from model.pictures import read_pictures  # noqa: E402
 from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
+from model.workers import processes_for  # noqa: E402
 
 PER_EXPERT, BATCH = 24, 16  # calibration pairs of each expert, pictures in a batch
 
@@ -191,7 +192,9 @@ def main(args):
         owner = {k: torch.randint(len(experts), f.up.shape[:1], generator=generator) for k, f in experts[0].items()}
         merged = keep_rows(experts, owner)
     else:
-        sd = load(args.model, pick_device(args.device))
+        sd = load(args.model, device := pick_device(args.device))
+        if processes_for(device, unet_files(args.model)) > 1:
+            torch.set_num_threads(1)  # a small network: as in training, the bytes shall not depend on the number of cores
         if metadata[0].get("base_model_hash") not in (None, sha256(*unet_files(args.model))):
             raise BadInput(f"{files[0]}: was trained on another base model than --model {args.model}; give that model")
         lora.adapted(sd.unet, experts[0], str(files[0]))

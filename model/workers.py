@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -62,9 +63,10 @@ def _call(job):
 
 
 def slot() -> int:
-    """This worker's number, from 0: the line on which its progress bar is drawn."""
+    """This worker's number, from 0: the line on which its progress bar is drawn. 0 where stderr is a file: there the
+    signs that move between lines would only stand in front of an error."""
     identity = multiprocessing.current_process()._identity
-    return identity[0] - 1 if identity else 0
+    return identity[0] - 1 if identity and sys.stderr.isatty() else 0
 
 
 def spread(make, work, items: list, processes: int):
