@@ -2285,14 +2285,14 @@ for part in (unet, vae, text):
 unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=["to_k", "to_q", "to_v", "to_out.0"]))
 parameters = [p for p in unet.parameters() if p.requires_grad]
 optimiser = torch.optim.AdamW(parameters, 1e-5)
-pixels = torch.stack([torch.from_numpy(np.asarray(Image.open(f"{folder}/{side}.png"))).permute(2, 0, 1) / 127.5 - 1 for side in "wl"])
+pixels = torch.stack([torch.from_numpy(np.array(Image.open(f"{folder}/{side}.png"))).permute(2, 0, 1) / 127.5 - 1 for side in "wl"])
 ready()
 for _ in range(2):
     latents = vae.encode(pixels).latent_dist.sample() * vae.config.scaling_factor
-    noise, t = torch.randn(1, 4, 32, 32).repeat(2, 1, 1, 1), torch.randint(1000, (1,)).repeat(2)
+    noise, at = torch.randn(1, 4, 32, 32).repeat(2, 1, 1, 1), torch.randint(1000, (1,)).repeat(2)
     ids = pipe.tokenizer(["a red ball"] * 2, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-    context, x_t = text(ids)[0], noiser.add_noise(latents, noise, t)
-    error = lambda network: (network(x_t, t, context).sample - noise).square().mean((1, 2, 3))
+    context, x_t = text(ids)[0], noiser.add_noise(latents, noise, at)
+    error = lambda network: (network(x_t, at, context).sample - noise).square().mean((1, 2, 3))
     policy = error(unet)
     with torch.no_grad():
         reference = error(frozen)
