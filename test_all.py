@@ -1786,7 +1786,7 @@ STORY = ["make_data.py --pairs 2", "train.py --steps 3 --batch 2", "train.py --j
 
 def in_folder(folder, line, **options):
     words = line.split()
-    return subprocess.run([sys.executable, ROOT / words[0], *words[1:]], cwd=folder, capture_output=True, text=True, **options)
+    return subprocess.run([sys.executable, ROOT / words[0], *words[1:]], cwd=folder, capture_output=True, text=True, timeout=600, **options)
 
 
 @pytest.fixture(scope="module")
@@ -1989,6 +1989,47 @@ def test_ctrl_c_is_not_a_crash(how, alone):
     assert process.returncode == 130 and "Traceback" not in err and err.count("the same command continues") >= workers
     assert sorted(os.listdir("experts"))[:workers] == [f".{c}.resume" for c in sorted(world.CATEGORIES)[:workers]]
     assert not [name for name in os.listdir("experts") if not name.endswith(".resume")]
+
+
+WORK = """import os, signal, sys, threading, time
+from model.files import BadInput, stopping
+from model.workers import spread
+def killed(_, item):
+    os.kill(os.getpid(), signal.SIGKILL) if item == 1 else time.sleep(600)
+def fails(_, item):
+    if item == 0:
+        raise BadInput("item 0")
+    time.sleep(600)
+def interrupted(_, item):
+    open(f"began-{item}", "w").close()
+    with stopping() as asked:                # the sign to end is kept until here
+        open(f"inside-{item}", "w").close()
+        while not asked():
+            time.sleep(0.01)
+def interrupt():
+    while not os.path.exists("inside-0") or not os.path.exists("inside-1"):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGINT)
+if __name__ == "__main__":
+    import chores
+    if sys.argv[1] == "interrupted":
+        threading.Thread(target=interrupt).start()
+    try:
+        list(spread(None, getattr(chores, sys.argv[1]), list(range(4)), 2))
+    except (BadInput, KeyboardInterrupt) as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("work, says", [("killed", "a worker process was killed"), ("fails", "item 0"), ("interrupted", "")])
+def test_a_worker_that_fails_ends_the_others(work, says, tmp_path):
+    """At once, whether the system kills a worker or it raises an error: without a wait for one that sleeps. Workers that
+    note the sign to end, so as to save their state, begin nothing new after that."""
+    (tmp_path / "chores.py").write_text(WORK)
+    done = subprocess.run([sys.executable, "chores.py", work], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith(says) and done.stdout and not done.stderr
+    assert sorted(f.name for f in tmp_path.glob("began-*")) == (["began-0", "began-1"] if work == "interrupted" else [])
 
 
 def test_two_processes_are_one_with_twice_the_batch(alone):

@@ -158,3 +158,5 @@ def stopping():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if came and parent is not None:   # a worker that was told to end takes no further piece of work
+            os.kill(os.getpid(), signal.SIGTERM)

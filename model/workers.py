@@ -12,6 +12,8 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,8 +59,7 @@ def _start(make):
     _STATE = make() if make else None
 
 
-def _call(job):
-    work, item = job
+def _call(work, item):
     return work(_STATE, item)
 
 
@@ -74,15 +75,25 @@ def spread(make, work, items: list, processes: int):
 
     make and work are picklable (functions of a module, or functools.partial of one); make may be None. An
     item's result depends on the item alone, never on which process took it: every worker has one thread.
+    Raises what work() raises, and BadInput if the system killed a worker; the other workers are ended first.
     """
     if processes > 1 and len(items) > 1:
         # Ctrl-C reaches every process of the terminal: the workers, who inherit this, leave it to us, and we end them with
         # SIGTERM, which train.py's workers take as a sign to save their state.
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        pool = multiprocessing.get_context("spawn").Pool(min(processes, len(items)), _start, (make,))
+        pool = ProcessPoolExecutor(min(processes, len(items)), multiprocessing.get_context("spawn"), _start, (make,))
+        futures = [pool.submit(_call, work, item) for item in items]
         signal.signal(signal.SIGINT, before)
-        with pool:
-            yield from pool.imap(_call, [(work, item) for item in items])
+        try:
+            for future in futures:
+                yield future.result()
+        except BrokenProcessPool:
+            raise BadInput("a worker process was killed, perhaps because memory ran out; run the same command again, with less beside it") from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)      # nothing new begins
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            pool.shutdown()
     else:
         if processes > 1:  # a small network and a single item: the same one thread, hence the same bytes
             torch.set_num_threads(1)
