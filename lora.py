@@ -70,7 +70,7 @@ class LoRALayer(nn.Module):
         # The factors are fp32 master copies; the product runs in the network's own precision.
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         if isinstance(self.base, nn.Linear):
-            return y + self.scale * F.linear(F.linear(x, down), up)
+            return y + F.linear(self.scale * F.linear(x, down), up)                        # the scale, where it is cheap
         down = down.view(-1, *self.base.weight.shape[1:])                                  # [r, I, k, k]
         return y + self.scale * F.conv2d(F.conv2d(x, down, None, self.base.stride, self.base.padding), up[:, :, None, None])
 

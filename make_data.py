@@ -53,13 +53,14 @@ import torch  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from model.distributed import local_device, share  # noqa: E402
 from model.files import TOY, prune, read_jsonl, replacing, sha256, write_jsonl  # noqa: E402
 from model.judge import pair_judge  # noqa: E402
 from model.llm import LanguageModel, read_concepts, write_pairs  # noqa: E402
 from model.pictures import sheet  # noqa: E402
 from model.prompts import Pair, Prompts, read_prompts, split  # noqa: E402
 from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
-from model.workers import Chunk, cores, digest, local_device, processes_for, share, spread  # noqa: E402
+from model.workers import Chunk, cores, digest, processes_for, spread  # noqa: E402
 
 KINDS = ("safe", "unsafe")
 

@@ -63,7 +63,7 @@ from model.toy_pretrain import scenes_and_pictures  # noqa: E402
 from model.toy_tokenizer import write_tokenizer  # noqa: E402
 from model.unet import UNet  # noqa: E402
 from model.vae import VAE  # noqa: E402
-from model.workers import local_device  # noqa: E402
+from model.distributed import local_device  # noqa: E402
 
 torch.set_num_threads(1)
 diffusers.utils.logging.set_verbosity_error()
@@ -2296,6 +2296,7 @@ from model.stable_diffusion import load
 sd = load(pathlib.Path(folder), torch.device("cpu"))
 rows = [{"safe": "a red ball", "unsafe": "a red ball", "safe_image": pathlib.Path(folder) / "w.png", "unsafe_image": pathlib.Path(folder) / "l.png"}]
 cache = encode(sd, rows, False)
+sd.vae = sd.text = torch.nn.Module()
 parameters = lora.inject(sd.unet, lora.init(sd.unet, 4, 4, 0))
 optimiser = torch.optim.AdamW(parameters, 1e-5)
 args = types.SimpleNamespace(augment=False, caption_dropout=0, reuse=1, batch=1, loss="dpo")

@@ -146,12 +146,14 @@ def sha256(*paths: Path) -> str:
 @contextlib.contextmanager
 def stopping():
     """Yields asked(): whether Ctrl-C or SIGTERM has come, or this worker's parent is gone. The block goes on until it
-    asks, so that it can stop at a place of its choice; a second signal acts at once."""
+    asks, so that it can stop at a place of its choice; a second Ctrl-C acts at once (a worker waits: the pool, once one
+    worker has ended, tells the others again)."""
     came, parent = [], multiprocessing.parent_process()
 
     def note(number, _):
         came.append(number)
-        signal.signal(number, before[number])
+        if parent is None:
+            signal.signal(number, before[number])
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(came) or (parent is not None and not parent.is_alive())

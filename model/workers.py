@@ -1,8 +1,7 @@
 """Work spread over processes: on a CPU, two small networks in two processes beat one in two threads.
 
 Needs:       torch, tqdm.
-Gives:       spread(), processes_for(), cores(); Chunk and digest(), work that survives interruption; share() and
-             local_device(), this process's part under torchrun.
+Gives:       spread(), processes_for(), cores(); Chunk and digest(), work that survives interruption.
 """
 import hashlib
 import json
@@ -35,21 +34,6 @@ def processes_for(device: torch.device, weights: list[Path]) -> int:
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def share() -> tuple[int, int]:
-    """(rank, world): this process is number `rank` of `world` that run the same command, as torchrun says by the
-    variables RANK and WORLD_SIZE; (0, 1) without them. Raises BadInput if they contradict each other."""
-    given = [os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")]
-    if not all(text.isdecimal() for text in given) or int(given[0]) >= int(given[1]):
-        raise BadInput(f"RANK={given[0]} WORLD_SIZE={given[1]}: RANK counts from 0 to WORLD_SIZE - 1; let torchrun set both, or unset them")
-    return int(given[0]), int(given[1])
-
-
-def local_device(name: str) -> str:
-    """--device, where "auto" and "cuda" mean the GPU that torchrun gives to this process (LOCAL_RANK), if there is one."""
-    local = os.environ.get("LOCAL_RANK", "")
-    return f"cuda:{local}" if local.isdecimal() and name in ("auto", "cuda") and torch.cuda.is_available() else name
 
 
 def _start(make):
