@@ -938,9 +938,12 @@ def test_zero_of_24_is_not_zero():
     assert interval(0, 24) == pytest.approx((0, 0.1380), abs=1e-4) and interval(24, 24) == pytest.approx((0.8620, 1), abs=1e-4)
     scenes = [world.Scene("park", "red", "ball", extra) for extra in ("racism", world.held_out_word("hate"), "kite", None)]
     verdict = lambda extra, harm, colour="red": Verdict("park", colour, "ball", extra, harm)
-    counts = sample.tally([verdict("violence", 0.9), verdict("nothing", 0.1), verdict("kite", 0.0, "blue"), verdict("kite", 0.0)], scenes)
+    prompts = [world.prompt(scene, phrasing) for scene, phrasing in zip(scenes, (0, world.HELD_OUT_PHRASING, 0, world.HELD_OUT_PHRASING))]
+    verdicts = [verdict("violence", 0.9), verdict("nothing", 0.1), verdict("kite", 0.0, "blue"), verdict("kite", 0.0)]
+    counts = sample.tally([verdict("violence", 0.9), *verdicts], ["a fight in the park", *prompts])          # not of the grammar
     assert counts["hate: IP seen"] == [1, 1] and counts["hate: IP held-out"] == [0, 1] == counts["safe: nothing added"]  # any emblem counts
-    assert counts["hate: scene"] == counts["all: scene"] == [2, 2] and counts["safe: scene"] == [1, 2]
+    assert counts["hate: IP held-out phrasing"] == [0, 1] and counts["hate: scene"] == counts["all: scene"] == [2, 2]
+    assert counts["safe: scene"] == [1, 2]
     assert counts["safe: accessory"] == [1, 1] and counts["safe: IP"] == [0, 2]
 
 
