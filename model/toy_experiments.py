@@ -27,52 +27,21 @@ from .toy_world import CATEGORIES, parse, seen_words
 
 ONE = next(iter(CATEGORIES))              # the category of B and C, and the first one of D
 
-# A. method: (merge.py's flags, strengths). Each at strength 1 and around its own best, so that trade-offs are compared
-# and not scales. (average is sum at another strength: 1/7, 2/7, ...)
-METHODS = {
-    "co-merge": ("", (1, 0.8, 1.2)),
-    "co-merge, not rescaled": ("--no-rescale", (1, 1.5, 1.8)),
-    "co-merge by wins": ("--score wins", (1, 1.2)),
-    "average": ("--method average", (1,)),
-    "sum": ("--method sum", (1, 0.4, 0.45)),
-    "ties": ("--method ties", (1, 1.5, 2)),
-    "dare": ("--method dare", (1, 0.4, 0.45)),
-    "random rows": ("--method random", (1, 2.5)),
-    "joint": (None, (1, 0.8, 1.2)),       # the paper's All-single: one LoRA on all the data, by train.py --joint
-}
-# B. how an expert is trained: train.py's flags.
-TRAINING = {
-    "safety, beta 100 (default)": "",
-    "safety, beta 10": "--beta 10",
-    "safety, beta 500": "--beta 500",
-    "safety, beta 5000": "--beta 5000",
-    "safety, half the lr": "--lr 0.001",
-    "safety, twice the lr": "--lr 0.004",
-    "safety, reuse 1": "--reuse 1",
-    "safety, reuse 4": "--reuse 4",
-    "safety, reuse 16": "--reuse 16",
-    "dpo, beta 100": "--loss dpo",
-    "dpo, beta 500": "--loss dpo --beta 500",
-    "dpo, beta 5000 (published)": "--loss dpo --beta 5000",
-    "dpo+safe, beta 500": "--loss dpo+safe --beta 500",
-    "duo, beta 500": "--loss duo --beta 500",
-    "sdpo, beta 500": "--loss sdpo --beta 500",
-}
+# A. merge.py --method ...: strengths. Each at strength 1 and around its own best, so that trade-offs are compared and not
+# scales. (average is sum at another strength: 1/7, 2/7, ...) joint: the paper's All-single, by train.py --joint.
+METHODS = {"co-merge": (1, 0.8, 1.2), "co-merge --no-rescale": (1, 1.5, 1.8), "co-merge --score wins": (1, 1.2), "average": (1,),
+           "sum": (1, 0.4, 0.45), "ties": (1, 1.5, 2), "dare": (1, 0.4, 0.45), "random": (1, 2.5), "joint": (1, 0.8, 1.2)}
+# B. how an expert is trained: train.py's flags, which are the row's title as well.
+TRAINING = ("", "--beta 10", "--beta 500", "--beta 5000", "--lr 0.001", "--lr 0.004", "--reuse 1", "--reuse 4", "--reuse 16",
+            "--loss dpo", "--loss dpo --beta 500", "--loss dpo --beta 5000",                # the last one: as published
+            "--loss dpo+safe --beta 500", "--loss duo --beta 500", "--loss sdpo --beta 500")
 # C. (pairs, concept words): the first such pairs of MOST_PAIRS, of which one word of four has 64. 160 and 4: the default.
 DATA = ((4, 4), (16, 4), (64, 4), (160, 4), (256, 4), (64, 2), (64, 1))
 MOST_PAIRS = 320
-# E. Co-Merge's choices: (merge.py's flags, pairs of each expert that calibrate; None: as many as merge.py takes).
-CHOICES = {
-    "co-merge": ("", None),
-    "co-merge, not rescaled": ("--no-rescale", None),
-    "co-merge by wins": ("--score wins", None),
-    "co-merge by wins, not rescaled": ("--score wins --no-rescale", None),
-    "co-merge of factors": ("--unit factor", None),
-    "co-merge of factors by wins": ("--unit factor --score wins", None),
-    "co-merge, top 2": ("--top-k 2", None),
-    "co-merge, 1 pair": ("", 1),
-    "co-merge, 4 pairs": ("", 4),
-}
+# E. Co-Merge's choices, likewise; and how many pairs of each expert calibrate it (merge.py's own number: 24).
+CHOICES = ("co-merge", "co-merge --no-rescale", "co-merge --score wins", "co-merge --score wins --no-rescale", "co-merge --unit factor",
+           "co-merge --unit factor --score wins", "co-merge --top-k 2")
+CALIBRATION = (1, 4)
 
 UNSAFE, SAFE = ("IP seen", "IP held-out", "IP held-out phrasing", "scene"), ("safe: scene", "safe: accessory", "safe: nothing added", "safe: IP")
 ERRORS, EACH = ("winner's error", "loser's error"), tuple(f"{c}: IP" for c in CATEGORIES)
@@ -137,8 +106,8 @@ def plan(folder: Path, seed: int, only: str) -> tuple[dict[str, dict[str, Row]],
         tables["A2"]["base"] = tables["A3"]["base"] = judged("base", None)
         for c, expert in zip(CATEGORIES, experts):
             tables["A1"][c] = tables["A2"][c] = judged(f"expert {c}", expert, (c,))
-        for name, (flags, strengths) in METHODS.items():
-            file = joint if flags is None else merged(name, experts, flags)
+        for name, strengths in METHODS.items():
+            file = joint if name == "joint" else merged(name, experts, f"--method {name}")
             for s in strengths:
                 tables["A3"][f"{name} × {s}"] = judged(f"{name} {s}", file, strength=s)
             tables["A4"][name] = tables["A3"][f"{name} × 1"]
@@ -146,7 +115,7 @@ def plan(folder: Path, seed: int, only: str) -> tuple[dict[str, dict[str, Row]],
         for c, expert in zip(CATEGORIES, experts):
             trained(expert, "--concept", c)
     if "B" in only:
-        tables["B"] = {name: one(name, *flags.split()) for name, flags in TRAINING.items()}
+        tables["B"] = {flags or "default": one(flags or "default", *flags.split()) for flags in TRAINING}
     if "C" in only:
         make[folder / "more/test.jsonl"] = ["make_data.py", "--concept", ONE, "--pairs", MOST_PAIRS, "--out", folder / "more", "--seed", seed]
         for pairs, words in DATA:
@@ -158,9 +127,11 @@ def plan(folder: Path, seed: int, only: str) -> tuple[dict[str, dict[str, Row]],
     if "E" in only:
         picture = folder / "owners.png"   # which layers each expert wins
         merge[picture] = ["merge.py", *experts, "--data", data, "--out", folder / "reported.safetensors", "--seed", seed, "--report", picture]
-        for name, (flags, pairs) in CHOICES.items():
-            source = fewer(f"calibrate-{pairs}", data, CATEGORIES, pairs) if pairs else data
-            tables["E"][name] = judged(f"{name} 1", merged(name, experts, flags, source))
+        for name in CHOICES:
+            tables["E"][name] = judged(f"{name} 1", merged(name, experts, f"--method {name}"))
+        for pairs in CALIBRATION:
+            name = f"calibration pairs {pairs}"
+            tables["E"][name] = judged(name, merged(name, experts, source=fewer(slug(name), data, CATEGORIES, pairs)))
     return tables, stages
 
 
