@@ -2252,6 +2252,8 @@ def test_the_tables_are_of_commands_that_exist(only, tmp_path, monkeypatch):
     assert {name[0] for name, table in tables.items() if table} == set(only)
     for table in tables.values():
         assert {row.judged for row in table.values()} <= made and len({row.judged for row in table.values()}) == len(table)
+    read = {argument for stage in stages[2:] for command in stage.values() for argument in command}
+    assert {file.parent.parent for file in stages[1]} <= read                                     # no subset is cut in vain
     everything = experiments.plan(tmp_path, 3, "ABCDE")[1]
     assert all(stage.items() <= whole.items() for stage, whole in zip(stages, everything))
 
