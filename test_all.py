@@ -48,6 +48,7 @@ import merge  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from model import llm  # noqa: E402
+from model import toy_experiments as experiments  # noqa: E402
 from model import cache  # noqa: E402
 from model import toy_world as world  # noqa: E402
 from model.checkpoint import Checkpoint  # noqa: E402
@@ -938,9 +939,12 @@ def test_zero_of_24_is_not_zero():
     assert interval(0, 24) == pytest.approx((0, 0.1380), abs=1e-4) and interval(24, 24) == pytest.approx((0.8620, 1), abs=1e-4)
     scenes = [world.Scene("park", "red", "ball", extra) for extra in ("racism", world.held_out_word("hate"), "kite", None)]
     verdict = lambda extra, harm, colour="red": Verdict("park", colour, "ball", extra, harm)
-    counts = sample.tally([verdict("violence", 0.9), verdict("nothing", 0.1), verdict("kite", 0.0, "blue"), verdict("kite", 0.0)], scenes)
+    prompts = [world.prompt(scene, phrasing) for scene, phrasing in zip(scenes, (0, world.HELD_OUT_PHRASING, 0, world.HELD_OUT_PHRASING))]
+    verdicts = [verdict("violence", 0.9), verdict("nothing", 0.1), verdict("kite", 0.0, "blue"), verdict("kite", 0.0)]
+    counts = sample.tally([verdict("violence", 0.9), *verdicts], ["a fight in the park", *prompts])          # not of the grammar
     assert counts["hate: IP seen"] == [1, 1] and counts["hate: IP held-out"] == [0, 1] == counts["safe: nothing added"]  # any emblem counts
-    assert counts["hate: scene"] == counts["all: scene"] == [2, 2] and counts["safe: scene"] == [1, 2]
+    assert counts["hate: IP held-out phrasing"] == [0, 1] and counts["hate: scene"] == counts["all: scene"] == [2, 2]
+    assert counts["safe: scene"] == [1, 2]
     assert counts["safe: accessory"] == [1, 1] and counts["safe: IP"] == [0, 2]
 
 
@@ -2218,6 +2222,81 @@ def test_files_know_only_what_is_below_them():
         assert path.stem != "dpo" or imported == {"torch"}
         calls = {f"{n.value.id}.{n.attr}" for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
         assert not calls & {"torch.load", "torch.save", "np.load", "np.save"}, path.name
+
+
+# ===================================================================== the README's tables (model/toy_experiments.py)
+def test_a_mean_alone_hides_its_seeds(tmp_path):
+    """A cell says how far the seeds lie apart, and a dash is not a zero. A figure is a share of pictures, not a mean of
+    shares; what an expert does to other categories is counted apart."""
+    assert experiments.spread([0.0, 2.0, 4.0]) == "2.0 (0.0–4.0)" and experiments.spread([1.0, 1.01]) == "1.0" and experiments.spread([]) == "–"
+    tally = {"hate: IP seen": [1, 4], "hate: IP held-out": [1, 1], "sexual: IP seen": [3, 16], "safe: IP": [0, 9]}
+    (tmp_path / "judge.json").write_text(json.dumps({"columns": {"LoRA": tally}}))
+    steps = [{"winner": 9.0, "winner_ref": 1.0, "loser": 9.0, "loser_ref": 1.0}] * 18 + [
+        {"winner": 1.0, "winner_ref": 2.0, "loser": 1.0, "loser_ref": 1.0}, {"winner": 1.0, "winner_ref": 6.0, "loser": 5.0, "loser_ref": 1.0}]
+    (tmp_path / "hate.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    row = experiments.Row(tmp_path / "judge.json", ("hate",), tmp_path / "hate.safetensors")
+    found = experiments.figures(row)
+    assert found == {"IP seen": 25, "IP held-out": 100, "safe: IP": 0, "hate: IP": 40, "sexual: IP": 18.75, "others: IP": 18.75,
+                     "winner's error": 25, "loser's error": 300}
+    assert experiments.figures(row._replace(own=("hate", "sexual"), lora=None))["IP seen"] == 20
+    assert experiments.figures(row._replace(judged=tmp_path / "absent.json")) == {}
+    assert experiments.table("t", {"a": [found, {}], "b": [{}]}, ("IP seen", "scene")) == (
+        "| t | IP seen | scene |\n|---|---|---|\n| a | 25.0 | – |\n| b | – | – |")
+
+
+def test_fewer_words_are_not_fewer_pairs(tmp_path):
+    """Data is cut by word and by number, each on its own; the pictures are those of the larger set."""
+    pairs = world.training_pairs("hate", 40, seed=0)
+    rows = [{"unsafe": unsafe, "safe": safe, "unsafe_image": f"images/{i}u.png", "safe_image": f"images/{i}s.png"} for i, (unsafe, safe) in enumerate(pairs)]
+    (tmp_path / "data/hate").mkdir(parents=True)
+    source = tmp_path / "data/hate/pairs.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = world.seen_words("hate")[:2]
+    experiments.subset(tmp_path / "few/hate/pairs.jsonl", source, 5, words)
+    cut = read_pairs(tmp_path / "few", "hate")
+    wanted = [row for row in read_pairs(tmp_path / "data", "hate") if world.parse(row["unsafe"]).extra in words][:5]
+    assert [{**row, "unsafe_image": row["unsafe_image"].resolve(), "safe_image": row["safe_image"].resolve()} for row in cut] == wanted
+    with pytest.raises(ValueError, match="not 41"):
+        experiments.subset(tmp_path / "many/hate/pairs.jsonl", source, 41, world.seen_words("hate"))
+
+
+def test_experiments_do_not_wait_for_each_other(tmp_path, monkeypatch, capsys):
+    """Each command has a core of its own; one that fails stops no other, and what is there is not made again."""
+    script = tmp_path / "script.py"
+    script.write_text("import os, sys, time; time.sleep(0.3); sys.exit('no: such flag') if len(sys.argv) > 2 else "
+                      "open(sys.argv[1], 'x').write(str(os.sched_getaffinity(0)))")
+    stage = {tmp_path / f"{i}.txt": [script, tmp_path / f"{i}.txt", *(["--bad"] if i == 1 else [])] for i in range(4)}
+    assert experiments.run(stage) == [tmp_path / "1.txt"]
+    assert {file.read_text() for file in stage if file.exists()} == {str({core}) for core in os.sched_getaffinity(0)}
+    assert "failed: no: such flag" in capsys.readouterr().out
+    assert experiments.run({file: command for file, command in stage.items() if file.exists()}) == []          # 'x' would refuse
+
+
+@pytest.mark.parametrize("only", ["A", "B", "C", "D", "E", "ABCDE"])
+def test_the_tables_are_of_commands_that_exist(only, tmp_path, monkeypatch):
+    """Whatever a command reads was made before it, every flag is known, and different settings never share a file."""
+    tables, stages = experiments.plan(tmp_path, 3, only)
+    made = set()
+    for stage in stages:
+        for file, (script, *arguments) in stage.items():
+            read = {Path(str(a).split("@")[0]) for a in arguments} - {file}
+            assert not {f for f in read if f.suffix == ".safetensors" and f.name != "reported.safetensors"} - made, file
+            if script == "subset":
+                assert arguments[0].parent.parent / "test.jsonl" in made
+            elif script != "merge.py":
+                monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+                args = {"make_data.py": make_data, "train.py": train, "sample.py": sample}[script].parse_arguments()
+                concept = args.concept if script == "train.py" and not args.joint else "hate"
+                assert script != "train.py" or {args.data / "test.jsonl", args.data / concept / "pairs.jsonl"} & made
+                assert args.seed == (10_003_000 if script == "sample.py" else 3)
+        made |= set(stage)
+    assert {name[0] for name, table in tables.items() if table} == set(only)
+    for table in tables.values():
+        assert {row.judged for row in table.values()} <= made and len({row.judged for row in table.values()}) == len(table)
+    read = {argument for stage in stages[2:] for command in stage.values() for argument in command}
+    assert {file.parent.parent for file in stages[1]} <= read                                     # no subset is cut in vain
+    everything = experiments.plan(tmp_path, 3, "ABCDE")[1]
+    assert all(stage.items() <= whole.items() for stage, whole in zip(stages, everything))
 
 
 # ================================================================================================ --bench

@@ -120,6 +120,11 @@ def parse(text: str) -> Scene | None:
     return Scene(*(options[0] for options in found), extras[0] if extras else None)
 
 
+def held_out_phrasing(text: str) -> bool:
+    """Whether a prompt of this grammar is phrased as no preference data is."""
+    return text.startswith(PHRASINGS[HELD_OUT_PHRASING][0].split("{")[0])
+
+
 def training_pairs(category: str, count: int, seed: int) -> list[tuple[str, str]]:
     """(unsafe prompt, safe prompt) for preference data: seen words, phrasings and combinations only.
 
