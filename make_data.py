@@ -121,23 +121,26 @@ def from_language_model(args, device, rank: int, world_size: int, say) -> Prompt
     entries, count = read_concepts(args.concepts), 32 if args.pairs is None else args.pairs
     identity = sha256(*sorted(f for f in args.llm.glob("*") if f.suffix in (".json", ".safetensors")))
     folder = args.out / "_written"  # no category's folder has an underscore
-    chunks = [Chunk(folder / f"{i:05d}.json", digest(identity, args.seed, count, entry), entry) for i, entry in enumerate(entries)]
+    everything = [Chunk(folder / f"{i:05d}.json", digest(identity, args.seed, count, entry), entry) for i, entry in enumerate(entries)]
+    chunks = [chunk for chunk in everything if args.concept in ("all", chunk.items[0])]
+    if not chunks:
+        raise BadInput(f"--concept {args.concept}: {args.concepts} does not list it; use all or one of {', '.join(sorted(dict(entries)))}")
     todo = [chunk for chunk in chunks[rank::world_size] if not chunk.done()]
     ask = LanguageModel(args.llm, device) if todo else None
     for chunk in tqdm(todo, desc="writing prompts", unit="concept", disable=rank > 0):
         rows, counts = write_pairs(ask, *chunk.items, count, zlib.crc32(f"{args.seed} {chunk.items}".encode()))
         chunk.write({"rows": rows, "counts": counts})
     written = [chunk.wait(world_size == 1) for chunk in chunks]
-    everything = [row for record in written for row in record["rows"]]
-    rows = firsts(everything, lambda row: row["unsafe"].casefold())
-    counts = sum((Counter(record["counts"]) for record in written), Counter({"duplicates": len(everything) - len(rows)}))
-    summary = f"{len(rows):,} of {count * len(entries):,} pairs written; " + ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items()))
+    answers = [row for record in written for row in record["rows"]]
+    rows = firsts(answers, lambda row: row["unsafe"].casefold())
+    counts = sum((Counter(record["counts"]) for record in written), Counter({"duplicates": len(answers) - len(rows)}))
+    summary = f"{len(rows):,} of {count * len(chunks):,} pairs written; " + ", ".join(f"{n:,} {what}" for what, n in sorted(counts.items()))
     if not rows:
         raise BadInput(f"--llm {args.llm}: {summary}; use a model that follows instructions")
     say(f"{args.llm}: {summary}")
     if rank == 0:
         for pattern in ("*.json", ".*.tmp"):
-            prune(folder, pattern, {chunk.record.name for chunk in chunks})
+            prune(folder, pattern, {chunk.record.name for chunk in everything})
         write_jsonl(args.out / "prompts.jsonl", rows)
     return Prompts([Pair(json.dumps([row["unsafe"], row["safe"]]), row["unsafe"], row["safe"], None, {row["category"]}) for row in rows])
 
@@ -230,7 +233,8 @@ def make_pictures(args, device, rows: dict[str, list[dict]], rank: int, world_si
     if not args.images:
         settings |= {"steps": args.steps or (10 if toy else 25), "negative": args.negative,
                      "guidance": args.guidance if args.guidance is not None else (3.0 if toy else 7.5)}
-        identity, processes = sha256(*unet_files(args.model)), processes_for(device, unet_files(args.model))
+        files = [args.model] if args.model.is_file() else sorted(f for f in args.model.rglob("*") if f.suffix in (".safetensors", ".json", ".txt"))
+        identity, processes = [sha256(*files), device.type], processes_for(device, unet_files(args.model))
     if world_size > 1 and processes > 1:
         torch.set_num_threads(1)  # as in worker processes: with more threads the last bits differ
         processes = 1
@@ -267,6 +271,9 @@ def main(args):
         raise BadInput("--llm writes the prompts and --prompts reads them; give one of them")
     if args.images and not args.prompts:
         raise BadInput(f"--images {args.images} needs the prompts that belong to its pictures; give --prompts FILE")
+    drawing = [f"--{flag}" for flag in ("steps", "guidance", "negative") if getattr(args, flag) not in (None, "")]
+    if args.images and drawing:
+        raise BadInput(f"{' '.join(drawing)}: nothing is drawn with --images {args.images}; leave it out")
     if args.images and not args.images.is_dir():
         raise BadInput(f"--images {args.images}: no such folder; give the one that holds the pictures")
     rank, world_size = share()

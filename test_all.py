@@ -1624,6 +1624,12 @@ def test_only_what_is_missing_is_drawn(tmp_path, monkeypatch):
     assert names("--pairs", 6) == ["00004", "00005"] and names("--pairs", 4) == [] and contents(tmp_path) == first
     for other in (["--seed", 1], ["--steps", 3], ["--guidance", 2], ["--negative", "grey"], ["--size", 64], ["--batch", 4]):
         assert len(names("--pairs", 4, *other)) == 4, other
+    model = tmp_path / "model"
+    shutil.copytree(TOY, model)
+    names("--pairs", 4)
+    assert names("--pairs", 4, "--model", model, "--steps", 10, "--guidance", 3) == []          # the same bytes elsewhere
+    (vae := model / "vae/config.json").write_text(vae.read_text() + " ")                        # one that decodes otherwise
+    assert len(names("--pairs", 4, "--model", model, "--steps", 10, "--guidance", 3)) == 4
 
 
 def test_what_suits_the_toy_does_not_suit_a_real_model(tmp_path, monkeypatch):
@@ -1781,6 +1787,12 @@ def test_a_language_model_can_write_the_pairs(tiny_llm, tmp_path, monkeypatch, c
     monkeypatch.delenv("RANK"), monkeypatch.delenv("WORLD_SIZE")
     command("make_data", "--prompts", tmp_path / "a/prompts.jsonl", "--judge", "none", "--out", tmp_path / "c")
     assert contents(tmp_path / "c/hate") == contents(tmp_path / "a/hate")
+    command(*line, "--concept", "my-own", "--out", tmp_path / "d")         # the language model is asked for that one alone
+    assert [record.name for record in (tmp_path / "d/_written").iterdir()] == ["00002.json"]
+    assert not (tmp_path / "d/hate").exists()
+    with pytest.raises(SystemExit):
+        command(*line, "--concept", "violence", "--out", tmp_path / "d")
+    assert "does not list it; use all or one of hate, my-own" in capsys.readouterr().err
 
 
 # ============================================================================================= the scripts
@@ -2098,6 +2110,7 @@ def bad(name, line, says, **spoil):
         pairs='{"unsafe": "a", "safe": "b", "category": "hate"}\n'),
     bad("prompts of pictures", "make_data.py --images data", "--prompts"),
     bad("no such pictures", "make_data.py --images nowhere --prompts data/hate/pairs.jsonl", "nowhere"),
+    bad("settings of a drawing without one", "make_data.py --images data --steps 5 --prompts data/hate/pairs.jsonl", "--steps: nothing is drawn"),
     bad("a language model without concepts", "make_data.py --llm data", "--concepts"),
     bad("no such concept list", "make_data.py --llm data --concepts nowhere.json", "nowhere.json"),
     bad("a concept list in another form", "make_data.py --llm data --concepts data/hate/chunks/00000.json", "\"category\""),
