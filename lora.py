@@ -339,7 +339,7 @@ class LoRAFile:
         lora = {}
         with opened(self.path) as file:
             for name in (name for name in names if name in self.keys):
-                p = {part: file.get_tensor(key) for part, key in self.keys[name].items()}
+                p = {part: file.get_tensor(key).clone() for part, key in self.keys[name].items()}   # so that no file stays mapped
                 alpha = p["alpha"].flatten()[0].item() if "alpha" in p else self.alpha_of(name, len(p["down"]))
                 if not (math.isfinite(alpha) and p["down"].isfinite().all() and p["up"].isfinite().all()):
                     raise BadInput(f"{self.path}: {name} holds NaN or infinity; train this expert again")

@@ -68,6 +68,7 @@ import sys  # noqa: E402
 import zlib  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -97,8 +98,8 @@ def ties(parts: list[Factors], density: float) -> Factors:
     above, below, n_above, n_below = (torch.zeros(shape) for _ in range(4))
     for f in parts:
         delta = f.delta()
-        smallest = delta.abs().flatten().kthvalue(delta.numel() - max(1, int(density * delta.numel())) + 1).values
-        delta *= delta.abs() >= smallest
+        size, last = delta.abs(), delta.numel() - max(1, int(density * delta.numel()))
+        delta *= size >= np.partition(size.flatten().numpy(), last)[last].item()           # three times faster than kthvalue()
         above += delta.clamp(min=0)
         below += delta.clamp(max=0)
         n_above += delta > 0
@@ -111,7 +112,7 @@ def dare(parts: list[Factors], density: float, generator: torch.Generator) -> Fa
     draws is delta W_i; and sum."""
     total = torch.zeros(len(parts[0].up), parts[0].down.shape[1])
     for f in parts:
-        total += f.delta() * torch.bernoulli(torch.full_like(total, density), generator=generator) / density
+        total += f.delta() * (torch.rand(total.shape, generator=generator) < density) / density
     return dense(total, parts[0])
 
 
@@ -268,8 +269,8 @@ def checked(args, files: list[Path], experts: list[lora.LoRAFile]) -> list[float
         raise BadInput(f"--density {args.density:g} is not a share; use more than 0 and at most 1")
     if not 1 <= args.top_k <= len(files):
         raise BadInput(f"--top-k {args.top_k}: there are {len(files)} experts; use 1 to {len(files)}")
-    if args.report and args.method not in ("co-merge", "random"):
-        raise BadInput(f"--report: by {args.method} no row belongs to one expert; use it with --method co-merge or random")
+    if args.report and (args.method not in ("co-merge", "random") or len(files) == 1):
+        raise BadInput(f"--report: {len(files)} experts by {args.method}, so no row has an owner; use it with two or more by co-merge or random")
     ranks = {}                                     # of each layer: the most that the merged one can have
     for name, (r, O, I) in ((item for e in experts for item in e.shapes.items())):
         ranks[name] = min(O, I) if args.method in ("ties", "dare") and len(experts) > 1 else min(O, I, ranks.get(name, 0) + r)
@@ -371,6 +372,7 @@ def write(args, experts, labels: list[str], weights, merged: dict[str, Factors])
         print(f"{out}: {args.fuse.name} with {layers} layers changed by {', '.join(labels)}")
         return
     how = {"score": args.score, "rescale": str(not args.no_rescale)} if args.method == "co-merge" else {}
+    how |= {key: str(value) for key in ("rank", "density", "unit", "top_k") if (value := getattr(args, key)) not in (None, 1, "row")}
     lora.save(out := args.out or Path("merged.safetensors"), merged, {
         "concept": ",".join(labels), "method": args.method, **how, "weights": ",".join(f"{w:g}" for w in weights),
         **{key: experts[0].metadata[key] for key in ("base_model_hash", "prediction_type", "on_top_of") if key in experts[0].metadata}})
