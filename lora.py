@@ -5,8 +5,9 @@ What it is:  low-rank adaptation (Hu et al. 2021, 2106.09685) of a network's lin
              A ("down") [rank, in], B ("up") [out, rank]. W stays frozen; B starts at zero, so a fresh
              LoRA changes nothing.
 Needs:       torch, safetensors.
-Gives:       a LoRA in memory is a dict {module name: Factors}; init(), inject(), switched_off(), fuse(), compose(),
-             match(), load() of four file styles, read() of several files, save() in kohya style.
+Gives:       a LoRA in memory is a dict {module name: Factors}; init(), inject(), switched_off(), fuse(), stack(),
+             compose(), compress(), match(); load() of four file styles, LoRAFile for layer by layer, read() of several
+             files, save() in kohya style.
 
 Module names are FLAT here: dots become underscores ("mid_block_attentions_0_..._to_q"), which is how
 kohya files spell them. Every other style flattens to the same name, so no model is needed to read a file.
@@ -195,22 +196,37 @@ def switched_off(network: nn.Module):
             layer.on = True
 
 
-def compose(loras: list[dict[str, Factors]], weights: list[float]) -> dict[str, Factors]:
-    """Sum of w_i * delta W_i as ONE LoRA, exactly: ranks add up, because
+def stack(parts: list[Factors], weights: list[float]) -> Factors:
+    """Sum of w_i * delta W_i of ONE layer as one pair of factors, exactly: ranks add up, because
 
         [w_1 s_1 B_1, ..., w_n s_n B_n] [A_1; ...; A_n] = sum_i w_i s_i B_i A_i.
 
-    Adding or averaging the factors themselves instead would leave cross terms B_i A_j. A layer that only
-    some of the LoRAs adapt keeps theirs.
+    Adding or averaging the factors themselves instead would leave cross terms B_i A_j.
     """
-    names = list(dict.fromkeys(name for lora in loras for name in lora))
-    result = {}
-    for name in names:
-        parts = [(lora[name], w) for lora, w in zip(loras, weights) if name in lora]
-        down = torch.cat([f.down.float() for f, _ in parts])
-        up = torch.cat([w * f.scale * f.up.float() for f, w in parts], dim=1)
-        result[name] = Factors(down, up, float(down.shape[0]), parts[0][0].kernel)       # alpha = rank: scale 1
-    return result
+    down = torch.cat([f.down.float() for f in parts])
+    up = torch.cat([w * f.scale * f.up.float() for f, w in zip(parts, weights)], dim=1)
+    return Factors(down, up, float(down.shape[0]), parts[0].kernel)                      # alpha = rank: scale 1
+
+
+def compose(loras: list[dict[str, Factors]], weights: list[float]) -> dict[str, Factors]:
+    """stack() of every layer. A layer that only some of the LoRAs adapt keeps theirs."""
+    names = dict.fromkeys(name for lora in loras for name in lora)
+    return {name: stack(*zip(*((lora[name], w) for lora, w in zip(loras, weights) if name in lora))) for name in names}
+
+
+def compress(f: Factors, rank: int) -> tuple[Factors, float, float]:
+    """The closest delta W of at most this rank (Eckart & Young 1936), its energy |delta W|^2, and that of f.
+
+    Never by the SVD of a dense delta W where f has a lower rank: with thin QRs B = Q_B R_B and A^T = Q_A R_A, all that is
+    left to decompose is the small core s R_B R_A^T. A factor that is not taller than wide stays as it is (Q = 1), so that
+    the core of very many stacked experts is no larger than delta W.
+    """
+    thin = lambda x: torch.linalg.qr(x) if x.shape[0] > x.shape[1] else (torch.eye(len(x)), x)
+    (Q_B, R_B), (Q_A, R_A) = thin(f.up.float()), thin(f.down.float().T)
+    U, S, V = torch.linalg.svd(f.scale * R_B @ R_A.T, full_matrices=False)                 # core = U S V
+    energy, root = S.double().square(), S[:rank].sqrt()    # half of S to each factor: both of a size that fp16 can hold
+    smaller = Factors(root[:, None] * (V[:rank] @ Q_A.T), Q_B @ U[:, :rank] * root, float(len(root)), f.kernel)
+    return smaller, energy[:rank].sum().item(), energy.sum().item()
 
 
 # --------------------------------------------------------------------------------------------- files
@@ -280,44 +296,61 @@ def sort_header(path: Path):
         file.write(header.encode().ljust(size))    # the same keys and values: the same length
 
 
-def load(path: Path) -> tuple[dict[str, Factors], dict[str, str]]:
-    """Reads a LoRA file of any of the four styles, block names by level or numbered through. Returns (lora, metadata).
+class LoRAFile:
+    """A LoRA file of any of the four styles, block names by level or numbered through. Its header is read at once:
+    .metadata and .shapes {name: (r, O, I)}; its layers when they are asked for, so that 700 files need not be in memory.
 
     A missing alpha means scale 1 (PEFT: what its settings say). Text-encoder layers are left out, with a note on stderr that counts them. Raises
-    BadInput, naming the file, if it cannot be read, holds no UNet LoRA, holds keys of no known style, has half a
-    pair, or is not finite.
+    BadInput, naming the file, if it cannot be read, holds no UNet LoRA, holds keys of no known style or has half a pair.
     """
-    parts: dict[str, dict] = {}
-    text_layers, peft = set(), False
-    with opened(path) as file:
-        metadata = file.metadata() or {}
-        for key in file.keys():
-            if hit := TEXT_ENCODER.fullmatch(key):
-                text_layers.add(hit[1])
-                continue
-            hits = ((pattern.fullmatch(key), part) for pattern, part in STYLES)
-            hit, part = next(((h, part) for h, part in hits if h), (None, None))
-            if hit is None:
-                raise BadInput(f"{path}: key {key!r} {file.get_slice(key).get_shape()} belongs to no known LoRA style; "
-                               "is this a plain LoRA for a UNet?")
-            peft = peft or ".lora_A." in key
-            name = flat(unet_name(".".join(hit.groups())))
-            name += "_0" if name.endswith("to_out") else ""      # old files leave out to_out's index
-            parts.setdefault(name, {})[part] = file.get_tensor(key)
-    lora, alpha_of = {}, peft_alpha(path, metadata) if peft else lambda name, rank: float(rank)
-    for name, p in parts.items():
-        if not {"down", "up"} <= set(p) or not {p["down"].dim(), p["up"].dim()} <= {2, 4} or p["up"][0].numel() != len(p["down"]):
-            raise BadInput(f"{path}: {name} is not a matching pair of LoRA factors; the file is damaged or of another kind")
-        alpha = p["alpha"].flatten()[0].item() if "alpha" in p else alpha_of(name, len(p["down"]))
-        if not (math.isfinite(alpha) and p["down"].isfinite().all() and p["up"].isfinite().all()):
-            raise BadInput(f"{path}: {name} holds NaN or infinity; train this expert again")
-        lora[name] = Factors(p["down"].float().flatten(1), p["up"].float().flatten(1), alpha, tuple(p["down"].shape[2:]))
-    if not lora:
-        raise BadInput(f"{path}: holds no LoRA for a UNet ({len(text_layers)} layers of text encoders); "
-                       "give a file written by train.py or merge.py")
-    if text_layers:
-        print(f"note: {path}: its {len(text_layers)} text-encoder layers are left out, only the UNet's part is used", file=sys.stderr)
-    return lora, metadata
+
+    def __init__(self, path: Path):
+        self.path, self.keys, self.shapes, sizes = path, {}, {}, {}
+        text_layers, peft = set(), False
+        with opened(path) as file:
+            self.metadata = file.metadata() or {}
+            for key in file.keys():
+                if hit := TEXT_ENCODER.fullmatch(key):
+                    text_layers.add(hit[1])
+                    continue
+                sizes[key] = file.get_slice(key).get_shape()
+                hits = ((pattern.fullmatch(key), part) for pattern, part in STYLES)
+                hit, part = next(((h, part) for h, part in hits if h), (None, None))
+                if hit is None:
+                    raise BadInput(f"{path}: key {key!r} {sizes[key]} belongs to no known LoRA style; is this a plain LoRA for a UNet?")
+                peft = peft or ".lora_A." in key
+                name = flat(unet_name(".".join(hit.groups())))
+                name += "_0" if name.endswith("to_out") else ""      # old files leave out to_out's index
+                self.keys.setdefault(name, {})[part] = key
+        self.alpha_of = peft_alpha(path, self.metadata) if peft else lambda name, rank: float(rank)
+        for name, key in self.keys.items():
+            down, up = sizes.get(key.get("down"), []), sizes.get(key.get("up"), [])
+            if not {len(down), len(up)} <= {2, 4} or math.prod(up[1:]) != down[0]:
+                raise BadInput(f"{path}: {name} is not a matching pair of LoRA factors; the file is damaged or of another kind")
+            self.shapes[name] = (down[0], up[0], math.prod(down[1:]))
+        if not self.keys:
+            raise BadInput(f"{path}: holds no LoRA for a UNet ({len(text_layers)} layers of text encoders); "
+                           "give a file written by train.py or merge.py")
+        if text_layers:
+            print(f"note: {path}: its {len(text_layers)} text-encoder layers are left out, only the UNet's part is used", file=sys.stderr)
+
+    def read(self, names) -> dict[str, Factors]:
+        """Those of its layers. Raises BadInput if one is not finite."""
+        lora = {}
+        with opened(self.path) as file:
+            for name in (name for name in names if name in self.keys):
+                p = {part: file.get_tensor(key).clone() for part, key in self.keys[name].items()}   # so that no file stays mapped
+                alpha = p["alpha"].flatten()[0].item() if "alpha" in p else self.alpha_of(name, len(p["down"]))
+                if not (math.isfinite(alpha) and p["down"].isfinite().all() and p["up"].isfinite().all()):
+                    raise BadInput(f"{self.path}: {name} holds NaN or infinity; train this expert again")
+                lora[name] = Factors(p["down"].float().flatten(1), p["up"].float().flatten(1), alpha, tuple(p["down"].shape[2:]))
+        return lora
+
+
+def load(path: Path) -> tuple[dict[str, Factors], dict[str, str]]:
+    """(lora, metadata) of a whole file. Raises BadInput as LoRAFile does."""
+    file = LoRAFile(path)
+    return file.read(file.shapes), file.metadata
 
 
 def read(arguments: list[str], network: nn.Module) -> tuple[dict[str, Factors] | None, list[str]]:

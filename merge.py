@@ -1,9 +1,19 @@
 """Step 3 of 4: experts into one LoRA. `python merge.py experts/*` -> merged.safetensors
 
-What it is:  Co-Merge, and the baselines beside it. All of them merge the weight CHANGES delta W_i = s_i B_i A_i,
-             never the factors: averaging A and B separately would leave cross terms B_i A_j.
-Needs:       experts of train.py; for Co-Merge also the model and data/ (its calibration inputs).
-Gives:       merged.safetensors, exact: rank = the sum of the experts' ranks; or, with --fuse MODEL, that whole model, aligned.
+What it is:  Co-Merge, and the methods beside it. All of them merge the weight CHANGES delta W_i = w_i s_i B_i A_i (w_i:
+             --weights), never the factors: averaging A and B separately would leave cross terms B_i A_j.
+Needs:       experts of train.py, or other LoRAs of one base model: ranks, alphas, key styles and adapted layers may differ
+             (a layer that an expert does not adapt is one that it changes by zero). For Co-Merge also the model and
+             data/, or --prompts (its calibration inputs).
+Gives:       merged.safetensors, of rank = the sum of the experts' ranks, and exact, except by ties and dare, or after
+             --rank; or, with --fuse MODEL, that whole model, aligned. Of one expert there is nothing to merge: it stays as it is.
+
+    sum        delta W = sum_i delta W_i                            (task arithmetic, Ilharco et al. 2022, 2212.04089)
+    average    delta W = 1/n sum_i delta W_i
+    ties       trim, elect, average: see ties()                     (Yadav et al. 2023, 2306.01708)
+    dare       delta W = sum_i drop(delta W_i) / density: see dare()    (Yu et al. 2023, 2311.03099)
+    random     row j of delta W is row j of delta W_owner(j), owner(j) drawn at random: a control
+    co-merge   the same, with owner(j) = the most active expert
 
 Co-Merge [our reconstruction from the paper's captions]. For a layer with input x, expert i
 changes output unit j by d_i(x)_j = (s_i B_i A_i x)_j. Each unit goes to the expert that is most active there, and
@@ -12,7 +22,8 @@ every other expert's row j of delta W is dropped:
     owner(j) = argmax_i a_ij,    A = [A_1; ...; A_n],    B = [M_1 s_1 B_1, ..., M_n s_n B_n],    M_i = diag(owner(j) = i)
 
 The activity a_ij that the paper does not give (--score): `own`, the mean of |d_i(x)_j| over the unsafe prompts that
-expert i was trained to change; `wins`, how often |d_i(x)_j| is the largest, over the prompts of all experts.
+expert i was trained to change; `wins`, how often |d_i(x)_j| is the largest, over the prompts of all experts. Nor does it
+say what a "weight" is (--unit `factor`: a row of A or of B, whose cross terms come with it) or how many are kept (--top-k).
 
 Dropping rows weakens every expert. Rescaling [ours] makes up for it, with one factor for each layer:
 
@@ -21,23 +32,30 @@ Dropping rows weakens every expert. Rescaling [ours] makes up for it, with one f
 which is 1 for a single expert and for identical ones: with it, the merged LoRA moves a category's inputs as far in
 the direction of its own expert as that expert did.
 
-Letters: n experts, r rank, T tokens of a batch, I and O a layer's input and output width.
+Letters: n experts (of a layer: those that adapt it), r rank, K owners of a unit, T tokens of a batch, I and O a layer's
+input and output width.
 """
 from pathlib import Path
 
 from model.files import BadInput, Parser, run
 
-METHODS = ("co-merge", "average", "sum", "random")
+METHODS = ("co-merge", "average", "sum", "ties", "dare", "random")
 
 
 def parse_arguments():
     parser = Parser("Merges LoRA experts into one LoRA.")
     parser.add_argument("experts", nargs="+", type=Path, help="LoRA files, or a folder of them (an expert's log and curves are passed over)")
     parser.add_argument("--method", choices=METHODS, default="co-merge", help="random: rows dealt out at random, a control (default: co-merge)")
-    parser.add_argument("--score", choices=["own", "wins"], default="own", help="co-merge: how active an expert is at an output unit (default: own)")
-    parser.add_argument("--no-rescale", action="store_true", help="co-merge: leave the kept rows as strong as they are")
     parser.add_argument("--weights", type=float, nargs="+", default=None, help="one factor for each expert, or one for all (default: 1)")
+    parser.add_argument("--rank", type=int, default=None, metavar="R", help="re-compress each layer to this rank, and say how much energy |delta W|^2 that keeps (default: the sum of the experts' ranks, exact; ties and dare: that, but at most 128)")
+    parser.add_argument("--density", type=float, default=None, metavar="P", help="share of entries, above 0 to 1, that ties and dare keep of each delta W (default: ties 0.2, as published; dare 0.5)")
+    parser.add_argument("--score", choices=["own", "wins"], default="own", help="co-merge: how active an expert is at an output unit (default: own)")
+    parser.add_argument("--unit", choices=["row", "factor"], default="row", help="co-merge: deal out the rows of delta W; or, never rescaled, those of A and B separately, for experts of one rank (default: row)")
+    parser.add_argument("--top-k", type=int, default=1, metavar="K", help="co-merge: average the rows of a unit's K most active experts (default: 1)")
+    parser.add_argument("--no-rescale", action="store_true", help="co-merge: leave the kept rows as strong as they are")
     parser.add_argument("--data", type=Path, default=Path("data"), help="calibration inputs of co-merge: what make_data.py wrote (default: data)")
+    parser.add_argument("--prompts", type=Path, default=None, metavar="FILE", help="calibrate on these prompts instead, on pictures that the model draws for them: text, one a line, for every expert; or JSON lines with \"prompt\" and, if it is for one expert, \"category\" (default: none)")
+    parser.add_argument("--report", type=Path, default=None, metavar="FILE.png", help="co-merge, random: picture of the share of rows that each expert keeps in each layer (default: none)")
     parser.add_argument("--fuse", type=Path, default=None, metavar="MODEL", help="write the whole aligned checkpoint instead: a copy of this diffusers folder or single file with the merged LoRA in its weights (default: none)")
     parser.add_argument("--out", type=Path, default=None, help="LoRA file to write; with --fuse the folder (default: merged.safetensors; with --fuse: aligned)")
     return parser.parse_args()
@@ -46,175 +64,320 @@ def parse_arguments():
 ARGS = parse_arguments() if __name__ == "__main__" else None  # before the heavy imports: --help answers at once
 
 import math  # noqa: E402
+import sys  # noqa: E402
+import zlib  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import lora  # noqa: E402
+from lora import Factors  # noqa: E402
+from model.calibration import from_pairs, from_prompts  # noqa: E402
 from model.checkpoint import Checkpoint  # noqa: E402
-from model.files import read_pairs, sha256  # noqa: E402
-from model.pictures import read_pictures  # noqa: E402
+from model.files import sha256  # noqa: E402
+from model.pictures import heat_map  # noqa: E402
 from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
 from model.workers import processes_for  # noqa: E402
 
-PER_EXPERT, BATCH = 24, 16  # calibration pairs of each expert, pictures in a batch
+MOST = 128    # rank that ties and dare write unless --rank says another
 
 
-def calibration(sd, data: Path, concepts: list[str], seed: int):
-    """Batches (expert, x_t, t, context) of the inputs that each expert was trained to change: its unsafe prompts, on
-    the unsafe and on the safe picture, which is where sampling starts out and where it should end; all noise
-    levels equally often."""
-    generator = torch.Generator().manual_seed(seed)
-    for i, concept in enumerate(tqdm(concepts, desc="calibrating")):
-        rows = read_pairs(data, concept)[:PER_EXPERT]
-        items = [(row["unsafe"], row[key]) for row in rows for key in ("unsafe_image", "safe_image")]
-        times = (torch.randperm(len(items), generator=generator) * sd.schedule.T // len(items)).to(sd.device)
-        for k in range(0, len(items), BATCH):
-            prompts, paths = zip(*items[k:k + BATCH])
-            x0, t = sd.encode(read_pictures(paths)), times[k:k + BATCH]
-            noise = torch.randn(x0.shape, generator=generator).to(x0)
-            yield i, sd.schedule.add_noise(x0, noise, t), t, sd.embed(list(prompts))
+# ------------------------------------------------------------------- the methods, one layer at a time
+def dense(delta: torch.Tensor, like: Factors) -> Factors:
+    """Any delta W [O, I] as factors: B = 1, A = delta W."""
+    return Factors(delta, torch.eye(len(delta)), float(len(delta)), like.kernel)
 
 
+def ties(parts: list[Factors], density: float) -> Factors:
+    """TIES. Trim each delta W_i to its largest entries by magnitude (this share of all); elect for each entry the sign of
+    the trimmed sum; average the entries that have that sign. Sums are kept of either sign, so that memory holds one
+    expert's delta W and these sums, whatever n is. An expert's weight counts in the election too."""
+    shape = len(parts[0].up), parts[0].down.shape[1]
+    above, below, n_above, n_below = (torch.zeros(shape) for _ in range(4))
+    for f in parts:
+        delta = f.delta()
+        size, last = delta.abs(), delta.numel() - max(1, int(density * delta.numel()))
+        delta *= size >= np.partition(size.flatten().numpy(), last)[last].item()           # three times faster than kthvalue()
+        above += delta.clamp(min=0)
+        below += delta.clamp(max=0)
+        n_above += delta > 0
+        n_below += delta < 0
+    return dense(torch.where(above + below >= 0, above / n_above.clamp(min=1), below / n_below.clamp(min=1)), parts[0])
+
+
+def dare(parts: list[Factors], density: float, generator: torch.Generator) -> Factors:
+    """DARE. Drop entries of each delta W_i at random, this share stays; rescale by 1/density, so that the mean over all
+    draws is delta W_i; and sum."""
+    total = torch.zeros(len(parts[0].up), parts[0].down.shape[1])
+    for f in parts:
+        total += f.delta() * (torch.rand(total.shape, generator=generator) < density) / density
+    return dense(total, parts[0])
+
+
+def keep_rows(parts: list[Factors], owner: torch.Tensor) -> Factors:
+    """The masked concatenation: row j of delta W is the mean of row j of the K experts owner[:, j] (a place in parts). owner [K, O]."""
+    share = torch.zeros(len(parts), owner.shape[1]).scatter_(0, owner, 1 / len(owner))     # [n, O]
+    return lora.stack([f._replace(up=f.up * m[:, None]) for f, m in zip(parts, share)], [1.0] * len(parts))
+
+
+def keep_factor_rows(parts: list[Factors], owner: torch.Tensor, inner: torch.Tensor) -> Factors:
+    """--unit factor: row k of A from the experts inner[:, k], row j of s B from owner[:, j]; rank r. inner [K, r]."""
+    pick = lambda rows, who: rows.gather(0, who[:, :, None].expand(-1, -1, rows.shape[2])).mean(0)     # [n, U, D] -> [U, D]
+    down, up = torch.stack([f.down for f in parts]), torch.stack([f.scale * f.up for f in parts])
+    return Factors(pick(down, inner), pick(up, owner), float(down.shape[1]), parts[0].kernel)
+
+
+# ------------------------------------------------------------------------------------------- Co-Merge
 @dataclass
 class Activity:
-    """What Co-Merge knows of a layer: sums over all tokens x, where c is the expert that x is calibrated for."""
+    """What Co-Merge knows of a layer: sums over all tokens x. Rows are the experts that adapt it. c: each expert that x is
+    calibrated for (one, or all of them)."""
     own: torch.Tensor       # [n, O]  |d_i(x)_j| over the x with c = i, divided by their number
+    inner: torch.Tensor     # [n, r]  |(A_i x)_k|, likewise; r the largest
     wins: torch.Tensor      # [n, O]  how often |d_i(x)_j| is the largest
-    shared: torch.Tensor    # [n, O]  d_c(x)_j d_i(x)_j
-    energy: torch.Tensor    # [O]     d_c(x)_j^2
+    shared: torch.Tensor    # [n, O]  sum_c d_c(x)_j d_i(x)_j
+    energy: torch.Tensor    # [O]     sum_c d_c(x)_j^2
 
 
 @torch.no_grad()
-def measure(sd, experts: list[dict], batches) -> dict[str, Activity]:
+def measure(sd, layers, batches, wins: bool = True) -> dict[str, Activity]:
     """{layer: Activity}. ONE pass of the base UNet scores all experts, since x does not depend on the expert. Memory:
-    these sums, and one layer's activations."""
-    layers, n = {name: layer for name, (_, layer) in zip(experts[0], lora.adapted(sd.unet, experts[0]))}, len(experts)
-    zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=sd.device)
-    activity = {name: Activity(*(zeros(n, layer.out_features) for _ in range(3)), zeros(layer.out_features))
-                for name, layer in layers.items()}
-    tokens, now = {name: [0] * n for name in layers}, 0
+    the experts, these sums, and one expert's change of one layer's activations.
 
-    def listen(name):
-        factors = [(e[name].down.to(sd.device), e[name].scale * e[name].up.to(sd.device)) for e in experts]
+    layers: (name, {expert: Factors}) as by_layer() yields them. wins: leave those out where nobody asks, they cost most.
+    """
+    network, handles, activity, tokens, now = lora.layers(sd.unet), [], {}, {}, []
+
+    def listen(name, parts: dict[int, Factors]):
+        factors = {i: (f.down.to(sd.device), f.scale * f.up.to(sd.device)) for i, f in parts.items()}
+        place = {i: k for k, i in enumerate(factors)}
+        zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=sd.device)
+        n, O, r = len(factors), len(next(iter(parts.values())).up), max(f.down.shape[0] for f in parts.values())
+        a = activity[name] = Activity(zeros(n, O), zeros(n, r), zeros(n, O), zeros(n, O), zeros(O))
+        count = tokens[name] = [0] * n
 
         def hook(module, inputs):
-            x = inputs[0].flatten(0, -2).float()                                               # [T, I]
-            d = torch.stack([x @ down.T @ up.T for down, up in factors])                       # [n, T, O]
-            a, size = activity[name], d.abs()
-            a.own[now] += size[now].sum(0)
-            a.wins.scatter_add_(0, size.argmax(0), torch.ones_like(size[0]).double())          # ties: the first
-            a.shared += (d * d[now]).sum(1)
-            a.energy += d[now].square().sum(0)
-            tokens[name][now] += len(x)
+            mine = [i for i in now if i in factors]
+            if not mine and not (wins and now):
+                return                                                                     # a picture is being drawn
+            x, total = inputs[0].flatten(0, -2).float(), 0                                 # [T, I]
+            for i in mine:
+                down, up = factors[i]
+                h = x @ down.T                                                             # [T, r]
+                d = h @ up.T                                                               # [T, O], d_c
+                a.own[place[i]] += d.abs().sum(0)
+                a.inner[place[i], :h.shape[1]] += h.abs().sum(0)
+                a.energy += d.square().sum(0)
+                total = total + d
+                count[place[i]] += len(x)
+            best, winner = torch.full((), -1.0, device=x.device), torch.zeros((), dtype=torch.long, device=x.device)
+            for k, (down, up) in enumerate(factors.values()):
+                d = x @ down.T @ up.T
+                if mine:
+                    a.shared[k] += (d * total).sum(0)
+                if wins:
+                    size = d.abs()
+                    best, winner = torch.where(size > best, size, best), torch.where(size > best, k, winner)   # ties: the first
+            if wins:
+                a.wins.scatter_add_(0, winner, torch.ones_like(best).double())
         return hook
 
-    handles = [layer.register_forward_pre_hook(listen(name)) for name, layer in layers.items()]
     try:
+        for name, parts in layers:
+            handles.append(network[name][1].register_forward_pre_hook(listen(name, parts)))
         for now, x_t, t, context in batches:
             sd.finite(sd.predict(x_t, t, context), "a calibration input")
+            now = []
     finally:
         for handle in handles:
             handle.remove()
     for name, a in activity.items():
-        a.own /= torch.tensor(tokens[name], device=sd.device)[:, None]
+        per = torch.tensor(tokens[name], device=sd.device)[:, None].clamp(min=1)
+        a.own /= per
+        a.inner /= per
     return activity
 
 
-def keep_rows(experts: list[dict], owner: dict[str, torch.Tensor]) -> dict:
-    """The masked concatenation: row j of layer `name` belongs to expert owner[name][j] alone."""
-    masked = []
-    for i, expert in enumerate(experts):
-        masked.append({name: f._replace(up=f.up * (owner[name] == i).float()[:, None]) for name, f in expert.items()})
-    return lora.compose(masked, [1.0] * len(experts))
+def most_active(scores: torch.Tensor, top_k: int) -> torch.Tensor:
+    """owner [K, U] of scores [n, U]; ties: the first expert."""
+    return scores.argsort(dim=0, descending=True, stable=True)[:top_k].cpu()
 
 
-def co_merge(experts: list[dict], activity: dict[str, Activity], score: str, rescale: bool) -> tuple[dict, dict]:
-    """(merged LoRA, {layer: owner [O]}); see the top of this file."""
-    owner = {name: getattr(a, score).argmax(0).cpu() for name, a in activity.items()}          # ties: the first expert
-    merged = keep_rows(experts, owner)
+def co_merge(parts: list[Factors], a: Activity, score: str = "own", rescale: bool = True, top_k: int = 1) -> tuple[Factors, torch.Tensor]:
+    """(merged layer, owner [K, O]); see the top of this file."""
+    owner = most_active(getattr(a, score), top_k)
+    merged = keep_rows(parts, owner)
     if rescale:
-        for name, a in activity.items():
-            kept = a.shared.cpu().gather(0, owner[name][None]).sum()                           # sum_x <d_c, d_merged>
-            factor = (a.energy.sum().cpu() / kept).item() if kept > 0 else 1.0
-            # n is what n experts with nothing in common would need; more would only blow up noise.
-            merged[name] = merged[name]._replace(up=merged[name].up * min(factor, len(experts)))
+        kept = a.shared.cpu().gather(0, owner).sum() / len(owner)                          # sum_x <d_c, d_merged>
+        factor = (a.energy.sum().cpu() / kept).item() if kept > 0 else 1.0
+        # n is what n experts with nothing in common would need; more would only blow up noise.
+        merged = merged._replace(up=merged.up * min(factor, len(parts)))
     return merged, owner
 
 
+# ----------------------------------------------------------------------------------------------- files
 def expand(paths: list[Path]) -> list[Path]:
     """The LoRA files that are meant: a folder stands for its .safetensors, and an expert's log and curves are passed over."""
     files = [p for path in paths for p in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])
              if p.suffix not in (".jsonl", ".png") or not p.with_suffix(".safetensors").is_file()]
     if not files:
         raise BadInput(f"{paths[0]}: no LoRA file here; run python train.py first")
-    twice = [p for i, p in enumerate(files) if p.resolve() in [q.resolve() for q in files[:i]]]
-    if twice:
-        raise BadInput(f"{twice[0]}: is listed twice; list each expert once, and use --weights to make one count more")
+    seen = set()
+    for p in files:
+        if p.resolve() in seen:
+            raise BadInput(f"{p}: is listed twice; list each expert once, and use --weights to make one count more")
+        seen.add(p.resolve())
     return files
 
 
-def read_experts(files: list[Path]) -> tuple[list[dict], list[dict]]:
-    """The LoRAs and their metadata. Raises BadInput unless all are of one base model and adapt the same layers."""
-    loaded = [lora.load(path) for path in files]
-    shapes = [{k: (f.up.shape[0], f.down.shape[1]) for k, f in expert.items()} for expert, _ in loaded]
-    for path, (_, metadata), shape in zip(files, loaded, shapes):
-        if metadata.get("base_model_hash") != loaded[0][1].get("base_model_hash"):
-            raise BadInput(f"{path}: was trained on another base model than {files[0]}; merge experts of one model")
-        if shape != shapes[0]:
-            raise BadInput(f"{path}: adapts other layers than {files[0]}; merge experts that adapt the same ones")
-    return [expert for expert, _ in loaded], [metadata for _, metadata in loaded]
+def open_experts(files: list[Path]) -> list[lora.LoRAFile]:
+    """The files, open for reading. Raises BadInput unless all are of one base model (and were trained on top of the same
+    LoRAs), each shares a layer with the first, and a layer's shape is the same in all."""
+    experts, shapes = [lora.LoRAFile(path) for path in files], {}
+    for e in experts:
+        for key, what in (("base_model_hash", "on another base model than"), ("on_top_of", "on top of other LoRAs than")):
+            if e.metadata.get(key) != experts[0].metadata.get(key):
+                raise BadInput(f"{e.path}: was trained {what} {files[0]}; merge experts that start from one model")
+        for name, (_, *shape) in e.shapes.items():
+            path, known = shapes.setdefault(name, (e.path, shape))
+            if shape != known:
+                raise BadInput(f"{e.path}: {name} is for a layer of shape {shape}, in {path} of {known}; merge experts of one model")
+        if not e.shapes.keys() & experts[0].shapes.keys():
+            raise BadInput(f"{e.path}: adapts other layers than {files[0]}, not one is shared; merge experts of one model")
+    return experts
 
 
-def main(args):
-    files = expand(args.experts)
+def by_layer(experts: list[lora.LoRAFile], weights, names: list[str], at_once: int = 8):
+    """Yields (name, {expert: Factors, times its weight}) of the experts that adapt the layer. Memory holds 8 layers of all experts."""
+    for k in range(0, len(names), at_once):
+        read = [e.read(names[k:k + at_once]) for e in experts]
+        for name in names[k:k + at_once]:
+            yield name, {i: r[name]._replace(up=w * r[name].up) for i, (r, w) in enumerate(zip(read, weights)) if name in r}
+
+
+def checked(args, files: list[Path], experts: list[lora.LoRAFile]) -> list[float]:
+    """The weights, one for each file. Raises BadInput for a flag that does not suit these experts."""
     weights = args.weights or [1.0]
     weights = weights * len(files) if len(weights) == 1 else weights
     if len(weights) != len(files):
         raise BadInput(f"--weights: {len(weights)} numbers for {len(files)} experts ({', '.join(p.stem for p in files)}); give one each, or one")
     if not all(map(math.isfinite, weights)):
         raise BadInput(f"--weights {' '.join(map(str, weights))}: not all are finite numbers; give numbers such as 1 0.5")
-    # Sorted by name, so that the result does not depend on the order in which the files are listed.
-    files, weights = zip(*sorted(zip(files, weights), key=lambda pair: (pair[0].name, str(pair[0]))))
-    experts, metadata = read_experts(files)
-    names = [path.stem for path in files]
-    experts = [{k: f._replace(up=w * f.up) for k, f in e.items()} for e, w in zip(experts, weights)]
+    if args.density is not None and not 0 < args.density <= 1:
+        raise BadInput(f"--density {args.density:g} is not a share; use more than 0 and at most 1")
+    if not 1 <= args.top_k <= len(files):
+        raise BadInput(f"--top-k {args.top_k}: there are {len(files)} experts; use 1 to {len(files)}")
+    if args.report and (args.method not in ("co-merge", "random") or len(files) == 1):
+        raise BadInput(f"--report: {len(files)} experts by {args.method}, so no row has an owner; use it with two or more by co-merge or random")
+    ranks = {}                                     # of each layer: the most that the merged one can have
+    for name, (r, O, I) in ((item for e in experts for item in e.shapes.items())):
+        ranks[name] = min(O, I) if args.method in ("ties", "dare") and len(experts) > 1 else min(O, I, ranks.get(name, 0) + r)
+    if args.rank is not None and not 1 <= args.rank <= max(ranks.values()):
+        raise BadInput(f"--rank {args.rank}: by {args.method} these {len(experts)} experts give rank {max(ranks.values())}; use 1 to {max(ranks.values())}")
+    if args.unit == "factor" and (args.score != "own" or len({shape for e in experts for shape in e.shapes.items()}) > len(ranks)):
+        raise BadInput("--unit factor: A and B can be dealt out by --score own, among experts of one rank; use --unit row")
+    return weights
 
-    if len(experts) == 1 and args.fuse:
-        merged = experts[0]                    # nothing to merge with: as it is, times its weight
-    elif args.method == "average":
-        merged = lora.compose(experts, [1 / len(experts)] * len(experts))
-    elif args.method == "sum":
-        merged = lora.compose(experts, [1.0] * len(experts))
-    elif args.method == "random":
-        generator = torch.Generator().manual_seed(args.seed)
-        owner = {k: torch.randint(len(experts), f.up.shape[:1], generator=generator) for k, f in experts[0].items()}
-        merged = keep_rows(experts, owner)
-    else:
-        sd = load(args.model, device := pick_device(args.device))
-        if processes_for(device, unet_files(args.model)) > 1:
-            torch.set_num_threads(1)  # a small network: as in training, the bytes shall not depend on the number of cores
-        if metadata[0].get("base_model_hash") not in (None, sha256(*unet_files(args.model))):
-            raise BadInput(f"{files[0]}: was trained on another base model than --model {args.model}; give that model")
-        lora.adapted(sd.unet, experts[0], str(files[0]))
-        concepts = [m.get("concept", name) for m, name in zip(metadata, names)]
-        activity = measure(sd, experts, calibration(sd, args.data, concepts, args.seed))
-        merged, owner = co_merge(experts, activity, args.score, not args.no_rescale)
-        for i, name in enumerate(names):
-            share = sum((o == i).sum().item() for o in owner.values()) / sum(o.numel() for o in owner.values())
-            print(f"{name:>20} keeps {share:6.1%} of the rows")
+
+def calibrate(args, experts, weights, names: list[str], labels: list[str]) -> dict[str, Activity]:
+    """Loads the model and measures Co-Merge's activities. Raises BadInput if the experts are not for this model."""
+    sd, metadata = load(args.model, device := pick_device(args.device)), experts[0].metadata
+    if processes_for(device, unet_files(args.model)) > 1:
+        torch.set_num_threads(1)  # a small network: as in training, the bytes shall not depend on the number of cores
+    if metadata.get("base_model_hash") not in (None, sha256(*unet_files(args.model))):
+        raise BadInput(f"{experts[0].path}: was trained on another base model than --model {args.model}; give that model")
+    for e in experts:
+        blank = {n: Factors(torch.empty(r, I, device="meta"), torch.empty(O, r, device="meta"), 1.0) for n, (r, O, I) in e.shapes.items()}
+        lora.adapted(sd.unet, blank, str(e.path))
+    if "on_top_of" in metadata:
+        print(f"note: these experts were trained on top of {metadata['on_top_of']}; they are calibrated without it", file=sys.stderr)
+    concepts = [e.metadata.get("concept", label) for e, label in zip(experts, labels)]
+    batches = from_prompts(sd, args.prompts, concepts, args.seed) if args.prompts else from_pairs(sd, args.data, concepts, args.seed)
+    return measure(sd, by_layer(experts, weights, names), batches, args.score == "wins")
+
+
+def main(args):
+    files = expand(args.experts)
+    experts = open_experts(files)
+    weights = checked(args, files, experts)
+    # Sorted by name, so that the result does not depend on the order in which the files are listed.
+    experts, weights = zip(*sorted(zip(experts, weights), key=lambda pair: (pair[0].path.name, str(pair[0].path))))
+    labels, n = [e.path.stem for e in experts], len(experts)
+    names = list(dict.fromkeys(name for e in experts for name in e.shapes))
+    some = {name: count for name in names if (count := sum(name in e.shapes for e in experts)) < n}
+    if some:
+        print(f"{len(some)} of {len(names)} layers are adapted by only {min(some.values())} to {max(some.values())} of the {n} experts: "
+              "the others change nothing there")
+    method = args.method if n > 1 else "sum"                                               # nothing to merge with
+    density = args.density or {"ties": 0.2, "dare": 0.5}.get(method)
+    activity = calibrate(args, experts, weights, names, labels) if method == "co-merge" else None
+    torch.set_num_threads(1)                       # the same bytes from any number of cores
+    generator = torch.Generator().manual_seed(args.seed)
+    merged, energies, kept_rows = {}, [], {}
+    for name, holders in tqdm(by_layer(experts, weights, names), total=len(names), desc="merging"):
+        parts = list(holders.values())
+        if n == 1:
+            f = parts[0]                           # not even its alpha is touched
+        elif method == "sum":
+            f = lora.stack(parts, [1.0] * len(parts))
+        elif method == "average":
+            f = lora.stack(parts, [1 / n] * len(parts))          # of all n: who does not adapt it, changes it by 0
+        elif method == "ties":
+            f = ties(parts, density)
+        elif method == "dare":
+            f = dare(parts, density, torch.Generator().manual_seed(zlib.crc32(f"{args.seed} {name}".encode())))
+        elif method == "random":
+            owner = torch.randint(len(parts), parts[0].up.shape[:1], generator=generator)[None]
+            f = keep_rows(parts, owner)
+        else:
+            f, owner = co_merge(parts, activity[name], args.score, not args.no_rescale, min(args.top_k, len(parts)))
+            if args.unit == "factor":
+                f = keep_factor_rows(parts, owner, most_active(activity[name].inner, len(owner)))
+        if method in ("random", "co-merge"):
+            kept_rows[name] = torch.zeros(n).index_add_(0, torch.tensor(list(holders))[owner.flatten()], torch.ones(owner.numel()))
+        total = sum(len(p.down) for p in parts)
+        rank = args.rank or (min(total, MOST, *f.up.shape, f.down.shape[1]) if method in ("ties", "dare") else None)
+        if rank and rank < len(f.down):
+            f, *energy = lora.compress(f, rank)
+            energies.append(energy)
+        merged[name] = f
+    report(args, labels, kept_rows, energies)
+    write(args, experts, labels, weights, merged)
+
+
+def report(args, labels: list[str], kept_rows: dict[str, torch.Tensor], energies: list[list[float]]):
+    """Prints who kept what, and what was lost by a lower rank; and draws --report."""
+    shares = {name: rows / rows.sum() for name, rows in kept_rows.items()}
+    if args.method == "co-merge" and shares:
+        rows = torch.stack(list(kept_rows.values())).sum(0)
+        for label, share in zip(labels, (rows / rows.sum()).tolist()):
+            print(f"{label:>20} keeps {share:6.1%} of the rows")
+    if args.report:
+        heat_map(args.report, torch.stack(list(shares.values())).numpy(), list(shares), labels, "share of a layer's rows that each expert keeps")
+        print(f"{args.report}: {len(shares)} layers, {len(labels)} experts")
+    if energies:
+        kept, whole = map(sum, zip(*energies))
+        print(f"re-compressed {len(energies)} layers, which keep {kept / (whole or 1):.2%} of the energy |delta W|^2, "
+              f"the least of them {min(k / (w or 1) for k, w in energies):.2%}")
+
+
+def write(args, experts, labels: list[str], weights, merged: dict[str, Factors]):
+    """merged.safetensors, or with --fuse the whole checkpoint."""
     if args.fuse:
-        merged = lora.match(skeleton(args.fuse), merged, str(files[0]))
+        merged = lora.match(skeleton(args.fuse), merged, str(experts[0].path))
         layers = Checkpoint(args.fuse).rewrite(out := args.out or Path("aligned"), lambda name: merged[key].delta() if (
             key := lora.flat(name.removesuffix(".weight"))) in merged and name.endswith(".weight") else None)
-        print(f"{out}: {args.fuse.name} with {layers} layers changed by {', '.join(names)}")
+        print(f"{out}: {args.fuse.name} with {layers} layers changed by {', '.join(labels)}")
         return
-    out = args.out or Path("merged.safetensors")
-    lora.save(out, merged, {"concept": ",".join(names), "method": args.method,
-                                 **({"score": args.score, "rescale": str(not args.no_rescale)} if args.method == "co-merge" else {}), "weights": ",".join(f"{w:g}" for w in weights),
-                                 **{key: metadata[0][key] for key in ("base_model_hash", "prediction_type") if key in metadata[0]}})
-    print(f"{out}: {len(names)} experts merged by {args.method}, rank {next(iter(merged.values())).down.shape[0]}")
+    how = {"score": args.score, "rescale": str(not args.no_rescale)} if args.method == "co-merge" else {}
+    how |= {key: str(value) for key in ("rank", "density", "unit", "top_k") if (value := getattr(args, key)) not in (None, 1, "row")}
+    lora.save(out := args.out or Path("merged.safetensors"), merged, {
+        "concept": ",".join(labels), "method": args.method, **how, "weights": ",".join(f"{w:g}" for w in weights),
+        **{key: experts[0].metadata[key] for key in ("base_model_hash", "prediction_type", "on_top_of") if key in experts[0].metadata}})
+    ranks = sorted({len(f.down) for f in merged.values()})
+    print(f"{out}: {len(labels)} experts merged by {args.method}, rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else ""))
 
 
 if __name__ == "__main__":

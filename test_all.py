@@ -1275,17 +1275,23 @@ def test_half_precision_is_not_for_errors(dtype):
 
 
 # ================================================================================================= merging
+def layerwise(experts):
+    """As merge.by_layer() yields them from files."""
+    names = dict.fromkeys(name for e in experts for name in e)
+    return [(name, {i: e[name] for i, e in enumerate(experts) if name in e}) for name in names]
+
+
 def test_one_pass_of_the_base_scores_every_expert(small):
     """Co-Merge's activities against a naive oracle that keeps every layer's input and every dense delta W (1e-5). The
     two round differently, so a near tie may fall the other way: at most 1 in 10,000 wins. The experts differ in rank."""
     experts = [random_lora(small.unet, s, rank=r, alpha=a) for s, r, a in ((1, 4, 4.0), (2, 3, 3.0), (3, 5, 2.0))]
-    batches, inputs = [(i, *unet_inputs(2, seed=s)) for s, i in enumerate((0, 1, 2, 1))], {}
+    batches, inputs = [([i], *unet_inputs(2, seed=s)) for s, i in enumerate((0, 1, 2, 1))], {}
     hooks = [layer.register_forward_pre_hook(lambda _, x, name=name: inputs.setdefault(name, []).append(x[0].flatten(0, -2)))
              for name, layer in lora.targets(small.unet).items()]
     for _, *batch in batches:
         small.unet(*batch)
     [hook.remove() for hook in hooks]
-    activity = merge.measure(small, experts, batches)
+    activity = merge.measure(small, layerwise(experts), batches)
     assert activity.keys() == inputs.keys() and all(not layer._forward_pre_hooks for layer in lora.targets(small.unet).values())
     votes = flipped = 0
     for name, x in inputs.items():
@@ -1303,32 +1309,154 @@ def test_one_pass_of_the_base_scores_every_expert(small):
 @pytest.mark.parametrize("score", ["own", "wins"])
 def test_a_merge_that_drops_rows_must_not_lose_strength(score, small):
     """What co_merge keeps are whole rows, times one factor a layer, which makes <d_c, d_merged> what |d_c|^2 was (1e-5).
-    For one expert, and for identical ones, that factor is 1, and they merge to themselves (1e-6)."""
+    For identical experts that factor is 1, and they merge to themselves (1e-6)."""
     experts = [random_lora(small.unet, s, alpha=3.0) for s in (1, 2, 3)]
-    batches = [(i, *unet_inputs(2, seed=i)) for i in range(3)]
-    activity = merge.measure(small, experts, batches)
-    plain, owner = merge.co_merge(experts, activity, score, rescale=False)
-    merged, _ = merge.co_merge(experts, activity, score, rescale=True)
-    assert equal_loras(plain, merge.keep_rows(experts, owner))
-    again = merge.measure(small, [*experts, merged], batches)  # the merged LoRA's own shared energy, measured anew
+    batches = [([i], *unet_inputs(2, seed=i)) for i in range(3)]
+    activity = merge.measure(small, layerwise(experts), batches)
+    plain, merged = {}, {}
+    for name, holders in layerwise(experts):
+        parts = list(holders.values())
+        plain[name], owner = merge.co_merge(parts, activity[name], score, rescale=False)
+        merged[name], _ = merge.co_merge(parts, activity[name], score, rescale=True)
+        assert torch.equal(plain[name].up, merge.keep_rows(parts, owner).up)
+    again = merge.measure(small, layerwise([*experts, merged]), batches)  # the merged LoRA's own shared energy, measured anew
     for name, a in again.items():
         factor = (merged[name].up / plain[name].up).nan_to_num(nan=0).max()
         assert far(merged[name].up, factor * plain[name].up) < 1e-6
         kept = a.shared[3].sum() / a.energy.sum()
         assert kept == pytest.approx(1, abs=1e-5) or (factor == pytest.approx(3) and kept < 1)
-    for same in ([experts[0]], [experts[0]] * 3):
-        merged, _ = merge.co_merge(same, merge.measure(small, same, [(i, *unet_inputs(2, seed=i)) for i in range(len(same))]), score, True)
-        assert all(far(f.delta(), experts[0][name].delta()) < 1e-6 for name, f in merged.items())
+    same = [experts[0]] * 3
+    activity = merge.measure(small, layerwise(same), batches)
+    for name, holders in layerwise(same):
+        assert far(merge.co_merge(list(holders.values()), activity[name], score, True)[0].delta(), experts[0][name].delta()) < 1e-6
 
 
 def test_keeping_rows_is_exact_at_the_sum_of_ranks(small):
-    """The masked concatenation IS the row selection from dense delta W's (1e-6), nothing approximated."""
+    """The masked concatenation IS the row selection from dense delta W's (1e-6), nothing approximated; with K owners of a
+    row it is their mean."""
     experts = [random_lora(small.unet, s, alpha=3.0) for s in (1, 2, 3)]
     g = torch.Generator().manual_seed(0)
-    owner = {name: torch.randint(3, f.up.shape[:1], generator=g) for name, f in experts[0].items()}
-    for name, f in merge.keep_rows(experts, owner).items():
+    for name, holders in layerwise(experts):
         dense = torch.stack([e[name].delta() for e in experts])                            # [n, O, I]
-        assert f.down.shape[0] == 12 and far(f.delta(), dense[owner[name], torch.arange(len(owner[name]))]) < 1e-6
+        owner = torch.rand(3, dense.shape[1], generator=g).argsort(0)[:2]                  # [K, O], two different ones
+        for K in (1, 2):
+            f = merge.keep_rows(list(holders.values()), owner[:K])
+            oracle = torch.stack([dense[who, torch.arange(len(who))] for who in owner[:K]]).mean(0)
+            assert f.down.shape[0] == 12 and far(f.delta(), oracle) < 1e-6
+
+
+def test_a_layer_that_an_expert_lacks_is_one_it_does_not_change(small):
+    """An expert without a layer merges as one with B = 0 there: it competes for no row, and its inputs add nothing (1e-6). A
+    prompt that is every expert's counts as one of each."""
+    experts = [random_lora(small.unet, s) for s in (1, 2, 3)]
+    first = next(iter(experts[0]))
+    padded = [{**e, first: e[first]._replace(up=0 * e[first].up)} if i == 1 else e for i, e in enumerate(experts)]
+    lacking = [{k: f for k, f in e.items() if i != 1 or k != first} for i, e in enumerate(experts)]
+    x = unet_inputs(2)
+    once = merge.measure(small, layerwise(lacking), [([0, 1, 2], *x)])
+    each = merge.measure(small, layerwise(padded), [([i], *x) for i in range(3)])
+    assert len(once[first].own) == 2 and len(each[first].own) == 3
+    for (name, some), (_, all_) in zip(layerwise(lacking), layerwise(padded)):
+        (a, who), (b, them) = (merge.co_merge(list(p.values()), act[name]) for p, act in ((some, once), (all_, each)))
+        assert far(a.delta(), b.delta()) < 1e-5 and torch.equal(torch.tensor(list(some))[who], them)
+
+
+def test_rows_of_the_factors_are_not_rows_of_the_change(small):
+    """--unit factor against a plain loop: row k of A is that of the expert whose |A_i x|_k is the largest on its own inputs,
+    row j of B that of the most active one. What comes out has cross terms B_i A_j: it is nobody's row of delta W."""
+    experts = [random_lora(small.unet, s) for s in (1, 2, 3)]
+    activity = merge.measure(small, layerwise(experts), [([i], *unet_inputs(2, seed=i)) for i in range(3)])
+    for name, holders in layerwise(experts):
+        parts, a = list(holders.values()), activity[name]
+        f = merge.keep_factor_rows(parts, merge.most_active(a.own, 1), merge.most_active(a.inner, 1))
+        up = torch.stack([parts[a.own[:, j].argmax()].up[j] for j in range(len(f.up))])
+        down = torch.stack([parts[a.inner[:, k].argmax()].down[k] for k in range(4)])
+        assert torch.equal(f.up, up) and torch.equal(f.down, down)
+    assert far(f.delta(), merge.keep_rows(parts, merge.most_active(a.own, 1)).delta()) > 0.1
+
+
+def naive_ties(deltas, density):
+    kept = []
+    for d in deltas:
+        order = d.abs().flatten().argsort(descending=True)[:int(density * d.numel())]
+        kept.append(torch.zeros(d.numel()).index_copy_(0, order, d.flatten()[order]).view_as(d))
+    sign = torch.stack(kept).sum(0).sign()
+    agree = torch.stack([(k.sign() == sign) & (k != 0) for k in kept])
+    return (torch.stack(kept) * agree).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def test_every_method_is_its_formula(small):
+    """Each layer against its formula on dense delta W's (1e-5), for experts that differ in rank and alpha."""
+    experts = [random_lora(small.unet, s, rank=r, alpha=a) for s, r, a in ((1, 4, 4.0), (2, 3, 6.0), (3, 5, 2.0))]
+    for name, holders in layerwise(experts):
+        parts, deltas = list(holders.values()), [f.delta() for f in holders.values()]
+        assert far(merge.ties(parts, 0.3).delta(), naive_ties(deltas, 0.3)) < 1e-5
+        assert far(merge.ties(parts[:1] * 3, 1.0).delta(), deltas[0]) < 1e-6                # identical ones: themselves
+        assert far(merge.dare(parts, 1.0, torch.Generator()).delta(), sum(deltas)) < 1e-5  # nothing dropped
+        alone, again, other = (merge.dare(parts[:1], 0.25, torch.Generator().manual_seed(s)).delta() for s in (0, 0, 1))
+        kept = alone != 0
+        assert torch.equal(alone, again) and not torch.equal(alone, other)
+        assert far(alone[kept], 4 * deltas[0][kept]) < 1e-6 and 0.1 < kept.float().mean() < 0.45
+    mean = sum(merge.dare(parts, 0.25, torch.Generator().manual_seed(s)).delta() for s in range(4000)) / 4000
+    assert far(mean, sum(deltas)) < 0.2                                                     # right on average
+
+
+def test_a_lower_rank_needs_no_dense_matrix(small):
+    """compress() against the SVD of the dense delta W: the same matrix (1e-5), the same energies (1e-5), for few stacked
+    experts (QR of both), for more ranks than a layer is wide (QR of neither), and between. What has a low rank keeps all."""
+    g = torch.Generator().manual_seed(0)
+    for O, I, R in ((40, 24, 6), (40, 24, 30), (24, 40, 30), (40, 24, 60)):
+        f = lora.Factors(torch.randn(R, I, generator=g), torch.randn(O, R, generator=g), 0.7 * R)
+        U, S, V = torch.linalg.svd(f.delta())
+        smaller, kept, whole = lora.compress(f, 5)
+        assert smaller.down.shape == (5, I) and smaller.up.shape == (O, 5)
+        assert far(smaller.delta(), (U[:, :5] * S[:5]) @ V[:5]) < 1e-5
+        assert kept == pytest.approx(S[:5].square().sum().item(), rel=1e-5) and whole == pytest.approx(S.square().sum().item(), rel=1e-5)
+    same = lora.stack([random_lora(small.unet, 1)[name := next(iter(random_lora(small.unet, 1)))]] * 3, [1 / 3] * 3)
+    again, kept, whole = lora.compress(same, 4)
+    assert len(again.down) == 4 and kept == pytest.approx(whole) and far(again.delta(), random_lora(small.unet, 1)[name].delta()) < 1e-5
+
+
+@pytest.fixture(scope="module")
+def peft_merge():
+    """f(parts, kind, weights, ...): what PEFT's add_weighted_adapter makes of the same factors, as delta W."""
+    def merged(parts, kind, weights=None, **options):
+        model = torch.nn.Sequential(torch.nn.Linear(parts[0].down.shape[1], len(parts[0].up), bias=False))
+        configs = [peft.LoraConfig(r=len(f.down), lora_alpha=f.alpha, target_modules=["0"]) for f in parts]
+        adapted = peft.PeftModel(model, configs[0], "0")
+        for i, (f, config) in enumerate(zip(parts, configs)):
+            adapted.add_adapter(str(i), config) if i else None
+            peft.set_peft_model_state_dict(adapted, {"base_model.model.0.lora_A.weight": f.down, "base_model.model.0.lora_B.weight": f.up}, str(i))
+        with torch.no_grad():
+            adapted.add_weighted_adapter([str(i) for i in range(len(parts))], weights or [1.0] * len(parts), "merged", kind, **options)
+            return model[0].get_delta_weight("merged")
+    return merged
+
+
+def test_peft_merges_the_same_where_it_merges_changes(peft_merge, monkeypatch):
+    """PEFT's kinds that work on delta W are ours (1e-5): cat is sum, with weights 1/n average; svd is --rank; ties_svd is ties
+    and dare_linear_svd dare. Its dare_ties_svd and magnitude_prune_svd are not offered here: they drop or trim likewise and then
+    elect or sum, steps that ties and dare show. Two differences. In ties PEFT elects signs before weighting, ours after: an
+    expert of weight 0 still votes there. And PEFT's kinds without _svd (linear, ties, dare_linear, magnitude_prune) merge A and
+    B each by itself: B_i A_j comes with it, which is another matrix (more than 0.3 from the right one)."""
+    g = torch.Generator().manual_seed(0)
+    one = lambda rank, alpha: lora.Factors(torch.randn(rank, 24, generator=g), torch.randn(40, rank, generator=g), alpha)
+    parts, equal = [one(4, 4), one(3, 6), one(5, 2)], [one(4, 4), one(4, 8), one(4, 2)]
+    weights = [1.0, 0.5, -2.0]
+    scaled = [f._replace(up=w * f.up) for f, w in zip(parts, weights)]
+    total = lora.stack(scaled, [1.0] * 3)
+    assert far(total.delta(), peft_merge(parts, "cat", weights)) < 1e-5
+    assert far(lora.compress(total, 5)[0].delta(), peft_merge(parts, "svd", weights, svd_rank=5)) < 1e-5
+    ours = merge.ties(parts, 0.3)
+    assert far(lora.compress(ours, 24)[0].delta(), peft_merge(parts, "ties_svd", svd_rank=24, density=0.3)) < 1e-5
+    assert far(lora.compress(ours, 6)[0].delta(), peft_merge(parts, "ties_svd", svd_rank=6, density=0.3)) < 1e-4
+    assert far(merge.ties(scaled, 0.3).delta(), peft_merge(parts, "ties_svd", weights, svd_rank=24, density=0.3)) > 0.1
+    drawn = torch.Generator().manual_seed(3)         # PEFT's pruning, with our random numbers
+    monkeypatch.setattr(torch, "bernoulli", lambda p: (torch.rand(p.shape, generator=drawn) < p).to(p.dtype))
+    theirs = peft_merge(parts, "dare_linear_svd", weights, svd_rank=24, density=0.4)
+    assert far(merge.dare(scaled, 0.4, torch.Generator().manual_seed(3)).delta(), theirs) < 1e-5
+    for kind, right in (("linear", lora.stack(equal, [1.0] * 3)), ("ties", merge.ties(equal, 0.3))):
+        assert far(peft_merge(equal, kind, density=0.3), right.delta()) > 0.3
 
 
 @pytest.fixture()
@@ -1349,9 +1477,10 @@ def command(script, *argv):
         sys.argv = before
 
 
-@pytest.mark.parametrize("method", ["average", "sum", "random"])
+@pytest.mark.parametrize("method", ["average", "sum", "ties", "dare", "random"])
 def test_merging_does_not_depend_on_how_files_are_listed(method, three_experts):
-    """Any order, or their folder: the same bytes. average and sum are those of delta W; one expert merges to itself."""
+    """Any order, or their folder: the same bytes. average and sum are those of delta W; one expert merges to itself, to the
+    bit, even by a method that would drop entries of it; a seed is kept and another one is another draw."""
     files, out = [three_experts / f"{name}.safetensors" for name in "abc"], three_experts / "out"
     for i, listed in enumerate((files, files[::-1], [three_experts])):
         command("merge", *listed, "--method", method, "--out", out / f"{i}/merged.safetensors")
@@ -1361,13 +1490,65 @@ def test_merging_does_not_depend_on_how_files_are_listed(method, three_experts):
         deltas = torch.stack([e[name].delta() for e in experts])
         if method == "random":  # every row is some expert's row
             assert ((f.delta() - deltas).abs().amax(2).amin(0) < 1e-5).all()
-        else:
+        elif method in ("average", "sum"):
             assert far(f.delta(), deltas.mean(0) if method == "average" else deltas.sum(0)) < 1e-5
     command("merge", *files[::-1], "--method", "sum", "--weights", 3, 2, 1, "--out", out / "weighted.safetensors")
     for name, f in lora.load(out / "weighted.safetensors")[0].items():  # a weight goes with its file, not with its place
         assert far(f.delta(), sum((i + 1) * e[name].delta() for i, e in enumerate(experts))) < 1e-5
+    command("merge", *files, "--method", method, "--seed", 1, "--out", out / "merged.safetensors")
+    assert equal_loras(lora.load(out / "merged.safetensors")[0], merged) == (method not in ("dare", "random"))
     command("merge", files[1], "--method", method, "--out", out / "one.safetensors")
-    assert all(far(f.delta(), experts[1][name].delta()) < 1e-6 for name, f in lora.load(out / "one.safetensors")[0].items())
+    assert equal_loras(lora.load(out / "one.safetensors")[0], experts[1])
+
+
+def test_experts_need_not_be_alike(small, three_experts, capsys):
+    """Another rank, alpha and key style, and a layer less: brought to the same names, and counted. The average is over all
+    experts, whoever adapts the layer; --rank says what it keeps of the energy; flags and what an expert stands on are kept."""
+    a, b, c = (lora.load(three_experts / f"{x}.safetensors")[0] for x in "abc")
+    first, other = next(iter(a)), random_lora(small.unet, 9, rank=2, alpha=1.0)
+    dotted = {lora.flat(name): name for name, _ in small.unet.named_modules()}
+    tensors = {f"unet.{dotted[k]}.{part}": t for k, f in other.items() if k != first
+               for part, t in (("lora.down.weight", f.down), ("lora.up.weight", f.up), ("alpha", torch.tensor(f.alpha)))}
+    save_file(tensors, three_experts / "d.safetensors", {"base_model_hash": "h"})
+    out = three_experts / "out/merged.safetensors"
+    command("merge", three_experts, "--method", "average", "--rank", 10, "--out", out)
+    said, merged = capsys.readouterr().out, lora.load(out)[0]
+    assert f"1 of {len(a)} layers are adapted by only 3 to 3 of the 4 experts" in said and "re-compressed" in said
+    kept = whole = 0
+    for name, f in merged.items():
+        dense = sum(e[name].delta() for e in (a, b, c, other) if name != first or e is not other) / 4
+        S = torch.linalg.svdvals(dense).double().square()
+        assert len(f.down) == 10 and (f.delta() - dense).square().sum().item() == pytest.approx(S[10:].sum().item(), rel=1e-3)
+        kept, whole = kept + S[:10].sum().item(), whole + S.sum().item()
+    assert f"keep {kept / whole:.2%} of the energy" in said
+    command("merge", three_experts, "--method", "ties", "--density", 0.3, "--out", out)       # the sum of ranks, 14
+    assert {len(f.down) for k, f in lora.load(out)[0].items()} == {12, 14} and lora.load(out)[1]["density"] == "0.3"
+    for name in "ab":
+        lora.save(three_experts / f"on/{name}.safetensors", a, {"on_top_of": "style.safetensors@1"})
+    command("merge", three_experts / "on", "--method", "sum", "--out", out)
+    assert lora.load(out)[1]["on_top_of"] == "style.safetensors@1"
+
+
+def test_co_merge_has_its_say_in_every_flag(story, tmp_path, monkeypatch, capsys):
+    """On the toy: prompts in place of pairs, K owners, rows of factors, --rank and a legible report (a row and a column for
+    each label, the largest share black); each changes the file, and says so in it. A prompt's category is its expert's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS) + "\n\n")
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": PROMPTS[1], "category": c}) + "\n" for c in ("hate", "violence", "other")))
+    files = [story[0][0] / f"experts/{c}.safetensors" for c in ("hate", "violence")]
+    runs = {"plain": [], "text": ["--prompts", "p.txt"], "rows": ["--prompts", "p.jsonl"], "factor": ["--unit", "factor"],
+            "both": ["--top-k", 2, "--report", "r.png"], "rank": ["--rank", 3]}
+    for name, flags in runs.items():
+        command("merge", *files, "--data", story[0][0] / "data", *flags, "--out", f"{name}.safetensors")
+    bits, said = {name: load_file(f"{name}.safetensors") for name in runs}, capsys.readouterr().out
+    assert not any(same(bits[a], bits[b]) for a in runs for b in runs if a < b)
+    merged = {name: lora.load(f"{name}.safetensors") for name in runs}
+    ranks = {name: {len(f.down) for f in merged[name][0].values()} for name in runs}
+    assert ranks == {"plain": {8}, "text": {8}, "rows": {8}, "factor": {4}, "both": {8}, "rank": {3}}
+    assert merged["both"][1]["top_k"] == "2" and merged["factor"][1]["unit"] == "factor" and "of the energy" in said
+    assert said.count("keeps  50.0% of the rows") == 2                                      # all owners of everything
+    image = np.asarray(Image.open("r.png"))
+    assert len(merged["both"][0]) * 13 < image.shape[0] and (image == 0).all(2).any() and "r.png: " in said
 
 
 # ========================================================================================= preference data
@@ -1842,7 +2023,7 @@ def test_the_files_say_what_was_done(story, toy):
     log = [json.loads(line) for line in (folder / "experts/hate.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [0, 1, 2] and log[0]["preference"] == pytest.approx(math.log(2), abs=1e-4)
     assert len((folder / "joint.jsonl").read_text().splitlines()) == 7      # as many steps as all experts together
-    experts, metadata = merge.read_experts(merge.expand([folder / "experts"]))
+    experts, metadata = zip(*(lora.load(path) for path in merge.expand([folder / "experts"])))
     assert [m["concept"] for m in metadata] == sorted(world.CATEGORIES) and len({m["data_hash"] for m in metadata}) == 7
     first = [next(iter(e.values())).down for e in experts]
     assert far(first[0], first[1]) > 0.5
@@ -2141,8 +2322,22 @@ def bad(name, line, says, **spoil):
     bad("listed twice", "merge.py experts experts/hate.safetensors --method sum", "twice"),
     bad("weights not finite", "merge.py experts --weights nan", "--weights"),
     bad("another base among experts", "merge.py experts stranger.safetensors --method sum", "stranger.safetensors"),
-    bad("experts of another base", "merge.py stranger.safetensors", "stranger.safetensors"),
-    bad("layers of another model", "merge.py foreign.safetensors", "foreign.safetensors"),
+    bad("experts of another base", "merge.py stranger.safetensors stranger2.safetensors", "stranger.safetensors"),
+    bad("layers of another model", "merge.py foreign.safetensors foreign2.safetensors", "foreign.safetensors"),
+    bad("on top of other LoRAs", "merge.py experts above.safetensors --method sum", "above.safetensors"),
+    bad("NaN in an expert", "merge.py experts nan.safetensors --method sum", "nan.safetensors"),
+    bad("another shape", "merge.py experts wide.safetensors --method sum", "wide.safetensors"),
+    bad("no rank", "merge.py experts --method sum --rank 0", "--rank 0"),
+    bad("more rank than there is", "merge.py experts --method sum --rank 29", "use 1 to 28"),
+    bad("more rank than a layer has", "merge.py experts --method ties --rank 2000", "--rank 2000"),
+    bad("no density", "merge.py experts --method ties --density 0", "--density 0"),
+    bad("density not a number", "merge.py experts --method dare --density nan", "--density nan"),
+    bad("nobody owns a row", "merge.py experts --top-k 8", "--top-k 8"),
+    bad("factors by wins", "merge.py experts --unit factor --score wins", "--unit factor"),
+    bad("a report of no owners", "merge.py experts --method sum --report r.png", "--report"),
+    bad("no such prompts to calibrate on", "merge.py experts --prompts nowhere.txt", "nowhere.txt"),
+    bad("prompts of one expert only", "merge.py experts --prompts data/hate/pairs.jsonl", "category", pairs='{"prompt": "a", "category": "hate"}\n'),
+    bad("rows without prompts to calibrate on", "merge.py experts --prompts data/hate/pairs.jsonl", "line 1"),
     bad("too few weights", "merge.py experts --weights 1 2", "--weights"),
     bad("no calibration data", "merge.py experts --data nowhere", "nowhere"),
     bad("calibration row", "merge.py experts", "pairs.jsonl", pairs='{"safe": "a"}\n'),
@@ -2174,8 +2369,12 @@ def test_bad_input_is_not_a_traceback(line, says, spoil, story, tmp_path, monkey
     (tmp_path / "empty").mkdir()
     expert, metadata = lora.load(tmp_path / "experts/hate.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "experts/hate.safetensors").read_bytes()[:-100])
-    lora.save(tmp_path / "stranger.safetensors", expert, {**metadata, "base_model_hash": "0"})
-    lora.save(tmp_path / "foreign.safetensors", {f"x_{k}": f for k, f in expert.items()}, metadata)
+    for twin in ("", "2"):
+        lora.save(tmp_path / f"stranger{twin}.safetensors", expert, {**metadata, "base_model_hash": "0"})
+        lora.save(tmp_path / f"foreign{twin}.safetensors", {f"x_{k}": f for k, f in expert.items()}, metadata)
+    lora.save(tmp_path / "above.safetensors", expert, {**metadata, "on_top_of": "style@1"})
+    lora.save(tmp_path / "nan.safetensors", {k: f._replace(up=f.up * math.nan) for k, f in expert.items()}, metadata)
+    lora.save(tmp_path / "wide.safetensors", {k: f._replace(up=torch.cat([f.up, f.up])) for k, f in expert.items()}, metadata)
     for text in spoil.values():
         (tmp_path / "data/hate/pairs.jsonl").write_bytes(text if isinstance(text, bytes) else text.encode())
     before = contents(tmp_path)
@@ -2489,7 +2688,90 @@ def bench_train(rounds=1):
             print("{:20}{:10.1f}{:10.2f}{:11.2f}".format(name, *(min(column) for column in zip(*rows))), flush=True)
 
 
+
+# Several LoRAs into one, on files of SD 1.5's shape: --bench merge. FOLDER/N holds the N experts.
+MEASURE_MERGE = {
+    "ours": """import merge
+sys.argv = ["merge.py", folder, *sys.argv[2:], "--out", folder + "/merged/out.safetensors"]
+args = merge.parse_arguments()
+ready()
+merge.main(args)
+drawn()""",
+    "peft": """import peft, lora
+from safetensors.torch import save_file
+kind, n, rank, model = sys.argv[2], 0, int(sys.argv[3]), torch.nn.Module()
+experts = [lora.load(path)[0] for path in sorted(pathlib.Path(folder).glob("*.safetensors"))]
+for name, f in experts[0].items():
+    model.add_module(name, torch.nn.utils.skip_init(torch.nn.Linear, f.down.shape[1], len(f.up), bias=False))     # pages that nobody touches
+adapted = None
+for i, expert in enumerate(experts):
+    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=list(expert))
+    adapted = adapted or peft.PeftModel(model, config, "0")
+    adapted.add_adapter(str(i), config) if i else None
+    peft.set_peft_model_state_dict(adapted, {f"base_model.model.{k}.lora_{part}.weight": t for k, f in expert.items() for part, t in (("A", f.down), ("B", f.up))}, str(i))
+n = len(experts)
+del experts
+ready()
+with torch.no_grad():
+    adapted.add_weighted_adapter([str(i) for i in range(n)], [1.0] * n, "merged", kind, svd_rank=rank, density=0.2)
+save_file({k: t.contiguous() for k, t in peft.get_peft_model_state_dict(adapted, adapter_name="merged").items()}, folder + "/peft.out")
+drawn()""",
+    "scored": """import merge
+from model.stable_diffusion import load
+sd, files = load(pathlib.Path(sys.argv[2]), torch.device("cpu")), merge.open_experts(sorted(pathlib.Path(folder).glob("*.safetensors")))
+layers = list(merge.by_layer(files, [1.0] * len(files), list(files[0].shapes)))
+batch = torch.randn(2, 4, 32, 32), torch.tensor([100, 700]), sd.embed(["a red ball"] * 2)
+times, rounds = {"base": [], "scored": []}, range(3 if len(files) < 100 else 1)
+with torch.no_grad():
+    sd.predict(*batch)
+    ready()
+    for _ in rounds:
+        for name, seconds in times.items():
+            start = time.time()
+            sd.predict(*batch) if name == "base" else merge.measure(sd, layers, [([0], *batch)], wins=False)
+            seconds.append(time.time() - start)
+drawn()
+print(json.dumps([min(seconds) for seconds in times.values()]))"""}
+JOBS_MERGE = [("sum: exact", ["--method", "sum"], "cat"), ("average: exact", ["--method", "average"], None),
+              ("sum, to rank 4", ["--method", "sum", "--rank", 4], "svd"),
+              ("ties, to rank 28", ["--method", "ties", "--rank", 28], "ties_svd"),
+              ("dare, to rank 28", ["--method", "dare", "--density", 0.2, "--rank", 28], "dare_linear_svd")]
+
+
+def bench_merge(sizes=(7, 50, 700)):
+    """Experts of SD 1.5's 128 attention layers, rank 4, random: seconds from opening the files until the merged one is
+    written, and peak resident memory, each in its own process, beside PEFT's add_weighted_adapter for the same job (its
+    clock starts when all adapters are in its memory). Then what scoring them costs Co-Merge beside one forward of the base
+    UNet (random weights, fp32, two pictures of 256 px), the least of three."""
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, peft {peft.__version__}")
+    print("PEFT is not asked for 700: every adapter is two modules a layer, 180,000 of them")
+
+    def measured(code, *argv):
+        done = subprocess.run([sys.executable, "-c", AROUND % code, *map(str, argv)], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.device("meta"):
+            unet = UNet(CONFIGS["SD 1"]["unet"])
+        for n in sizes:
+            for i in range(n):
+                lora.save(Path(folder) / f"{n}/{i:03}.safetensors", random_lora(unet, i), {})
+        for label, flags, kind in JOBS_MERGE:
+            for n in sizes:
+                [[_, seconds, peak]] = measured(MEASURE_MERGE["ours"], f"{folder}/{n}", *flags)
+                line = f"{label:18}{n:5} experts: {seconds:8.2f} s {peak:6.2f} GiB"
+                if kind and n < 700:
+                    [[_, seconds, peak]] = measured(MEASURE_MERGE["peft"], f"{folder}/{n}", kind, label.split()[-1] if "rank" in label else 4)
+                    line += f"   PEFT {kind} {seconds:8.2f} s {peak:6.2f} GiB"
+                print(line, flush=True)
+        write_full_size(Path(folder) / "model", "SD 1", torch.float32)
+        for n in sizes:
+            (base, scored), (*_, peak) = measured(MEASURE_MERGE["scored"], f"{folder}/{n}", f"{folder}/model")
+            print(f"Co-Merge          {n:5} experts: base pass {base:.2f} s, scoring {scored:.2f} s (+{scored / base - 1:.0%}), {peak:.2f} GiB", flush=True)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] in (["--bench"], ["--bench", "train"]):
-        sys.exit(bench_train() if sys.argv[2:] else bench())
+    if sys.argv[1:] in (["--bench"], ["--bench", "train"], ["--bench", "merge"]):
+        sys.exit({"train": bench_train, "merge": bench_merge}.get(sys.argv[-1], bench)())
     sys.exit(pytest.main(["-q", __file__, *sys.argv[1:]]))

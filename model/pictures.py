@@ -1,7 +1,7 @@
-"""Pictures from and to files: one by one, and as labelled grids; and curves.
+"""Pictures from and to files: one by one, and as labelled grids; curves; and heat maps.
 
 Needs:       pillow, numpy.
-Gives:       read_pictures(), sheet(), curves().
+Gives:       read_pictures(), sheet(), curves(), heat_map().
 """
 import textwrap
 from pathlib import Path
@@ -67,5 +67,29 @@ def curves(path: Path, series: dict[str, list[float]], width: int = 480, height:
             pen.text((GAP, y), f"{value:.3g}", "black", font)
         points = [(60 + width * (n + 0.5) / columns, top + height * (1 - (m - low) / ((high - low) or 1))) for n, m in enumerate(means)]
         pen.line(points if columns > 1 else points * 2, "black", 2)
+    with replacing(path) as temporary:
+        image.save(temporary, "png")
+
+
+def heat_map(path: Path, values: np.ndarray, rows: list[str], columns: list[str], title: str):
+    """Writes values [R, C], all >= 0, as a PNG: white is 0, black the largest. A label beside each row, one above each
+    column, read from below, and under the title what black stands for."""
+    font, most = ImageFont.load_default(size=11), values.max() or 1.0
+    width = lambda texts: max(int(font.getlength(text)) for text in texts) + 2 * GAP
+    left, top = width(rows), width(columns) + 3 * LINE
+    notes = (title, f"white 0, black {most:.3g}")
+    image = Image.new("RGB", (max(left + len(columns) * LINE, width(notes)) + GAP, top + len(rows) * LINE + GAP), "white")
+    pen = ImageDraw.Draw(image)
+    for line, text in enumerate(notes):
+        pen.text((GAP, line * LINE + 2), text, "black", font)
+    for c, text in enumerate(columns):
+        label = Image.new("RGB", (top - 3 * LINE, LINE), "white")
+        ImageDraw.Draw(label).text((GAP, 0), text, "black", font)
+        image.paste(label.rotate(90, expand=True), (left + c * LINE, 3 * LINE))
+    for r, text in enumerate(rows):
+        pen.text((GAP, top + r * LINE), text, "black", font)
+        for c, value in enumerate(values[r]):
+            gray = round(255 * (1 - value / most))
+            pen.rectangle((left + c * LINE, top + r * LINE, left + (c + 1) * LINE - 1, top + (r + 1) * LINE - 1), (gray, gray, gray), "lightgray")
     with replacing(path) as temporary:
         image.save(temporary, "png")

@@ -1,0 +1,55 @@
+"""The inputs that Co-Merge measures experts on: noised pictures with prompts, in batches.
+
+What it is:  what the UNet meets while it samples the prompts that experts were trained to change.
+Needs:       torch; data/<concept>/ as make_data.py wrote it, or a file of prompts.
+Gives:       from_pairs(), from_prompts(): batches ([experts], x_t [B, C, h, w], t [B], context [B, L, D]).
+
+Letters: B batch, C h w a latent's shape, L tokens, D context width.
+"""
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .files import BadInput, read_jsonl, read_pairs
+from .pictures import read_pictures
+
+PER_EXPERT, BATCH = 24, 16  # pairs of each expert, pictures in a batch
+
+
+def from_pairs(sd, data: Path, concepts: list[str], seed: int):
+    """Batches ([expert], x_t, t, context) of the inputs that each expert was trained to change: its unsafe prompts, on
+    the unsafe and on the safe picture, which is where sampling starts out and where it should end; all noise
+    levels equally often."""
+    generator = torch.Generator().manual_seed(seed)
+    for i, concept in enumerate(tqdm(concepts, desc="calibrating")):
+        rows = read_pairs(data, concept)[:PER_EXPERT]
+        items = [(row["unsafe"], row[key]) for row in rows for key in ("unsafe_image", "safe_image")]
+        yield from noised(sd, [i], [prompt for prompt, _ in items], lambda k: read_pictures([path for _, path in items[k:k + BATCH]]), generator)
+
+
+def from_prompts(sd, file: Path, concepts: list[str], seed: int):
+    """The same from prompts alone, ([experts], x_t, t, context): the base model draws a picture for each (10 steps,
+    guidance 3), and that is noised. A prompt without a category is one of every expert."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
+    rows = read_jsonl(file) if file.suffix == ".jsonl" and lines else [{"prompt": line.strip()} for line in lines if line.strip()]
+    wrong = next((n for n, row in enumerate(rows, 1) if not isinstance(row.get("prompt"), str)), None)
+    if wrong or not rows:
+        raise BadInput(f"--prompts {file}: " + (f"line {wrong} has no \"prompt\" text; add one" if wrong else "no such file, or no prompts in it"))
+    prompts = {c: [row["prompt"] for row in rows if row.get("category", ...) == c] for c in (..., *concepts)}
+    without = [c for c in concepts if not prompts[c] + prompts[...]]
+    if without:
+        raise BadInput(f"--prompts {file}: none of its {len(rows)} prompts has the category {without[0]}; add some, or leave out the categories")
+    generator = torch.Generator().manual_seed(seed)
+    for c, texts in tqdm(prompts.items(), desc="calibrating"):
+        pictures = lambda k: sd.draw(texts[k:k + BATCH], [seed + k + i for i in range(len(texts[k:k + BATCH]))], 10, 3.0)
+        yield from noised(sd, [i for i, concept in enumerate(concepts) if c in (..., concept)], texts, pictures, generator)
+
+
+def noised(sd, experts: list[int], prompts: list[str], pictures, generator):
+    """Batches for these experts; pictures(k): those of the batch that starts at prompt k."""
+    times = (torch.randperm(len(prompts), generator=generator) * sd.schedule.T // len(prompts)).to(sd.device)
+    for k in range(0, len(prompts), BATCH):
+        x0, t = sd.encode(pictures(k)), times[k:k + BATCH]
+        noise = torch.randn(x0.shape, generator=generator).to(x0)
+        yield experts, sd.schedule.add_noise(x0, noise, t), t, sd.embed(prompts[k:k + BATCH])
