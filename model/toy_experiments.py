@@ -29,11 +29,11 @@ ONE = next(iter(CATEGORIES))              # the category of B and C, and the fir
 
 # A. merge.py --method ...: strengths. Each at strength 1 and around its own best, so that trade-offs are compared and not
 # scales. (average is sum at another strength: 1/7, 2/7, ...) joint: the paper's All-single, by train.py --joint.
-METHODS = {"co-merge": (1, 0.8, 1.2), "co-merge --no-rescale": (1, 1.5, 1.8), "co-merge --score wins": (1, 1.2), "average": (1,),
-           "sum": (1, 0.45), "ties": (1, 1.5, 2), "dare": (1, 0.45), "random": (1, 2.5), "joint": (1, 0.8, 1.2)}
+METHODS = {"co-merge": (1, 0.8, 1.2), "co-merge --no-rescale": (1, 1.5), "co-merge --score wins": (1,), "average": (1,),
+           "sum": (1, 0.45), "ties": (1, 2), "dare": (1, 0.45), "random": (1, 2.5), "joint": (1, 0.8)}
 # B. how an expert is trained: train.py's flags, which are the row's title as well.
-TRAINING = ("", "--beta 10", "--beta 500", "--beta 5000", "--lr 0.001", "--lr 0.004", "--reuse 1", "--reuse 4", "--reuse 16",
-            "--loss dpo", "--loss dpo --beta 500", "--loss dpo --beta 5000",                # the last one: as published
+TRAINING = ("", "--beta 500", "--beta 5000", "--lr 0.001", "--lr 0.004", "--reuse 1", "--reuse 4", "--reuse 16",
+            "--loss dpo --beta 500", "--loss dpo --beta 5000",                              # the last one: as published
             "--loss dpo+safe --beta 500", "--loss duo --beta 500", "--loss sdpo --beta 500")
 # C. (pairs, concept words): the first such pairs of MOST_PAIRS, of which one word of four has 64. 160 and 4: the default.
 DATA = ((4, 4), (16, 4), (64, 4), (160, 4), (256, 4), (64, 2), (64, 1))
