@@ -2495,9 +2495,9 @@ def test_the_tables_are_of_commands_that_exist(only, tmp_path, monkeypatch):
             assert not {f for f in read if f.suffix == ".safetensors" and f.name != "reported.safetensors"} - made, file
             if script == "subset":
                 assert arguments[0].parent.parent / "test.jsonl" in made
-            elif script != "merge.py":
+            else:
                 monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-                args = {"make_data.py": make_data, "train.py": train, "sample.py": sample}[script].parse_arguments()
+                args = {"make_data.py": make_data, "train.py": train, "merge.py": merge, "sample.py": sample}[script].parse_arguments()
                 concept = args.concept if script == "train.py" and not args.joint else "hate"
                 assert script != "train.py" or {args.data / "test.jsonl", args.data / concept / "pairs.jsonl"} & made
                 assert args.seed == (10_003_000 if script == "sample.py" else 3)
