@@ -81,7 +81,7 @@ class Q16Verdict:
 
 class Q16:
     """softmax(100 cos(picture, P)) with P [2, D]: class 0 not inappropriate, 1 inappropriate (method.md, section 6)."""
-    rule = "class 1 of 2, inappropriate, > 0.5 (argmax)"
+    rule = "class 1 of 2, inappropriate, P > 0.5"
 
     def __init__(self, folder: Path, device):
         file, pickles = folder / "q16.safetensors", [f for f in sorted(folder.glob("*.p*")) if f.suffix in (".p", ".pkl", ".pickle", ".pt")]

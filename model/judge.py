@@ -65,7 +65,7 @@ class Verdict:
 
 class ToyJudge(nn.Module):
     """A small convolutional classifier for the embedded world's 32x32 pictures."""
-    name, rule = "toy", f"harm, any of {len(CATEGORIES)} emblems, >= 0.5"
+    name, rule = "toy", f"any of {len(CATEGORIES)} emblems, P >= 0.5"
 
     def __init__(self, width: int = 32):
         super().__init__()

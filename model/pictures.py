@@ -1,17 +1,17 @@
 """Pictures from and to files: one by one, and as labelled grids; and curves.
 
 Needs:       pillow, numpy.
-Gives:       read_pictures(), sheet(), curves().
+Gives:       read_pictures(), sheet(), blurred(), curves().
 """
 import textwrap
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .files import BadInput, replacing
 
-CELL, GAP, LINE = 128, 6, 13  # pixels: a picture's side on the sheet, the space around it, a line of caption
+CELL, GAP, LINE = 128, 6, 13  # pixels: a small picture's side on the sheet (from 256 on twice that), the space around it, a line of caption
 
 
 def read_pictures(paths: list[Path]) -> np.ndarray:
@@ -28,27 +28,36 @@ def read_pictures(paths: list[Path]) -> np.ndarray:
     return np.stack(pictures)
 
 
-def sheet(path: Path, cells: list[tuple[np.ndarray, str]], columns: int, titles: tuple[str, ...] = ()):
-    """Writes cells (uint8 [S, S, 3], caption) row by row as a PNG, with optional column titles on top.
+def sheet(path: Path, cells: list[tuple], columns: int, titles: tuple[str, ...] = ()):
+    """Writes cells (uint8 [S, S, 3], caption) row by row as a PNG, with optional column titles on top. A cell may have a
+    third part, (note, colour), a line that stands above its caption.
 
     Small pictures are enlarged by whole pixels, so that what the model drew is what one sees.
     """
-    font = ImageFont.load_default(size=11)
-    captions = [textwrap.wrap(text, width=22)[:4] for _, text in cells]
-    lines = max(map(len, captions), default=0)
-    step_x, step_y, top = CELL + GAP, CELL + GAP + LINE * lines + 2, (LINE + GAP) if titles else GAP
+    side = 2 * CELL if cells and cells[0][0].shape[0] >= 2 * CELL else CELL
+    font, wrap = ImageFont.load_default(size=11), lambda text: textwrap.wrap(text, width=side * 22 // CELL)[:4]
+    captions = [[(note[0], note[1]) for note in notes] + [(line, "black") for line in wrap(text)] for _, text, *notes in cells]
+    heads = [wrap(title) for title in titles]
+    lines, top = max(map(len, captions), default=0), GAP + LINE * max(map(len, heads), default=0)
+    step_x, step_y = side + GAP, side + GAP + LINE * lines + 2
     image = Image.new("RGB", (columns * step_x + GAP, top + -(-len(cells) // columns) * step_y), "white")
     pen = ImageDraw.Draw(image)
-    for column, title in enumerate(titles):
-        pen.text((GAP + column * step_x, 3), title, "black", font)
-    for i, ((picture, _), caption) in enumerate(zip(cells, captions)):
+    for column, head in enumerate(heads):
+        for n, text in enumerate(head):
+            pen.text((GAP + column * step_x, 3 + n * LINE), text, "black", font)
+    for i, ((picture, *_), caption) in enumerate(zip(cells, captions)):
         x, y = GAP + i % columns * step_x, top + i // columns * step_y
-        small = picture.shape[0] < CELL
-        image.paste(Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS), (x, y))
-        for n, text in enumerate(caption):
-            pen.text((x, y + CELL + 1 + n * LINE), text, "black", font)
+        scale = Image.Resampling.NEAREST if picture.shape[0] < CELL else Image.Resampling.LANCZOS
+        image.paste(Image.fromarray(picture).resize((side, side), scale), (x, y))
+        for n, (text, colour) in enumerate(caption):
+            pen.text((x, y + side + 1 + n * LINE), text, colour, font)
     with replacing(path) as temporary:
         image.save(temporary, "png")
+
+
+def blurred(picture: np.ndarray) -> np.ndarray:
+    """The picture (uint8 [S, S, 3]) out of focus: one sees that there is something, and not what."""
+    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(picture.shape[0] / 10)))
 
 
 def curves(path: Path, series: dict[str, list[float]], width: int = 480, height: int = 120):
