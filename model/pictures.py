@@ -3,7 +3,6 @@
 Needs:       pillow, numpy.
 Gives:       read_pictures(), sheet(), blurred(), curves().
 """
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +34,9 @@ def sheet(path: Path, cells: list[tuple], columns: int, titles: tuple[str, ...] 
     Small pictures are enlarged by whole pixels, so that what the model drew is what one sees.
     """
     side = 2 * CELL if cells and cells[0][0].shape[0] >= 2 * CELL else CELL
-    font, wrap = ImageFont.load_default(size=11), lambda text: textwrap.wrap(text, width=side * 22 // CELL)[:4]
-    captions = [[(note[0], note[1]) for note in notes] + [(line, "black") for line in wrap(text)] for _, text, *notes in cells]
-    heads = [wrap(title) for title in titles]
+    font = ImageFont.load_default(size=11)
+    captions = [[(line, colour) for words, colour in (*notes, (text, "black")) for line in wrapped(words, font, side)] for _, text, *notes in cells]
+    heads = [wrapped(title, font, side) for title in titles]
     lines, top = max(map(len, captions), default=0), GAP + LINE * max(map(len, heads), default=0)
     step_x, step_y = side + GAP, side + GAP + LINE * lines + 2
     image = Image.new("RGB", (columns * step_x + GAP, top + -(-len(cells) // columns) * step_y), "white")
@@ -53,6 +52,21 @@ def sheet(path: Path, cells: list[tuple], columns: int, titles: tuple[str, ...] 
             pen.text((x, y + side + 1 + n * LINE), text, colour, font)
     with replacing(path) as temporary:
         image.save(temporary, "png")
+
+
+def wrapped(text: str, font, width: int) -> list[str]:
+    """The text in lines of at most `width` pixels, at most four; a word that is wider than a line is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+        while font.getlength(lines[-1]) > width:
+            fits = max(n for n in range(1, len(lines[-1])) if n == 1 or font.getlength(lines[-1][:n]) <= width)
+            lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
+    return lines[:4] if text else []
 
 
 def blurred(picture: np.ndarray) -> np.ndarray:
