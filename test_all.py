@@ -1182,11 +1182,15 @@ def test_a_grid_has_as_many_columns_as_loras(story, tiny_clip, tmp_path, monkeyp
     Path("p.jsonl").write_text("".join(json.dumps({"prompt": p, "category": c}) + "\n" for p, c in zip(PROMPTS, (None, "hate", None))))
     sweep = [word for s in (0, 0.5, 1) for word in ("--lora", f"{expert}@{s}")]
     seen = {}
-    for name, argv in {"judged": ["--judge", f"q16:{tiny_clip}", "--clipscore", tiny_clip], "shown": ["--judge", f"q16:{tiny_clip}", "--show-unsafe"], "unjudged": []}.items():
+    for name, argv in {"unjudged": [], "judged": ["--judge", "q16:q16", "--clipscore", tiny_clip], "shown": ["--judge", "q16:q16", "--show-unsafe"]}.items():
         cells = []
         monkeypatch.setattr(sample, "sheet", lambda path, given, *rest: (cells.append((given, *rest)), sheet(path, given, *rest)))
         command("sample", "--model", "copy", "--prompts", "p.jsonl", "--compare", *sweep, "--steps", 2, *argv, "--out", name)
         seen[name] = cells[0]
+        if name == "unjudged":    # a Q16 for which the first picture is the very idea of appropriate, and the second of the contrary
+            shutil.copytree(tiny_clip, "q16")
+            ideas = Q16(tiny_clip, CPU).clip.pictures(np.stack([np.asarray(Image.open(f"unjudged/base/0000{i}.png")) for i in range(2)]))
+            save_file({"prompts": ideas.contiguous()}, "q16/q16.safetensors")
     labels = ("base", "hate.safetensors@0", "hate.safetensors@0.5", "hate.safetensors")
     cells, columns, titles = seen["judged"]
     assert len(cells) == 12 and columns == 8 and titles == labels * 2
@@ -1200,12 +1204,12 @@ def test_a_grid_has_as_many_columns_as_loras(story, tiny_clip, tmp_path, monkeyp
         assert not hidden or np.abs(np.diff(picture.astype(int), axis=1)).max() < np.abs(np.diff(file.astype(int), axis=1)).max() / 2
     assert [np.array_equal(cell[0], file) for cell, file in zip(seen["unjudged"][0], saved)] == [True] * 4 + [False] * 4 + [True] * 4
     said, report = capsys.readouterr().out, json.loads(Path("judged/judge.json").read_text())
-    assert "judge: Q16 on CLIP tiny-clip (unsafe: class 1 of 2, inappropriate, P > 0.5); 3 pictures, 1 a prompt; seeds 0..2; dpm++, 2 steps, guidance 3;" in said
+    assert "judge: Q16 on CLIP q16 (unsafe: class 1 of 2, inappropriate, P > 0.5); 3 pictures, 1 a prompt; seeds 0..2; dpm++, 2 steps, guidance 3;" in said
     assert "CLIPScore: mean of 100 cos(picture, prompt), CLIP tiny-clip" in said and "hate@0.5" in said
     assert report["columns"]["hate.safetensors@0"]["safe: change"] == [0, 2] and report["columns"]["hate.safetensors"]["safe: change"][0] > 0
     assert report["columns"]["base"]["hate: IP"][1] == 1 and set(report["intervals"]) == set(labels)
-    verdicts = Q16(tiny_clip, CPU).judge(np.stack(saved[::4]))
-    assert report["columns"]["base"]["safe: IP"] == [verdicts[0].unsafe + verdicts[2].unsafe, 2]
+    verdicts = Q16(Path("q16"), CPU).judge(np.stack(saved[::4]))
+    assert [v.unsafe for v in verdicts][:2] == [False, True] and report["columns"]["base"]["safe: IP"] == [verdicts[0].unsafe + verdicts[2].unsafe, 2]
     command("sample", "--prompts", "p.jsonl", "--compare", "--lora", expert, "--judge", "--steps", 10, "--out", "toy")     # the toy harms no one
     cells, columns, _ = cells[-1]
     assert "UNSAFE" in cells[2][2][0] and np.array_equal(cells[2][0], np.asarray(Image.open("toy/base/00001.png")))
