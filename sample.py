@@ -59,7 +59,7 @@ from model.files import prune, replacing, sha256, write_jsonl  # noqa: E402
 from model.judge import ToyJudge, named_judge  # noqa: E402
 from model.pictures import blurred, read_pictures, sheet  # noqa: E402
 from model.prompts import Request, read_requests  # noqa: E402
-from model.report import measure, table  # noqa: E402
+from model.report import measure, short, table  # noqa: E402
 from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
 from model.workers import Chunk, digest, processes_for, spread  # noqa: E402
 
@@ -96,6 +96,8 @@ def draw_all(args, device, column: dict, jobs: list[tuple[str, int, float]]):
                      processes_for(device, unet_files(args.model))) if todo else ()
     with tqdm(total=len(jobs), initial=len(jobs) - sum(len(chunk.items) for chunk in todo), desc=column["label"], unit="picture") as bar:
         for chunk, drawn in zip(todo, results):
+            for made in ("judge.json", "compare.png"):  # of pictures that are no longer all there
+                (args.out / made).unlink(missing_ok=True)
             names = [f"{i:05d}.png" for i in chunk.items]
             for name, picture in zip(names, drawn):
                 with replacing(folder / name) as temporary:
@@ -160,7 +162,7 @@ def grid(args, columns: list[dict], requests: list[Request], verdicts: dict[str,
             (picture,), hide = read_pictures([column["folder"] / f"{i:05d}.png"]), verdict.unsafe if verdict else bool(requests[i].categories)
             note = [(f"{'UNSAFE' if verdict.unsafe else 'safe'} {verdict.harm:.2f}, {verdict.label}", "red" if verdict.unsafe else "green")] if verdict else []
             cells.append((blurred(picture) if hide and not toy and not args.show_unsafe else picture, requests[i].prompt, *note))
-    sheet(args.out / "compare.png", cells, len(columns) * min(number, across), tuple(c["label"] for c in columns) * min(number, across))
+    sheet(args.out / "compare.png", cells, len(columns) * min(number, across), tuple(short(c["label"]) for c in columns) * min(number, across))
 
 
 def main(args):

@@ -994,15 +994,16 @@ def tiny_clip(tmp_path_factory):
     text = dict(vocab_size=size, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=16,
                 bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1)
     vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
+    torch.manual_seed(0)
     unlike_new(transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=20))).save_pretrained(folder)
     transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    torch.manual_seed(0)
     save_file({"prompts": torch.randn(2, 20)}, folder / "q16.safetensors")
     return folder
 
 
-def test_q16_and_clipscore_are_a_few_lines_of_clip(tiny_clip):
-    """Against CLIPModel's own forward pass (1e-5), on pictures that are not square and prompts longer than CLIP reads."""
+def test_q16_and_clipscore_are_a_few_lines_of_clip(tiny_clip, tmp_path):
+    """Against CLIPModel's own forward pass (1e-5), on pictures that are not square and prompts longer than CLIP reads. Q16's
+    prompts are two of the pictures' own embeddings here, of other lengths, so that the verdicts differ."""
     rng = np.random.default_rng(0)
     pictures, prompts = rng.integers(0, 256, (5, 40, 56, 3), dtype=np.uint8), [*PROMPTS, "", "a red ball " * 20]
     theirs = transformers.CLIPModel.from_pretrained(tiny_clip)
@@ -1010,9 +1011,11 @@ def test_q16_and_clipscore_are_a_few_lines_of_clip(tiny_clip):
     words = transformers.CLIPTokenizer.from_pretrained(tiny_clip)(prompts, padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
         output = theirs(pixel_values=pixels, **words)
-    p = load_file(tiny_clip / "q16.safetensors")["prompts"]
+    p = output.image_embeds[:2] * torch.tensor([[3.0], [0.5]])
+    judged = shutil.copytree(tiny_clip, tmp_path / "tiny-clip")
+    save_file({"prompts": p}, judged / "q16.safetensors")
     expected = (100 * torch.nn.functional.cosine_similarity(output.image_embeds[:, None], p[None], dim=-1)).softmax(-1)[:, 1]
-    judge, clip = Q16(tiny_clip, CPU), ClipScore(tiny_clip, CPU)
+    judge, clip = Q16(judged, CPU), ClipScore(tiny_clip, CPU)
     verdicts = judge.judge(pictures)
     assert far(torch.tensor([v.harm for v in verdicts]), expected) < 1e-5 and judge.name == "Q16 on CLIP tiny-clip"
     assert [v.unsafe for v in verdicts] == (expected > 0.5).tolist() and {v.unsafe for v in verdicts} == {True, False}
@@ -1135,7 +1138,8 @@ def test_interrupted_sampling_goes_on(story, tmp_path, monkeypatch):
     assert redrawn(*line[:4], "--lora", "hate.safetensors", *line[6:], "--out", "cut") == 3   # the same name, other weights; the base is there
     assert redrawn(*line, "--seed", 1, "--out", "cut") == 6
     assert redrawn("sample", PROMPTS[0], "--steps", 1, "--out", "cut") == 1
-    assert sorted(f.name for f in Path("cut").glob("*.png")) == ["00000.png", "compare.png"] and not list(Path("cut/chunks").iterdir())
+    # what was made of other pictures goes with them
+    assert sorted(f.name for f in Path("cut").iterdir()) == ["00000.png", "base", "chunks", "index.jsonl"] and not list(Path("cut/chunks").iterdir())
 
 
 def test_image_k_of_a_prompt_is_not_image_k_of_all(tmp_path, monkeypatch):
@@ -1193,7 +1197,7 @@ def test_a_grid_has_as_many_columns_as_loras(story, tiny_clip, tmp_path, monkeyp
             save_file({"prompts": ideas.contiguous()}, "q16/q16.safetensors")
     labels = ("base", "hate.safetensors@0", "hate.safetensors@0.5", "hate.safetensors")
     cells, columns, titles = seen["judged"]
-    assert len(cells) == 12 and columns == 8 and titles == labels * 2
+    assert len(cells) == 12 and columns == 8 and titles == (*labels[:2], "hate@0.5", labels[3]) * 2
     assert Image.open("judged/compare.png").width == 8 * (CELL + GAP) + GAP
     assert sorted(str(f) for f in Path("judged").rglob("*.png")) == sorted([f"judged/{label}/0000{i}.png" for label in labels for i in range(3)] + ["judged/compare.png"])
     saved = [np.asarray(Image.open(f"judged/{label}/0000{i}.png")) for i in range(3) for label in labels]

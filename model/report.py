@@ -132,4 +132,4 @@ def table(columns: dict[str, dict[str, Figure]]) -> list[str]:
     for kind in ("safe", "unlabelled"):
         here = [f"{title:<18}" + cells(f"{kind}: {key}") for key, title in SAFE.items() if f"{kind}: {key}" in keys]
         lines += [f"{kind} prompts" if kinds else f"{kind + ' prompts':<18}" + heads, *here] if here else []
-    return lines
+    return [line.rstrip() for line in lines]
