@@ -89,12 +89,13 @@ def draw_all(args, device, column: dict, jobs: list[tuple[str, int, float]]):
               for i in range(0, len(group), args.batch)]
     several = len(places) > 1   # of one batch nothing can be left, and the weights of a large model need not be hashed
     identity = [sha256(*part) for part in (model_files(args.model), column["files"])] if several else []
-    chunks = [Chunk(folder / f"chunks/{c:05d}.json", digest(identity, device.type, settings, column["names"], place, [jobs[i] for i in place]), place, folder)
-              for c, place in enumerate(places)]
+    plan = partial(digest, identity, device.type, settings, column["names"])
+    chunks = [Chunk(folder / f"chunks/{c:05d}.json", plan(place, [jobs[i] for i in place]), place, folder) for c, place in enumerate(places)]
     todo = [chunk for chunk in chunks if not (several and chunk.done())]
-    results = spread(partial(build, args.model, device, column["adapter"]), partial(draw, settings), [[jobs[i] for i in chunk.items] for chunk in todo],
-                     processes_for(device, unet_files(args.model))) if todo else ()
-    with tqdm(total=len(jobs), initial=len(jobs) - sum(len(chunk.items) for chunk in todo), desc=column["label"], unit="picture") as bar:
+    results = spread(partial(build, args.model, device, column["adapter"]), partial(draw, settings),
+                     [[jobs[i] for i in chunk.items] for chunk in todo], processes_for(device, unet_files(args.model))) if todo else ()
+    left = sum(len(chunk.items) for chunk in todo)
+    with tqdm(total=len(jobs), initial=len(jobs) - left, desc=column["label"], unit="picture") as bar:
         for chunk, drawn in zip(todo, results):
             for made in ("judge.json", "compare.png"):  # of pictures that are no longer all there
                 (args.out / made).unlink(missing_ok=True)
@@ -108,8 +109,9 @@ def draw_all(args, device, column: dict, jobs: list[tuple[str, int, float]]):
     prune(folder, "[0-9]*.png", {f"{i:05d}.png" for i in range(len(jobs))})
     prune(folder / "chunks", "*.json", {chunk.record.name for chunk in chunks if several})
     prune(folder, ".*.tmp", set())  # of a command that was killed
-    write_jsonl(folder / "index.jsonl", [{"file": f"{i:05d}.png", "prompt": prompt, "seed": seed, **settings, "guidance": guidance, "lora": column["names"]}
-                                         for i, (prompt, seed, guidance) in enumerate(jobs)])
+    write_jsonl(folder / "index.jsonl", [
+        {"file": f"{i:05d}.png", "prompt": prompt, "seed": seed, **settings, "guidance": guidance, "lora": column["names"]}
+        for i, (prompt, seed, guidance) in enumerate(jobs)])
 
 
 def model_files(model: Path) -> list[Path]:
@@ -127,19 +129,23 @@ def columns_of(args, network) -> list[dict]:
         same = sum(column["label"].partition(" (")[0] == label for column in columns)
         label += f" ({same + 1})" * bool(same)    # two files of one name
         files = [Path(argument.rpartition("@")[0] or argument) for argument in group]
-        columns.append({"label": label, "folder": args.out / label if len(args.lora) > 1 else args.out, "adapter": adapter, "files": files, "names": names})
+        folder = args.out / label if len(args.lora) > 1 else args.out
+        columns.append({"label": label, "folder": folder, "adapter": adapter, "files": files, "names": names})
     return columns
 
 
 def report(args, judge, clip, columns: list[dict], jobs, requests: list[Request]) -> dict[str, list]:
     """Measures every column's pictures, prints the table, writes judge.json. Returns the verdicts."""
-    verdicts, measured, left_out = measure({c["label"]: c["folder"] for c in columns}, requests, judge, clip, "base" if args.compare else None)
+    folders = {column["label"]: column["folder"] for column in columns}
+    verdicts, measured, left_out = measure(folders, requests, judge, clip, "base" if args.compare else None)
     seeds, scales = [seed for _, seed, _ in jobs], sorted({guidance for _, _, guidance in jobs})
-    settings = {"judge": f"{judge.name} (unsafe: {judge.rule})" if judge else "none", "pictures": len(jobs), "images per prompt": args.images_per_prompt,
-                "seeds": f"{min(seeds)}..{max(seeds)}" + ", the prompts' own" * any(r.seed is not None for r in requests), "sampler": args.sampler,
-                "steps": args.steps, "guidance": f"{scales[0]:g}" + f"..{scales[-1]:g}, the prompts' own" * (len(scales) > 1)}
-    print(f"judge: {settings['judge']}; {len(jobs)} pictures, {args.images_per_prompt} a prompt" + f", {left_out} with prompts outside the grammar left out" * isinstance(judge, ToyJudge)
-          + f"; seeds {settings['seeds']}; {args.sampler}, {args.steps} steps, guidance {settings['guidance']}; 95% intervals, prompts resampled")
+    settings = {"judge": f"{judge.name} (unsafe: {judge.rule})" if judge else "none", "pictures": len(jobs),
+                "images_per_prompt": args.images_per_prompt, "sampler": args.sampler, "steps": args.steps,
+                "seeds": f"{min(seeds)}..{max(seeds)}" + ", the prompts' own" * any(r.seed is not None for r in requests),
+                "guidance": f"{scales[0]:g}" + f"..{scales[-1]:g}, the prompts' own" * (len(scales) > 1)}
+    outside = f", {left_out} with prompts outside the grammar left out" * isinstance(judge, ToyJudge)
+    print("judge: {judge}; {pictures} pictures, {images_per_prompt} a prompt{}; seeds {seeds}; {sampler}, {steps} steps, guidance {guidance}; "
+          "95% intervals, prompts resampled".format(outside, **settings))
     if clip:
         print(f"CLIPScore: mean of 100 cos(picture, prompt), CLIP {clip.name}")
     print("\n".join(table(measured)))
@@ -158,9 +164,11 @@ def grid(args, columns: list[dict], requests: list[Request], verdicts: dict[str,
     number, cells = min(len(requests), 8 * across), []
     for i in (k * len(requests) // number for k in range(number)):
         for column in columns:
-            verdict = verdicts[column["label"]][i] if verdicts else None
-            (picture,), hide = read_pictures([column["folder"] / f"{i:05d}.png"]), verdict.unsafe if verdict else bool(requests[i].categories)
-            note = [(f"{'UNSAFE' if verdict.unsafe else 'safe'} {verdict.harm:.2f}, {verdict.label}", "red" if verdict.unsafe else "green")] if verdict else []
+            (picture,), note, hide = read_pictures([column["folder"] / f"{i:05d}.png"]), [], bool(requests[i].categories)
+            if verdicts:
+                verdict = verdicts[column["label"]][i]
+                hide, word, colour = (True, "UNSAFE", "red") if verdict.unsafe else (False, "safe", "green")
+                note = [(f"{word} {verdict.harm:.2f}, {verdict.label}", colour)]
             cells.append((blurred(picture) if hide and not toy and not args.show_unsafe else picture, requests[i].prompt, *note))
     sheet(args.out / "compare.png", cells, len(columns) * min(number, across), tuple(short(c["label"]) for c in columns) * min(number, across))
 
@@ -177,15 +185,15 @@ def main(args):
     if args.compare and not args.lora:
         raise BadInput("--compare needs something to compare with the base model; give --lora FILE")
     device, network = pick_device(args.device), skeleton(args.model)
-    side = args.size or (4 if args.judge == "toy" else 8) * (network.config.get("sample_size") or 64)  # a latent is 8 pixels wide in all but the toy
-    if args.judge == "toy" and side != world.SIZE:
-        raise BadInput((f"--size {args.size}" if args.size else f"--model {args.model}") + f": the toy judge reads pictures of {world.SIZE}x{world.SIZE} pixels, "
-                       "of the toy model; leave out --size, or use another --judge")
+    latent = network.config.get("sample_size") or 64      # a latent is 8 pixels wide in all but the toy, where it is 4
+    if args.judge == "toy" and (args.size or 4 * latent) != world.SIZE:
+        raise BadInput((f"--size {args.size}" if args.size else f"--model {args.model}") + ": the toy judge reads pictures of "
+                       f"{world.SIZE}x{world.SIZE} pixels, of the toy model; leave out --size, or use another --judge")
     judge = named_judge(args.judge, device) if args.judge else None
     clip = ClipScore(args.clipscore, device) if args.clipscore else None
     columns = columns_of(args, network)
     if args.batch is None:  # as many pictures as make a megapixel, at most 16
-        args.batch = max(1, min(16, 1024 ** 2 // (args.size or 8 * (network.config.get("sample_size") or 64)) ** 2))
+        args.batch = max(1, min(16, 1024 ** 2 // (args.size or 8 * latent) ** 2))
 
     n = args.images_per_prompt
     requests = [request for request in requests for _ in range(n)]                        # one for each picture

@@ -97,7 +97,8 @@ class Q16:
         self.clip = Clip(folder, device)
         width = self.clip.model.config.projection_dim
         if len(prompts) != 1 or prompts[0].shape != (2, width) or not prompts[0].isfinite().all():
-            raise BadInput(f"{file}: not one finite tensor [2, {width}] but {[list(p.shape) for p in prompts]}; give the prompts that were learned with this CLIP")
+            raise BadInput(f"{file}: not one finite tensor [2, {width}] but {[list(p.shape) for p in prompts]}; give the prompts that were "
+                           "learned with this CLIP")
         self.prompts = torch.nn.functional.normalize(prompts[0], dim=-1)                  # [2, D]
         self.name = f"Q16 on CLIP {folder.resolve().name}"
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .files import BadInput, replacing
 
-CELL, GAP, LINE = 128, 6, 13  # pixels: a small picture's side on the sheet (from 256 on twice that), the space around it, a line of caption
+CELL, GAP, LINE = 128, 6, 13  # pixels: a picture's side on the sheet (twice that from 256 on), the space around it, a line of caption
 
 
 def read_pictures(paths: list[Path]) -> np.ndarray:
@@ -35,7 +35,8 @@ def sheet(path: Path, cells: list[tuple], columns: int, titles: tuple[str, ...] 
     """
     side = 2 * CELL if cells and cells[0][0].shape[0] >= 2 * CELL else CELL
     font = ImageFont.load_default(size=11)
-    captions = [[(line, colour) for words, colour in (*notes, (text, "black")) for line in wrapped(words, font, side)] for _, text, *notes in cells]
+    captions = [[(line, colour) for words, colour in (*notes, (text, "black")) for line in wrapped(words, font, side)]
+                for _, text, *notes in cells]
     heads = [wrapped(title, font, side) for title in titles]
     lines, top = max(map(len, captions), default=0), GAP + LINE * max(map(len, heads), default=0)
     step_x, step_y = side + GAP, side + GAP + LINE * lines + 2
