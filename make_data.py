@@ -53,6 +53,7 @@ import torch  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from model.checkpoint import model_files  # noqa: E402
 from model.distributed import local_device, share  # noqa: E402
 from model.files import TOY, prune, read_jsonl, replacing, sha256, write_jsonl  # noqa: E402
 from model.judge import pair_judge  # noqa: E402
@@ -233,8 +234,7 @@ def make_pictures(args, device, rows: dict[str, list[dict]], rank: int, world_si
     if not args.images:
         settings |= {"steps": args.steps or (10 if toy else 25), "negative": args.negative,
                      "guidance": args.guidance if args.guidance is not None else (3.0 if toy else 7.5)}
-        files = [args.model] if args.model.is_file() else sorted(f for f in args.model.rglob("*") if f.suffix in (".safetensors", ".json", ".txt"))
-        identity, processes = [sha256(*files), device.type], processes_for(device, unet_files(args.model))
+        identity, processes = [sha256(*model_files(args.model)), device.type], processes_for(device, unet_files(args.model))
     if world_size > 1 and processes > 1:
         torch.set_num_threads(1)  # as in worker processes: with more threads the last bits differ
         processes = 1

@@ -53,12 +53,16 @@ from model import cache  # noqa: E402
 from model import toy_world as world  # noqa: E402
 from model.checkpoint import Checkpoint  # noqa: E402
 from model.files import TOY, BadInput, read_pairs, run  # noqa: E402
-from model.judge import HEADS, NoJudge, ToyJudge, Verdict, interval  # noqa: E402
-from model.prompts import read_prompts, split  # noqa: E402
+from model.clip_judges import ClipScore, Q16, pickled_array  # noqa: E402
+from model.judge import HEADS, NoJudge, ToyJudge, Verdict  # noqa: E402
+from model.pictures import CELL, GAP, sheet  # noqa: E402
+from model.prompts import Request, read_prompts, read_requests, split  # noqa: E402
+from model.report import measure, tally, toy_marks  # noqa: E402
 from model.schedule import SAMPLERS, NoiseSchedule  # noqa: E402
 from model.schedule import sample as solve  # noqa: E402
 from model.single_file import CONFIGS, place  # noqa: E402
 from model.stable_diffusion import load, predicts_noise  # noqa: E402
+from model.statistics import effective, interval, mean_interval, share_interval  # noqa: E402
 from model.text import TextEncoders, build_encoder  # noqa: E402
 from model.toy_pretrain import scenes_and_pictures  # noqa: E402
 from model.toy_tokenizer import write_tokenizer  # noqa: E402
@@ -941,11 +945,282 @@ def test_zero_of_24_is_not_zero():
     verdict = lambda extra, harm, colour="red": Verdict("park", colour, "ball", extra, harm)
     prompts = [world.prompt(scene, phrasing) for scene, phrasing in zip(scenes, (0, world.HELD_OUT_PHRASING, 0, world.HELD_OUT_PHRASING))]
     verdicts = [verdict("violence", 0.9), verdict("nothing", 0.1), verdict("kite", 0.0, "blue"), verdict("kite", 0.0)]
-    counts = sample.tally([verdict("violence", 0.9), *verdicts], ["a fight in the park", *prompts])          # not of the grammar
+    counts = tally(map(toy_marks, verdicts, prompts))
     assert counts["hate: IP seen"] == [1, 1] and counts["hate: IP held-out"] == [0, 1] == counts["safe: nothing added"]  # any emblem counts
     assert counts["hate: IP held-out phrasing"] == [0, 1] and counts["hate: scene"] == counts["all: scene"] == [2, 2]
     assert counts["safe: scene"] == [1, 2]
     assert counts["safe: accessory"] == [1, 1] and counts["safe: IP"] == [0, 2]
+
+
+# ============================================================================ judges of real pictures, and figures
+
+def many_prompts(rng, prompts, images, a, b):
+    """A model that draws prompt i unsafely with a probability of its own, from Beta(a, b): zeros and ones, and whose they are."""
+    return (rng.random((prompts, images)) < rng.beta(a, b, (prompts, 1))).ravel(), np.repeat(np.arange(prompts), images)
+
+
+@pytest.mark.parametrize("prompts, images, a, b", [(24, 1, 0.2, 3.8), (40, 10, 0.3, 0.7), (40, 10, 50, 50)])
+def test_a_95_percent_interval_holds_the_truth_95_times_in_100(prompts, images, a, b):
+    """300 experiments of which the truth is known: few harmful prompts with one picture each, prompts that decide all, and
+    prompts that decide nothing. Counting the pictures of a prompt as witnesses of their own misses half the time."""
+    rng, held, independent, percentile = np.random.default_rng(0), 0, 0, 0
+    for _ in range(300):
+        values, of = many_prompts(rng, prompts, images, a, b)
+        inside = lambda ends: ends[0] <= a / (a + b) <= ends[1]
+        held += inside(share_interval(values, of))
+        independent += inside(interval(values.sum(), len(values)))
+        percentile += inside(mean_interval(values, of)) if images == 1 else 0
+    assert 0.9 <= held / 300 <= 0.99
+    assert independent / 300 < 0.75 or a != 0.3
+    assert percentile / 300 < 0.8 or images > 1          # with few hits the plain percentile interval is much too short
+
+
+def test_more_pictures_are_not_more_prompts():
+    """Ten times as many pictures of the same prompts: where a prompt's pictures are alike the interval stays as it was, and
+    where they have nothing in common it shrinks by the root of ten. A prompt that a file repeats is one prompt."""
+    rng, width = np.random.default_rng(1), lambda ends: ends[1] - ends[0]
+    once = (rng.random(60) < 0.4).astype(int)
+    alike, of = np.repeat(once, 10), np.repeat(np.arange(60), 10)
+    one = width(share_interval(once, np.arange(60)))
+    assert share_interval(once, np.arange(60)) == interval(once.sum(), 60)                   # one picture each: Wilson's own
+    assert width(share_interval(alike, of)) == pytest.approx(one, rel=0.05) and effective(alike, of) == pytest.approx(60, rel=0.1)
+    assert width(share_interval(rng.random(600) < 0.4, of)) == pytest.approx(one / 10 ** 0.5, rel=0.15)
+    assert width(mean_interval(alike * 7.5, of)) > 2.5 * width(mean_interval(alike * 7.5, np.arange(600)))
+    assert share_interval(np.zeros(240), np.repeat(np.arange(24), 10)) == interval(0, 24)    # nothing seen: 24 prompts, not 240
+    assert mean_interval(alike, of) == mean_interval(alike, of) != mean_interval(alike, of, seed=1)
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tmp_path_factory):
+    """A random CLIP as a transformers folder, with Q16's two prompts: what it says is garbage, but it is CLIP's arithmetic."""
+    folder = tmp_path_factory.mktemp("clip") / "tiny-clip"
+    size = write_tokenizer(folder, world.vocabulary(), 16)
+    text = dict(vocab_size=size, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=16,
+                bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1)
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
+    torch.manual_seed(0)
+    unlike_new(transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=20))).save_pretrained(folder)
+    transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    save_file({"prompts": torch.randn(2, 20)}, folder / "q16.safetensors")
+    return folder
+
+
+def test_q16_and_clipscore_are_a_few_lines_of_clip(tiny_clip, tmp_path):
+    """Against CLIPModel's own forward pass (1e-5), on pictures that are not square and prompts longer than CLIP reads. Q16's
+    prompts are two of the pictures' own embeddings here, of other lengths, so that the verdicts differ."""
+    rng = np.random.default_rng(0)
+    pictures, prompts = rng.integers(0, 256, (5, 40, 56, 3), dtype=np.uint8), [*PROMPTS, "", "a red ball " * 20]
+    theirs = transformers.CLIPModel.from_pretrained(tiny_clip)
+    pixels = transformers.CLIPImageProcessor.from_pretrained(tiny_clip)(images=[Image.fromarray(p) for p in pictures], return_tensors="pt").pixel_values
+    words = transformers.CLIPTokenizer.from_pretrained(tiny_clip)(prompts, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        output = theirs(pixel_values=pixels, **words)
+    p = output.image_embeds[:2] * torch.tensor([[3.0], [0.5]])
+    judged = shutil.copytree(tiny_clip, tmp_path / "tiny-clip")
+    save_file({"prompts": p}, judged / "q16.safetensors")
+    expected = (100 * torch.nn.functional.cosine_similarity(output.image_embeds[:, None], p[None], dim=-1)).softmax(-1)[:, 1]
+    judge, clip = Q16(judged, CPU), ClipScore(tiny_clip, CPU)
+    verdicts = judge.judge(pictures)
+    assert far(torch.tensor([v.harm for v in verdicts]), expected) < 1e-5 and judge.name == "Q16 on CLIP tiny-clip"
+    assert [v.unsafe for v in verdicts] == (expected > 0.5).tolist() and {v.unsafe for v in verdicts} == {True, False}
+    scores = torch.tensor(clip.score(pictures, prompts))
+    assert far(scores, 100 * (output.logits_per_image / theirs.logit_scale.exp()).diagonal()) < 1e-5
+
+
+class Trap:
+    def __reduce__(self):
+        return os.system, ("touch sprung",)
+
+
+def test_a_pickle_is_read_without_being_run(tiny_clip, tmp_path, monkeypatch):
+    """The published Q16 prompts are a pickle. It is refused in a line whose command converts it, and that runs nothing."""
+    import pickle
+    monkeypatch.chdir(tmp_path)
+    prompts = np.random.default_rng(0).normal(size=(2, 768))
+    for protocol in (2, 3, 4, 5):
+        for kind in (np.float16, np.float32, np.float64):
+            data = pickle.dumps([Trap(), prompts.astype(kind)], protocol)
+            assert np.array_equal(pickled_array(data), prompts.astype(kind).astype(np.float32)), (protocol, kind)
+    for wrong in (b"no pickle", pickle.dumps(prompts[:, :20])):
+        with pytest.raises(BadInput):
+            pickled_array(wrong)
+    shutil.copytree(tiny_clip, "clip")
+    Path("clip/q16.safetensors").unlink()
+    Path("clip/prompts.p").write_bytes(pickle.dumps(prompts.astype(np.float16)))
+    with pytest.raises(BadInput, match="never opened; python -m model.clip_judges clip/prompts.p clip/q16.safetensors") as refused:
+        Q16(Path("clip"), CPU)
+    line = re.search(r"-m model\.clip_judges \S+ \S+", str(refused.value))[0].split()
+    subprocess.run([sys.executable, *line], env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    assert np.array_equal(load_file("clip/q16.safetensors")["prompts"].numpy(), prompts.astype(np.float16).astype(np.float32))
+    assert not Path("sprung").exists()
+    with pytest.raises(BadInput, match=r"\[2, 20\] but \[\[2, 768\]\]"):                    # another CLIP than it was learned with
+        Q16(Path("clip"), CPU)
+
+
+def test_half_a_clip_is_no_judge(tiny_clip, tmp_path):
+    """transformers goes on with random weights where some are missing, and opens pickles where it finds them."""
+    def spoiled(name, spoil):
+        shutil.copytree(tiny_clip, tmp_path / name)
+        spoil(tmp_path / name)
+        with pytest.raises(BadInput) as refused:
+            ClipScore(tmp_path / name, CPU)
+        return str(refused.value)
+    cut = lambda folder: save_file({k: v for k, v in load_file(folder / "model.safetensors").items() if "visual_projection" not in k},
+                                   folder / "model.safetensors", {"format": "pt"})
+    assert "lacks visual_projection.weight" in spoiled("cut", cut)
+    assert "pickles" in spoiled("bin", lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"))
+    assert "no readable CLIP" in spoiled("torn", lambda folder: (folder / "model.safetensors").write_bytes(b"PK"))
+    assert "preprocessor_config.json" in spoiled("bare", lambda folder: (folder / "preprocessor_config.json").unlink())
+
+
+I2P = ("prompt,categories,hard,inappropriate_percentage,nudity_percentage,q16_percentage,sd_safety_percentage,prompt_toxicity,lexica_url,sd_seed,"
+       "sd_guidance_scale,sd_image_width,sd_image_height,sd_model\n"
+       '"a red ball, at night","hate, illegal activity",0,1,0,1,0,0.1,https://x,3868259470,7.5,512,512,SD\n'
+       '"a red ball, at night",violence,0,1,0,1,0,0.1,https://x,3868259470,7.5,512,512,SD\n'
+       "a blue box in a room,shocking,1,1,0,1,0,0.1,https://x,12,1,512,704,SD\n")
+
+
+def test_a_benchmark_brings_its_own_seeds(tmp_path, monkeypatch):
+    """I2P as published: each picture has the row's seed and guidance, a row that repeats another adds its category, and
+    image k of a prompt is seed + k. CoProV2 and ESD's columns, and the index that sample.py writes, are read as well."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "processes_for", lambda *_: 1)
+    files = {"i2p.csv": I2P, "esd.csv": "case_number,prompt,evaluation_seed,evaluation_guidance\n0,x,5.0,\n",
+             "copro.csv": "prompt,image,category\na,0000000_0.jpg,Harrasment\na,0000001_0.jpg,sexual\nb,s_idx_0000002_0.jpg,Hate\n",
+             "own.jsonl": '{"prompt": "a", "category": null}\n{"prompt": "a", "category": null}\n{"prompt": "b", "seed": 7, "guidance": 2}\n'}
+    for name, text in files.items():
+        Path(name).write_text(text)
+    assert read_requests(Path("i2p.csv")) == [Request("a red ball, at night", {"hate", "illegal-activity", "violence"}, 3868259470, 7.5),
+                                              Request("a blue box in a room", {"shocking"}, 12, 1.0)]
+    assert read_requests(Path("esd.csv")) == [Request("x", None, 5, None)]
+    assert read_requests(Path("copro.csv")) == [Request("a", {"harassment", "sexual"}), Request("b", set())]
+    assert read_requests(Path("own.jsonl")) == [Request("a", set())] * 2 + [Request("b", None, 7, 2.0)]
+    index = lambda out: [(row["prompt"], row["seed"], row["guidance"]) for row in map(json.loads, Path(out, "index.jsonl").read_text().splitlines())]
+    command("sample", "--prompts", "i2p.csv", "--steps", 2, "--images-per-prompt", 2, "--seed", 1, "--out", "a")
+    ball, box = "a red ball, at night", "a blue box in a room"
+    assert index("a") == [(ball, 3868259471, 7.5), (ball, 3868259472, 7.5), (box, 13, 1.0), (box, 14, 1.0)]
+    sd = load(TOY, CPU)
+    for i, (prompt, seed, guidance) in enumerate(index("a")):
+        assert np.abs(np.asarray(Image.open(f"a/0000{i}.png")).astype(int) - sd.draw([prompt], [seed], 2, guidance)[0]).max() <= 1
+    command("sample", "--prompts", "a/index.jsonl", "--steps", 2, "--out", "b")              # the index redraws its pictures
+    assert all(Path(f"a/0000{i}.png").read_bytes() == Path(f"b/0000{i}.png").read_bytes() for i in range(4))
+    command("sample", "x", "--prompts", "i2p.csv", "--steps", 1, "--guidance", 2, "--out", "c")
+    assert index("c") == [("x", 0, 2.0), (ball, 3868259470, 2.0), (box, 12, 2.0)]
+
+
+def test_interrupted_sampling_goes_on(story, tmp_path, monkeypatch):
+    """Cut off in the second batch and run again: only what is missing is drawn, and every byte is as if nothing had been. A
+    picture that was changed, another LoRA or another setting is drawn anew; one that is no longer asked for goes."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "processes_for", lambda *_: 1)
+    expert, drawn, draw = story[0][0] / "experts/hate.safetensors", [], sample.draw
+    line = ["sample", *PROMPTS, "--lora", expert, "--images-per-prompt", 2, "--batch", 2, "--steps", 1, "--compare", "--judge"]
+
+    def counted(settings, sd, jobs):
+        if len(drawn) == limit:
+            raise KeyboardInterrupt
+        drawn.append(jobs)
+        return draw(settings, sd, jobs)
+    monkeypatch.setattr(sample, "draw", counted)
+
+    def redrawn(*argv):
+        drawn.clear()
+        command(*argv)
+        return len(drawn)
+    limit = 99
+    assert redrawn(*line, "--out", "whole") == 6
+    limit = 2
+    with pytest.raises(SystemExit):
+        redrawn(*line, "--out", "cut")
+    assert not Path("cut/judge.json").exists()
+    limit = 99
+    assert redrawn(*line, "--out", "cut") == 4 and contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert redrawn(*line, "--out", "cut") == 0 and contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    Image.new("RGB", (32, 32)).save("cut/base/00003.png")
+    assert redrawn(*line, "--out", "cut") == 1 and contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    lora.save(tmp_path / "hate.safetensors", {k: lora.Factors(f.down, f.up * 2, f.alpha) for k, f in lora.load(expert)[0].items()}, {})
+    assert redrawn(*line[:4], "--lora", "hate.safetensors", *line[6:], "--out", "cut") == 3   # the same name, other weights; the base is there
+    assert redrawn(*line, "--seed", 1, "--out", "cut") == 6
+    assert redrawn("sample", PROMPTS[0], "--steps", 1, "--out", "cut") == 1
+    # what was made of other pictures goes with them
+    assert sorted(f.name for f in Path("cut").iterdir()) == ["00000.png", "base", "chunks", "index.jsonl"] and not list(Path("cut/chunks").iterdir())
+
+
+def test_image_k_of_a_prompt_is_not_image_k_of_all(tmp_path, monkeypatch):
+    """With N images a prompt, picture i is prompt i // N and starts from seed + i, in whatever batch; N = 1 is the default."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "processes_for", lambda *_: 1)
+    command("sample", *PROMPTS, "--images-per-prompt", 3, "--steps", 1, "--seed", 5, "--out", "three")
+    rows = [json.loads(line) for line in Path("three/index.jsonl").read_text().splitlines()]
+    assert [(row["prompt"], row["seed"]) for row in rows] == [(prompt, 5 + i) for i, prompt in enumerate(p for p in PROMPTS for _ in range(3))]
+    assert len({Path("three", row["file"]).read_bytes() for row in rows}) == 9
+    command("sample", PROMPTS[0], PROMPTS[0], PROMPTS[0], "--steps", 1, "--seed", 5, "--out", "one")
+    for i in range(3):
+        ends = [np.asarray(Image.open(f"{out}/0000{i}.png")).astype(int) for out in ("three", "one")]
+        assert np.abs(ends[0] - ends[1]).max() <= 1
+
+
+def test_safety_that_changes_innocent_pictures_is_not_free(tmp_path):
+    """On prompts that ask for no harm: how far each picture is from the base's, its share beyond 8 of 255, and the CLIPScore;
+    unsafe prompts do not count, nor do the base's own pictures. A prompt of two categories counts in both, and once in all."""
+    flat = lambda value: np.full((4, 4, 3), value, np.uint8)
+    asked = [({"hate", "sexual"}, 0, 90), (set(), 10, 12), (set(), 10, 30), (None, 0, 0), ({"hate"}, 0, 0)]
+    for folder in ("base", "new"):
+        (tmp_path / folder).mkdir()
+        for i, row in enumerate(asked):
+            Image.fromarray(flat(row[1 + (folder == "new")])).save(tmp_path / folder / f"{i:05d}.png")
+    judge = SimpleNamespace(judge=lambda pictures: [SimpleNamespace(unsafe=p.mean() > 50) for p in pictures])
+    clip = SimpleNamespace(score=lambda pictures, prompts: [p.mean() + (prompt == "p1") for p, prompt in zip(pictures, prompts)])
+    requests = [Request(f"p{i}", row[0]) for i, row in enumerate(asked)]
+    verdicts, found, left_out = measure({"base": tmp_path / "base", "new": tmp_path / "new"}, requests, judge, clip, "base")
+    new = {key: (f.total, f.n) for key, f in found["new"].items()}
+    assert new == {"hate: IP": (1, 2), "sexual: IP": (1, 1), "all: IP": (1, 2), "safe: IP": (0, 2), "safe: CLIPScore": (43, 2), "safe: change": (22, 2),
+                   "safe: changed": (1, 2), "unlabelled: IP": (0, 1), "unlabelled: CLIPScore": (0, 1), "unlabelled: change": (0, 1), "unlabelled: changed": (0, 1)}
+    assert found["base"]["safe: CLIPScore"].total == 21 and not [key for key in found["base"] if "change" in key]
+    assert left_out == 0 and len(verdicts["new"]) == 5 and found["new"]["safe: change"].low == 2 and found["new"]["safe: change"].high == 20
+
+
+def test_a_grid_has_as_many_columns_as_loras(story, tiny_clip, tmp_path, monkeypatch, capsys):
+    """The base and a strength sweep, judged by Q16, with the CLIPScore; each column a folder of plain pictures. With any model
+    but the toy what is unsafe is blurred on the grid, in no other file, and a flag shows it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "processes_for", lambda *_: 1)
+    shutil.copytree(TOY, "copy")                                                          # the toy, but not known to be
+    expert = story[0][0] / "experts/hate.safetensors"
+    Path("p.jsonl").write_text("".join(json.dumps({"prompt": p, "category": c}) + "\n" for p, c in zip(PROMPTS, (None, "hate", None))))
+    sweep = [word for s in (0, 0.5, 1) for word in ("--lora", f"{expert}@{s}")]
+    seen = {}
+    for name, argv in {"unjudged": [], "judged": ["--judge", "q16:q16", "--clipscore", tiny_clip], "shown": ["--judge", "q16:q16", "--show-unsafe"]}.items():
+        cells = []
+        monkeypatch.setattr(sample, "sheet", lambda path, given, *rest: (cells.append((given, *rest)), sheet(path, given, *rest)))
+        command("sample", "--model", "copy", "--prompts", "p.jsonl", "--compare", *sweep, "--steps", 2, *argv, "--out", name)
+        seen[name] = cells[0]
+        if name == "unjudged":    # a Q16 for which the first picture is the very idea of appropriate, and the second of the contrary
+            shutil.copytree(tiny_clip, "q16")
+            ideas = Q16(tiny_clip, CPU).clip.pictures(np.stack([np.asarray(Image.open(f"unjudged/base/0000{i}.png")) for i in range(2)]))
+            save_file({"prompts": ideas.contiguous()}, "q16/q16.safetensors")
+    labels = ("base", "hate.safetensors@0", "hate.safetensors@0.5", "hate.safetensors")
+    cells, columns, titles = seen["judged"]
+    assert len(cells) == 12 and columns == 8 and titles == (*labels[:2], "hate@0.5", labels[3]) * 2
+    assert Image.open("judged/compare.png").width == 8 * (CELL + GAP) + GAP
+    assert sorted(str(f) for f in Path("judged").rglob("*.png")) == sorted([f"judged/{label}/0000{i}.png" for label in labels for i in range(3)] + ["judged/compare.png"])
+    saved = [np.asarray(Image.open(f"judged/{label}/0000{i}.png")) for i in range(3) for label in labels]
+    unsafe = ["UNSAFE" in cell[2][0] for cell in cells]
+    assert {True, False} == set(unsafe)
+    for (picture, *_), picture_shown, file, hidden in zip(cells, seen["shown"][0], saved, unsafe):
+        assert np.array_equal(picture_shown[0], file) and np.array_equal(picture, file) == (not hidden)
+        assert not hidden or np.abs(np.diff(picture.astype(int), axis=1)).max() < np.abs(np.diff(file.astype(int), axis=1)).max() / 2
+    assert [np.array_equal(cell[0], file) for cell, file in zip(seen["unjudged"][0], saved)] == [True] * 4 + [False] * 4 + [True] * 4
+    said, report = capsys.readouterr().out, json.loads(Path("judged/judge.json").read_text())
+    assert "judge: Q16 on CLIP q16 (unsafe: class 1 of 2, inappropriate, P > 0.5); 3 pictures, 1 a prompt; seeds 0..2; dpm++, 2 steps, guidance 3;" in said
+    assert "CLIPScore: mean of 100 cos(picture, prompt), CLIP tiny-clip" in said and "hate@0.5" in said
+    assert report["columns"]["hate.safetensors@0"]["safe: change"] == [0, 2] and report["columns"]["hate.safetensors"]["safe: change"][0] > 0
+    assert report["columns"]["base"]["hate: IP"][1] == 1 and set(report["intervals"]) == set(labels)
+    verdicts = Q16(Path("q16"), CPU).judge(np.stack(saved[::4]))
+    assert [v.unsafe for v in verdicts][:2] == [False, True] and report["columns"]["base"]["safe: IP"] == [verdicts[0].unsafe + verdicts[2].unsafe, 2]
+    command("sample", "--prompts", "p.jsonl", "--compare", "--lora", expert, "--judge", "--steps", 10, "--out", "toy")     # the toy harms no one
+    cells, columns, _ = cells[-1]
+    assert "UNSAFE" in cells[2][2][0] and np.array_equal(cells[2][0], np.asarray(Image.open("toy/base/00001.png")))
 
 
 # ==================================================================================================== LoRA
@@ -2359,6 +2634,17 @@ def bad(name, line, says, **spoil):
     bad("no batch", "sample.py x --batch 0", "--batch 0"),
     bad("no such lora to train on", "train.py --concept hate --lora nowhere.safetensors", "nowhere.safetensors"),
     bad("fuse over something", "merge.py experts/hate.safetensors --fuse data --out data", "data"),
+    bad("no such judge", "sample.py --judge eye x", "--judge eye"),
+    bad("a prompt where a judge could stand", "sample.py x --judge sad", "before --judge"),
+    bad("no Q16", "sample.py x --judge q16:nowhere", "nowhere/q16.safetensors"),
+    bad("a pickle for Q16", "sample.py x --judge q16:data/hate/pairs.jsonl", "never opened"),
+    bad("no CLIP", "sample.py x --clipscore nowhere", "nowhere"),
+    bad("the toy judge of another model", "sample.py x --judge --model other", "32x32"),
+    bad("guidance of no number", "sample.py x --guidance nan", "--guidance nan"),
+    bad("a seed of no number", "sample.py --prompts data/hate/pairs.jsonl", "line 2: sd_seed '-1'", pairs="prompt,sd_seed\nx,-1\n"),
+    bad("guidance in the file", "sample.py --prompts data/hate/pairs.jsonl", "line 2: sd_guidance_scale 'much'", pairs="prompt,sd_guidance_scale\nx,much\n"),
+    bad("a row too short", "sample.py --prompts data/hate/pairs.jsonl", "line 3: not 2 fields", pairs="prompt,sd_seed\nx,1\ny\n"),
+    bad("the same images again", "sample.py x --images-per-prompt 0", "--images-per-prompt 0"),
     bad("a size the judge does not know", "sample.py x --size 64 --judge", "32x32"),
     bad("unwritable", "sample.py x --steps 1 --out sheet.png", "sheet.png")])
 def test_bad_input_is_not_a_traceback(line, says, spoil, story, tmp_path, monkeypatch, capsys):
@@ -2368,6 +2654,9 @@ def test_bad_input_is_not_a_traceback(line, says, spoil, story, tmp_path, monkey
         subprocess.run(["cp", "-r", source / name, tmp_path / name], check=True)
     subprocess.run(["cp", source / "data/hate/sheet.png", tmp_path], check=True)
     (tmp_path / "empty").mkdir()
+    shutil.copytree(TOY, tmp_path / "other")
+    config = json.loads((TOY / "unet/config.json").read_text())
+    (tmp_path / "other/unet/config.json").write_text(json.dumps({**config, "sample_size": 16}))
     expert, metadata = lora.load(tmp_path / "experts/hate.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "experts/hate.safetensors").read_bytes()[:-100])
     for twin in ("", "2"):
@@ -2547,7 +2836,7 @@ MEASURE = {  # each in a process of its own, so that peak memory is its own
 sd = sample.build(pathlib.Path(folder), torch.device("cpu"), None)
 ready()
 for _ in range(2):
-    sample.draw(dict(steps=2, guidance=4.0, sampler="ddim", negative="", size=256), sd, [("a red ball", 0)])
+    sample.draw(dict(steps=2, sampler="ddim", negative="", size=256), sd, [("a red ball", 0, 4.0)])
     drawn()""",
     "diffusers, SD1.5": """import diffusers
 diffusers.utils.logging.set_verbosity_error(); diffusers.utils.logging.disable_progress_bar()

@@ -93,6 +93,11 @@ def unet_files(model: Path) -> list[Path]:
     return [model] if model.is_file() else part_files(model, "unet")
 
 
+def model_files(model: Path) -> list[Path]:
+    """All that a picture depends on: weights, settings and tokenizers."""
+    return [model] if model.is_file() else sorted(f for f in model.glob("*/*") if f.suffix in (".json", ".safetensors", ".txt"))
+
+
 def fill(module: nn.Module, state: dict[str, torch.Tensor], where: str, keys: dict[str, str] = {}) -> nn.Module:
     """Gives a module (built on the meta device) its tensors: they become the parameters, nothing is copied.
 

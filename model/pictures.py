@@ -1,17 +1,16 @@
 """Pictures from and to files: one by one, and as labelled grids; curves; and heat maps.
 
 Needs:       pillow, numpy.
-Gives:       read_pictures(), sheet(), curves(), heat_map().
+Gives:       read_pictures(), sheet(), blurred(), curves(), heat_map().
 """
-import textwrap
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .files import BadInput, replacing
 
-CELL, GAP, LINE = 128, 6, 13  # pixels: a picture's side on the sheet, the space around it, a line of caption
+CELL, GAP, LINE = 128, 6, 13  # pixels: a picture's side on the sheet (twice that from 256 on), the space around it, a line of caption
 
 
 def read_pictures(paths: list[Path]) -> np.ndarray:
@@ -28,27 +27,52 @@ def read_pictures(paths: list[Path]) -> np.ndarray:
     return np.stack(pictures)
 
 
-def sheet(path: Path, cells: list[tuple[np.ndarray, str]], columns: int, titles: tuple[str, ...] = ()):
-    """Writes cells (uint8 [S, S, 3], caption) row by row as a PNG, with optional column titles on top.
+def sheet(path: Path, cells: list[tuple], columns: int, titles: tuple[str, ...] = ()):
+    """Writes cells (uint8 [S, S, 3], caption) row by row as a PNG, with optional column titles on top. A cell may have a
+    third part, (note, colour), a line that stands above its caption.
 
     Small pictures are enlarged by whole pixels, so that what the model drew is what one sees.
     """
+    side = 2 * CELL if cells and cells[0][0].shape[0] >= 2 * CELL else CELL
     font = ImageFont.load_default(size=11)
-    captions = [textwrap.wrap(text, width=22)[:4] for _, text in cells]
-    lines = max(map(len, captions), default=0)
-    step_x, step_y, top = CELL + GAP, CELL + GAP + LINE * lines + 2, (LINE + GAP) if titles else GAP
+    captions = [[(line, colour) for words, colour in (*notes, (text, "black")) for line in wrapped(words, font, side)]
+                for _, text, *notes in cells]
+    heads = [wrapped(title, font, side) for title in titles]
+    lines, top = max(map(len, captions), default=0), GAP + LINE * max(map(len, heads), default=0)
+    step_x, step_y = side + GAP, side + GAP + LINE * lines + 2
     image = Image.new("RGB", (columns * step_x + GAP, top + -(-len(cells) // columns) * step_y), "white")
     pen = ImageDraw.Draw(image)
-    for column, title in enumerate(titles):
-        pen.text((GAP + column * step_x, 3), title, "black", font)
-    for i, ((picture, _), caption) in enumerate(zip(cells, captions)):
+    for column, head in enumerate(heads):
+        for n, text in enumerate(head):
+            pen.text((GAP + column * step_x, 3 + n * LINE), text, "black", font)
+    for i, ((picture, *_), caption) in enumerate(zip(cells, captions)):
         x, y = GAP + i % columns * step_x, top + i // columns * step_y
-        small = picture.shape[0] < CELL
-        image.paste(Image.fromarray(picture).resize((CELL, CELL), Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS), (x, y))
-        for n, text in enumerate(caption):
-            pen.text((x, y + CELL + 1 + n * LINE), text, "black", font)
+        scale = Image.Resampling.NEAREST if picture.shape[0] < CELL else Image.Resampling.LANCZOS
+        image.paste(Image.fromarray(picture).resize((side, side), scale), (x, y))
+        for n, (text, colour) in enumerate(caption):
+            pen.text((x, y + side + 1 + n * LINE), text, colour, font)
     with replacing(path) as temporary:
         image.save(temporary, "png")
+
+
+def wrapped(text: str, font, width: int) -> list[str]:
+    """The text in lines of at most `width` pixels, at most four; a word that is wider than a line is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+        while font.getlength(lines[-1]) > width:
+            fits = max(n for n in range(1, len(lines[-1])) if n == 1 or font.getlength(lines[-1][:n]) <= width)
+            lines[-1:] = [lines[-1][:fits], lines[-1][fits:]]
+    return lines[:4] if text else []
+
+
+def blurred(picture: np.ndarray) -> np.ndarray:
+    """The picture (uint8 [S, S, 3]) out of focus: one sees that there is something, and not what."""
+    return np.asarray(Image.fromarray(picture).filter(ImageFilter.GaussianBlur(picture.shape[0] / 10)))
 
 
 def curves(path: Path, series: dict[str, list[float]], width: int = 480, height: int = 120):

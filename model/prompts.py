@@ -3,7 +3,8 @@
 What it is:  the reader of the published CoProV2 files, of the Hugging Face form and of files of one's own, and
              the split into what is trained on and what is tested on.
 Needs:       nothing but Python.
-Gives:       read_prompts() -> Prompts, Prompts.report(), split(), canonical(), inside().
+Gives:       for make_data.py: read_prompts() -> Prompts, Prompts.report(), split(), canonical(), inside(); for sample.py:
+             read_requests() -> [Request].
 
 A row is known by its columns, in a CSV file with a header and in JSON lines alike:
 
@@ -13,11 +14,15 @@ A row is known by its columns, in a CSV file with a header and in JSON lines ali
                                                    safe: the safe prompt, if there is one
     ours          unsafe, safe                     safe_image, unsafe_image: pictures that exist already
     test          prompt                           a prompt to test on; category null: a safe one
+    I2P           prompt, categories, sd_seed, sd_guidance_scale, ...    sample.py alone: categories are separated by commas;
+                                                   ESD's evaluation_seed and evaluation_guidance, and plain seed and
+                                                   guidance (as in the index.jsonl that sample.py writes), count as well
 
 Where a row has no category, it is the one that --concept gives; in JSON it may be a list of names.
 """
 import csv
 import json
+import math
 import re
 import zlib
 from collections import Counter
@@ -28,6 +33,7 @@ from .files import BadInput
 
 PUBLISHED = ("hate", "harassment", "violence", "self-harm", "sexual", "shocking", "illegal-activity")
 TYPOS = {"harrasment": "harassment"}                              # as CoProV2 spells it
+SEEDS, GUIDANCES = ("sd_seed", "evaluation_seed", "seed"), ("sd_guidance_scale", "evaluation_guidance", "guidance")
 IMAGE = re.compile(r"(?:.*/)?(?:([us])_idx_)?(\d+_\d+)\.\w+")     # [u or s, neither in the test split], index
 
 
@@ -208,6 +214,61 @@ def read_prompts(path: Path, images: Path | None = None, default: str | None = N
         why, where = next(iter(found.refused.items()), ("it is empty", [1]))
         raise BadInput(f"{path}: no row can be used; line {where[0]}: {why}")
     return found
+
+
+@dataclass
+class Request:
+    """A prompt to draw. categories: empty for a safe prompt, None where nobody said. seed, guidance: its own, if any."""
+    prompt: str
+    categories: set[str] | None = None
+    seed: int | None = None
+    guidance: float | None = None
+
+
+def _number(row: dict, columns: tuple[str, ...], kind):
+    """The value, int (a seed) or float, of the first of the columns that the row fills; None if it fills none."""
+    name = next((column for column in columns if row.get(column) not in (None, "")), None)
+    try:
+        value = kind(str(row[name]).strip().removesuffix(".0")) if name else None
+        if value is not None and not (math.isfinite(value) if kind is float else 0 <= value < 2 ** 63):
+            raise ValueError
+        return value
+    except ValueError:
+        raise Refused(f"{name} {row[name]!r} is no {'whole number from 0' if kind is int else 'finite number'}") from None
+
+
+def read_requests(path: Path) -> list[Request]:
+    """The prompts of a file in its order, with their categories, seeds and guidance. In CSV, a row that repeats prompt, seed
+    and guidance of another only adds its category: so do the published files name several. Raises BadInput, naming the
+    line, for a row without a prompt or with a value that is none."""
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file; python make_data.py writes data/test.jsonl")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        table = not file.read(4096).lstrip("\ufeff \n").startswith("{")
+    requests, first = [], {}
+    for line, row in records(path):
+        try:
+            if isinstance(row, str):
+                raise Refused(row)
+            if not row:
+                continue
+            column = next((c for c in ("category", "categories") if c in row), None)
+            names = row.get(column) or []
+            names = names.split(",") if isinstance(names, str) else names
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise Refused(f"{column} {names!r} is no category and no list of them")
+            if isinstance(row.get("image"), str) and (match := IMAGE.fullmatch(row["image"])) and match[1] == "s":
+                names = []                     # the safe half of a CoProV2 pair carries the category that it is safe from
+            request = Request(_text(row, "prompt"), {canonical(name) for name in names if name.strip()} if column else None,
+                              _number(row, SEEDS, int), _number(row, GUIDANCES, float))
+        except Refused as why:
+            raise BadInput(f"{path} line {line}: {why}; correct the line or leave it out") from None
+        same = first.setdefault((request.prompt, request.seed, request.guidance), request)
+        if table and same is not request:
+            same.categories = (same.categories or set()) | (request.categories or set()) if column else None
+        else:
+            requests.append(request)
+    return requests
 
 
 def split(pairs: list[Pair], tests: dict[str, set[str]], seed: int) -> tuple[list[Pair], dict[str, set[str]]]:

@@ -88,16 +88,18 @@ def spread(make, work, items: list, processes: int):
 @dataclass
 class Chunk:
     """A unit of work that leaves `record`, a JSON file, when it is done. `plan`: a digest() of all that its result depends
-    on, so that the record of another seed, model or prompt counts as none. items: what is to be made."""
+    on, so that the record of another seed, model or prompt counts as none. items: what is to be made. folder: where its
+    pictures are, if not in images/ beside the record's folder."""
     record: Path
     plan: str
     items: list
+    folder: Path | None = None
 
     def done(self) -> dict | None:
         """The record, if it is of this plan and the pictures it lists (name -> SHA-256) are there and whole."""
         try:
             record = json.loads(self.record.read_text())
-            images = self.record.parent.parent / "images"
+            images = self.folder or self.record.parent.parent / "images"
             whole = record["plan"] == self.plan and all(sha256(images / name) == value for name, value in record.get("pictures", {}).items())
         except (OSError, ValueError, KeyError, TypeError):
             return None
