@@ -32,15 +32,14 @@ ONE = next(iter(CATEGORIES))              # the category of B and C, and the fir
 METHODS = {"co-merge": (1, 0.8, 1.2), "co-merge --no-rescale": (1, 1.5), "co-merge --score wins": (1,), "average": (1,),
            "sum": (1, 0.45), "ties": (1, 2), "dare": (1, 0.45), "random": (1, 2.5), "joint": (1, 0.8)}
 # B. how an expert is trained: train.py's flags, which are the row's title as well.
-TRAINING = ("", "--beta 500", "--beta 5000", "--lr 0.001", "--lr 0.004", "--reuse 1", "--reuse 4", "--reuse 16",
+TRAINING = ("", "--beta 500", "--beta 5000", "--lr 0.004", "--reuse 1", "--reuse 8",
             "--loss dpo --beta 500", "--loss dpo --beta 5000",                              # the last one: as published
             "--loss dpo+safe --beta 500", "--loss duo --beta 500", "--loss sdpo --beta 500")
 # C. (pairs, concept words): the first such pairs of MOST_PAIRS, of which one word of four has 64. 160 and 4: the default.
-DATA = ((4, 4), (16, 4), (64, 4), (160, 4), (256, 4), (64, 2), (64, 1))
+DATA = ((4, 4), (16, 4), (64, 4), (160, 4), (256, 4), (64, 1))
 MOST_PAIRS = 320
 # E. Co-Merge's choices, likewise; and how many pairs of each expert calibrate it (merge.py's own number: 24).
-CHOICES = ("co-merge", "co-merge --no-rescale", "co-merge --score wins", "co-merge --score wins --no-rescale", "co-merge --unit factor",
-           "co-merge --unit factor --score wins", "co-merge --top-k 2")
+CHOICES = ("co-merge", "co-merge --no-rescale", "co-merge --score wins", "co-merge --unit factor", "co-merge --top-k 2")
 CALIBRATION = (1, 4)
 
 UNSAFE, SAFE = ("IP seen", "IP held-out", "IP held-out phrasing", "scene"), ("safe: scene", "safe: accessory", "safe: nothing added", "safe: IP")
