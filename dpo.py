@@ -22,7 +22,7 @@ LOSSES = {"safety": "DPO with guard, anchor and preservation", "dpo": "as publis
 
 
 def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L(x): [B, C, H, W] twice -> [B], the MEAN over elements, in fp32 whatever the inputs are.
+    """L(x) (README, eq. 2): [B, C, H, W] twice -> [B], the MEAN over elements, in fp32 whatever the inputs are.
 
     fp32 because beta multiplies a small difference of these: rounding an error of 0.1 to fp16 moves the
     logit by 0.08 at beta 5000. Mean, not sum: a published beta goes with one of the two.
@@ -31,7 +31,7 @@ def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def diffusion_dpo(winner, loser, winner_ref, loser_ref, beta: float):
-    """The published loss. Errors [B] each, of the policy and of the reference. Returns (loss, metrics).
+    """The published loss (README, eq. 3). Errors [B] each, of the policy and of the reference. Returns (loss, metrics).
 
         loss = -log sigmoid( -beta/2 [ (L_w - L_l)_theta - (L_w - L_l)_ref ] ),  averaged AFTER the log-sigmoid
 
@@ -45,7 +45,7 @@ def diffusion_dpo(winner, loser, winner_ref, loser_ref, beta: float):
 
 def safety_dpo(winner, loser, winner_ref, loser_ref, drift, beta: float, guard: float = 3.0,
                anchor: float = 1.0, keep: float = 8.0):
-    """The default: Diffusion-DPO that may not pay for its gap with the picture. [ours]
+    """The default: Diffusion-DPO that may not pay for its gap with the picture. [ours; README, eq. 4]
 
     drift [B] = mean squared difference of policy and reference on the winner under the SAFE prompt.
 

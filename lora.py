@@ -57,7 +57,7 @@ class Factors(NamedTuple):
 
 
 class LoRALayer(nn.Module):
-    """A frozen linear layer or convolution with a LoRA beside it. `on = False` gives the frozen layer, bit for bit."""
+    """A frozen linear layer or convolution with a LoRA beside it (README, eq. 5). `on = False` gives the frozen layer, bit for bit."""
 
     def __init__(self, base: nn.Linear | nn.Conv2d, factors: Factors):
         super().__init__()
@@ -197,7 +197,7 @@ def switched_off(network: nn.Module):
 
 
 def stack(parts: list[Factors], weights: list[float]) -> Factors:
-    """Sum of w_i * delta W_i of ONE layer as one pair of factors, exactly: ranks add up, because
+    """Sum of w_i * delta W_i of ONE layer as one pair of factors, exactly (README, eq. 6): ranks add up, because
 
         [w_1 s_1 B_1, ..., w_n s_n B_n] [A_1; ...; A_n] = sum_i w_i s_i B_i A_i.
 
@@ -215,7 +215,7 @@ def compose(loras: list[dict[str, Factors]], weights: list[float]) -> dict[str, 
 
 
 def compress(f: Factors, rank: int) -> tuple[Factors, float, float]:
-    """The closest delta W of at most this rank (Eckart & Young 1936), its energy |delta W|^2, and that of f.
+    """The closest delta W of at most this rank (Eckart & Young 1936; README, eq. 7), its energy |delta W|^2, and that of f.
 
     Never by the SVD of a dense delta W where f has a lower rank: with thin QRs B = Q_B R_B and A^T = Q_A R_A, all that is
     left to decompose is the small core s R_B R_A^T. A factor that is not taller than wide stays as it is (Q = 1), so that

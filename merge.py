@@ -117,7 +117,8 @@ def dare(parts: list[Factors], density: float, generator: torch.Generator) -> Fa
 
 
 def keep_rows(parts: list[Factors], owner: torch.Tensor) -> Factors:
-    """The masked concatenation: row j of delta W is the mean of row j of the K experts owner[:, j] (a place in parts). owner [K, O]."""
+    """The masked concatenation (README, eq. 8): row j of delta W is the mean of row j of the K experts owner[:, j], a place
+    in parts. owner [K, O]."""
     share = torch.zeros(len(parts), owner.shape[1]).scatter_(0, owner, 1 / len(owner))     # [n, O]
     return lora.stack([f._replace(up=f.up * m[:, None]) for f, m in zip(parts, share)], [1.0] * len(parts))
 
@@ -206,7 +207,7 @@ def most_active(scores: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 def co_merge(parts: list[Factors], a: Activity, score: str = "own", rescale: bool = True, top_k: int = 1) -> tuple[Factors, torch.Tensor]:
-    """(merged layer, owner [K, O]); see the top of this file."""
+    """(merged layer, owner [K, O]), rescaled (README, eq. 9); see the top of this file."""
     owner = most_active(getattr(a, score), top_k)
     merged = keep_rows(parts, owner)
     if rescale:

@@ -247,9 +247,16 @@ class Checkpoint:
                     {name: place.key for name, place in self.parts[part].items()})
 
     def skeleton(self, part: str, kind: Callable) -> nn.Module:
-        """kind(config) on the meta device: names and shapes without memory."""
-        with torch.device("meta"):
-            return kind(self.config(part))
+        """kind(config) on the meta device: names and shapes without memory. Raises ValueError if the config is damaged: a
+        width of 0 or "x" breaks a constructor wherever it is used first."""
+        config = self.config(part)
+        try:
+            with torch.device("meta"):
+                return kind(config)
+        except (ValueError, BadInput):
+            raise
+        except Exception as error:
+            raise ValueError(f"{part} config: {type(error).__name__}: {error}; get an undamaged copy of it") from None
 
     def rewrite(self, out: Path, change: Callable[[str], torch.Tensor | None]) -> int:
         """Writes this checkpoint to the folder `out`, in the same layout, with change(name) added to the UNet's tensors.

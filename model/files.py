@@ -127,6 +127,9 @@ def read_pairs(data: Path, concept: str) -> list[dict]:
         wrong = [key for key in ("safe", "unsafe", "safe_image", "unsafe_image") if not isinstance(row.get(key), str)]
         if wrong:
             raise BadInput(f"{file} line {number}: {wrong[0]} is missing or not a text; make the data again")
+        for image in (row["safe_image"], row["unsafe_image"]):
+            if Path(image).is_absolute() or ".." in Path(image).parts:
+                raise BadInput(f"{file} line {number}: {image!r} leaves the folder; put the pictures below {file.parent}")
         row |= {key: file.parent / row[key] for key in ("safe_image", "unsafe_image")}
     if not rows:
         raise BadInput(f"{file}: holds no pairs; make the data again with more --pairs")

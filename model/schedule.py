@@ -58,6 +58,12 @@ class NoiseSchedule:
         self.steps_offset = config.get("steps_offset", 0)
         self.clip_range = config.get("clip_sample_range", 1.0) if config.get("clip_sample", True) else None
 
+        T, ends, number = config["num_train_timesteps"], (config["beta_start"], config["beta_end"]), (int, float)
+        if not (isinstance(T, int) and 1 <= T <= 100_000 and all(isinstance(beta, number) and 0 < beta < 1 for beta in ends)
+                and isinstance(self.steps_offset, int) and isinstance(self.clip_range, (*number, type(None)))):
+            raise ValueError(f"the scheduler config's num_train_timesteps {T!r}, betas {ends[0]!r} to {ends[1]!r}, steps_offset {self.steps_offset!r} "
+                             f"and clip_sample_range {self.clip_range!r} make no schedule; use the checkpoint's own file")
+
         # "scaled" is linear in √β, so the first steps add less noise than the linear schedule's.
         self.T, power = config["num_train_timesteps"], 0.5 if beta_schedule == "scaled_linear" else 1.0
         betas = torch.linspace(config["beta_start"] ** power, config["beta_end"] ** power, self.T,
@@ -80,7 +86,7 @@ class NoiseSchedule:
         return abar.sqrt(), (1.0 - abar).sqrt()
 
     def add_noise(self, x0, noise, t):
-        """x_t [B,C,H,W] in fp32 from clean x0 and standard normal noise [B,C,H,W]; t [B] or one int."""
+        """x_t [B,C,H,W] in fp32 from clean x0 and standard normal noise [B,C,H,W]; t [B] or one int. (README, eq. 1)"""
         alpha, sigma = self.alpha_sigma(t, x0)
         return alpha * x0.float() + sigma * noise.float()                       # x_t = α·x_0 + σ·ε
 

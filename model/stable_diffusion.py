@@ -93,7 +93,7 @@ class StableDiffusion:
              negative: str = "", size: int | None = None) -> np.ndarray:
         """Draws prompt i from seed i. Returns uint8 [B, size, size, 3].
 
-        Classifier-free guidance (Ho & Salimans 2022): eps = eps(negative) + guidance * (eps(prompt) - eps(negative)).
+        Classifier-free guidance (Ho & Salimans 2022; README, eq. 10): eps = eps(negative) + guidance * (eps(prompt) - eps(negative)).
         Both halves are one batch; guidance 1 is eps(prompt) alone, at half the cost.
         """
         x, guided = self.noise(seeds, size or self.size).to(self.device), guidance != 1

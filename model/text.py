@@ -31,11 +31,16 @@ def _transformers():
 
 def load_tokenizer(folder: str, **special):
     """The CLIP tokenizer in folder (vocab.json + merges.txt, or tokenizer.json); special: such as pad_token, over what
-    its files say. Raises FileNotFoundError."""
+    its files say. Raises FileNotFoundError, and ValueError for a damaged one."""
     if not any(os.path.isfile(os.path.join(folder, name)) for name in ("vocab.json", "tokenizer.json")):
         raise FileNotFoundError(f"{folder} has no vocab.json; give a checkpoint folder that holds its tokenizer")
     # Local only: with no file missing there is nothing to ask a server for, and no command may hang offline.
-    return _transformers().CLIPTokenizer.from_pretrained(folder, local_files_only=True, **special)
+    try:
+        tokenizer = _transformers().CLIPTokenizer.from_pretrained(folder, local_files_only=True, **special)
+        tokenizer.model_max_length = int(tokenizer.model_max_length)
+        return tokenizer
+    except Exception as error:   # the tokenizers library raises just that for a damaged file
+        raise ValueError(f"{folder}: not a readable tokenizer ({error}); copy or download it again") from None
 
 
 def build_encoder(config: dict):

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -135,12 +136,15 @@ def plan(folder: Path, seed: int, only: str) -> tuple[dict[str, dict[str, Row]],
 
 
 def subset(file: Path, source: Path, pairs: int, words: tuple[str, ...]):
-    """Writes as `file` the first `pairs` rows of another pairs.jsonl whose concept word is one of `words`; their pictures
-    stay where they are. Raises ValueError if there are fewer."""
+    """Writes as `file` the first `pairs` rows of another pairs.jsonl whose concept word is one of `words`, and copies their
+    pictures. Raises ValueError if there are fewer."""
     rows = [row for row in read_jsonl(source) if parse(row["unsafe"]).extra in words][:pairs]
     if len(rows) < pairs:
         raise ValueError(f"{source}: {len(rows)} pairs of {', '.join(words)}, not {pairs}")
-    write_jsonl(file, [row | {key: os.path.relpath(source.parent / row[key], file.parent) for key in ("safe_image", "unsafe_image")} for row in rows])
+    (file.parent / "images").mkdir(parents=True, exist_ok=True)
+    for name in (row[key] for row in rows for key in ("safe_image", "unsafe_image")):
+        shutil.copyfile(source.parent / name, file.parent / name)
+    write_jsonl(file, rows)
 
 
 def run(stage: dict[Path, list]) -> list[Path]:
