@@ -30,8 +30,8 @@ ONE = next(iter(CATEGORIES))              # the category of B and C, and the fir
 
 # A. merge.py --method ...: strengths. Each at strength 1 and around its own best, so that trade-offs are compared and not
 # scales. (average is sum at another strength: 1/7, 2/7, ...) joint: the paper's All-single, by train.py --joint.
-METHODS = {"co-merge": (1, 0.8, 1.2), "co-merge --no-rescale": (1, 1.5), "co-merge --score wins": (1,), "average": (1,),
-           "sum": (1, 0.45), "ties": (1, 2), "dare": (1, 0.45), "random": (1, 2.5), "joint": (1, 0.8)}
+METHODS = {"co-merge": (1, 1.2), "co-merge --no-rescale": (1, 1.5), "co-merge --score wins": (1,), "average": (1,),
+           "sum": (1, 0.45), "ties": (1, 2), "dare": (1, 0.45), "random": (1, 2.5), "joint": (1,)}
 # B. how an expert is trained: train.py's flags, which are the row's title as well.
 TRAINING = ("", "--beta 500", "--beta 5000", "--lr 0.004", "--reuse 1", "--reuse 8",
             "--loss dpo --beta 500", "--loss dpo --beta 5000",                              # the last one: as published
@@ -122,8 +122,10 @@ def plan(folder: Path, seed: int, only: str) -> tuple[dict[str, dict[str, Row]],
             name = f"{pairs} pairs, {words} words"
             tables["C"][name] = one(name, source=fewer(slug(name), folder / "more", [ONE], pairs, words))
     if "D" in only:
-        for n in range(1, len(experts) + 1):
+        tables["D"]["1 joined"] = judged(f"expert {ONE}", experts[0], (ONE,))                  # as in A
+        for n in range(2, len(experts)):
             tables["D"][f"{n} joined"] = judged(f"joined {n}", merged(f"joined {n}", experts[:n]), list(CATEGORIES)[:n])
+        tables["D"][f"{len(experts)} joined"] = judged("co-merge 1", merged("co-merge", experts, "--method co-merge"))
     if "E" in only:
         picture = folder / "owners.png"   # which layers each expert wins
         merge[picture] = ["merge.py", *experts, "--data", data, "--out", folder / "reported.safetensors", "--seed", seed, "--report", picture]
