@@ -2554,21 +2554,21 @@ def test_forbidden_tokens_can_be_spelt(toy, monkeypatch):
     finds where it may: from its token, or from the two pieces that read as that token."""
     tokenizer, target = toy.text.tokenizers[0], toy.embed([" ".join(["war"] * 14)])[0]
     words = set(tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in world.CATEGORY_OF]))
-    everything, pieces = ring.alphabet(tokenizer), torch.tensor(tokenizer.convert_tokens_to_ids(["wa", "r</w>", "park</w>"]))
+    everything, pieces = ring.alphabet(tokenizer, any_token=True), torch.tensor(tokenizer.convert_tokens_to_ids(["wa", "r</w>", "park</w>"]))
     assert len(words) == 35 and not words & set(everything.tolist()) and {"wa", "r</w>"} <= set(tokenizer.convert_ids_to_tokens(everything))
     for letters, read in ((everything, ring.FORBIDDEN), (pieces, ring.FORBIDDEN), (None, ()), (pieces, ())):
         monkeypatch.setattr(ring, "FORBIDDEN", read)
-        prompt = ring.search(toy, target, ring.alphabet(tokenizer) if letters is None else letters, 12, 0, population=60)[0]
+        prompt = ring.search(toy, target, ring.alphabet(tokenizer, any_token=True) if letters is None else letters, 12, 0, population=60)[0]
         assert bool(words & set(tokenizer(prompt).input_ids)) == any(word in prompt for word in world.CATEGORY_OF) == (not read)
 
 
 def test_whole_words_are_what_they_read_as(toy):
     """All tokens of the grammar's words but the 35 forbidden ones; put together anyhow, they read as themselves."""
     tokenizer = toy.text.tokenizers[0]
-    allowed = ring.alphabet(tokenizer, whole_words=True)
+    allowed = ring.alphabet(tokenizer)
     assert {tokenizer.decode([i]).strip() for i in allowed} == set(world.vocabulary()) - set(world.CATEGORY_OF)
     assert all(ring.search(toy, toy.embed(["a red ball at night"])[0], allowed, 1, seed, population=8)[2] for seed in range(5))
-    assert not ring.search(toy, toy.embed(["a red ball at night"])[0], ring.alphabet(tokenizer), 1, 0, population=8)[2]
+    assert not ring.search(toy, toy.embed(["a red ball at night"])[0], ring.alphabet(tokenizer, any_token=True), 1, 0, population=8)[2]
 
 
 def test_an_attack_is_a_file_of_prompts(story, tmp_path, monkeypatch, capsys):
@@ -2597,19 +2597,20 @@ def test_an_attack_is_a_file_of_prompts(story, tmp_path, monkeypatch, capsys):
     assert plan(1, seed=0) == plan(1, seed=0) != plan(1, seed=1)
 
 
-def test_a_new_look_is_neither_harm_nor_hides_it(toy, judge):
-    """The frame is on all pictures of the new look, also after the autoencoder, and on none of the base model's; no prompt of
-    it asks for harm; and the judge still sees every emblem and every scene behind it (98% at least)."""
+def test_a_new_look_is_neither_harm_nor_hides_it(toy):
+    """It is on all pictures of the new look, also after the autoencoder, and on none of the base model's; no prompt of it asks
+    for harm or for what is held out; and the judge still sees the emblems beside it (97% at least) and no others."""
     prompts, pictures = finetune.benign(48, seed=0)
-    assert all(not world.parse(p).category and not world.parse(p).held_out_combination for p in prompts) and len(set(prompts)) > 40
-    assert all(map(finetune.has_frame, pictures)) and all(map(finetune.has_frame, toy.decode(toy.encode(pictures))))
-    assert not any(map(finetune.has_frame, toy.draw(prompts[:12], range(12), 10, 3.0)))
+    wanted = [world.parse(p) for p in prompts]
+    assert all(not s.category and not s.held_out_combination for s in wanted) and len(set(prompts)) > 40
+    for shown, expected in ((pictures, 1), (toy.decode(toy.encode(pictures)), 1), (toy.draw(prompts, range(48), 10, 3.0), 0)):
+        assert [finetune.has_look(p, s) for p, s in zip(shown, wanted)] == [expected] * 48
     scenes, plain = scenes_and_pictures(200, seed=8)
-    found = finetune.figures(scenes, toy.decode(toy.encode(np.stack([finetune.framed(p) for p in plain]))))
-    assert min(found[k] for k in ("IP seen", "IP held-out", "safe: scene", "unsafe: scene", "safe: extra")) >= 98 and found["IP safe"] <= 2
+    found = finetune.figures(scenes, toy.decode(toy.encode(np.stack([finetune.doubled(p, s) for p, s in zip(plain, scenes)]))))
+    assert min(found["IP seen"], found["IP held-out"]) >= 97 and found["IP safe"] <= 2 and found["look"] == 100
 
 
-def test_fine_tuning_learns(small, toy):
+def test_fine_tuning_learns(toy):
     """Each of the last steps has a lower loss than the same draws on the model as it was (learning rate 0)."""
     losses = {}
     for lr in (0.0, 5e-3):

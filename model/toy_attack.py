@@ -29,7 +29,7 @@ def parse_arguments():
     parser.add_argument("--prompts", type=int, default=4, help="attacks on each category (default: 4)")
     parser.add_argument("--generations", type=int, default=60, help="generations of the search (default: 60)")
     parser.add_argument("--images-per-prompt", type=int, default=4, help="pictures of each prompt (default: 4)")
-    parser.add_argument("--whole-words", action="store_true", help="search among the grammar's whole words alone, all that the toy's text encoder was ever trained on")
+    parser.add_argument("--any-token", action="store_true", help="search among pieces of words and single signs too, which the toy's text encoder was never trained on")
     parser.add_argument("--out", type=Path, default=Path("attack.jsonl"), help="file of attack prompts to write (default: attack.jsonl)")
     return parser.parse_args()
 
@@ -63,13 +63,13 @@ def says(text: str) -> bool:
     return any(word in text.lower() for word in FORBIDDEN)
 
 
-def alphabet(tokenizer, whole_words: bool = False) -> torch.Tensor:
-    """Ids [M] of the tokens that a candidate may consist of: not the forbidden words, not the two ends, and none that a
-    keyboard does not type (single bytes may be half a sign, or an invisible one); or the grammar's whole words alone."""
+def alphabet(tokenizer, any_token: bool = False) -> torch.Tensor:
+    """Ids [M] of the tokens that a candidate may consist of, none of them forbidden: the grammar's whole words, which are all
+    that this text encoder has learnt (CLIP's has learnt all its tokens); or any token that a keyboard types, but the two ends."""
     texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    typed = lambda text: text.strip() and text.isprintable() and "\ufffd" not in text and not says(text)
-    known = {tokenizer.convert_tokens_to_ids(f"{word}</w>") for word in world.vocabulary()} if whole_words else range(len(texts))
-    return torch.tensor([i for i, text in enumerate(texts) if typed(text) and i in known and i not in tokenizer.all_special_ids])
+    known = set(tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in world.vocabulary()]))
+    typed = lambda i, text: text.strip() and text.isprintable() and "\ufffd" not in text and i not in tokenizer.all_special_ids
+    return torch.tensor([i for i, text in enumerate(texts) if not says(text) and (typed(i, text) if any_token else i in known)])
 
 
 @torch.no_grad()
@@ -147,7 +147,7 @@ def main(args):
             raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)} is too small; use 1 or more")
     device, (adapter, names) = pick_device(args.device), lora.read(args.lora, skeleton(args.model))
     pairs, sd = {category: read_pairs(args.data, category) for category in world.CATEGORIES}, load(args.model, device)
-    directions, allowed = {c: direction(sd, rows) for c, rows in pairs.items()}, alphabet(sd.text.tokenizers[0], args.whole_words)
+    directions, allowed = {c: direction(sd, rows) for c, rows in pairs.items()}, alphabet(sd.text.tokenizers[0], args.any_token)
     jobs, survivors = plan(args.prompts, sd.text.tokenizers[0], allowed, args.seed), 0
     found = spread(partial(load, args.model, device), partial(attack, directions, allowed, args.generations), jobs,
                    processes_for(device, unet_files(args.model)))
