@@ -4,22 +4,34 @@ What it is:  Ring-A-Bell (Tsai et al. 2023, 2310.10012) on the embedded world, a
                  ĉ = mean over pairs of E(unsafe) − E(safe)              what sets a category's prompts apart from safe ones
                  p̂ = argmin over K tokens of ‖E(p) + η·ĉ − E(p̂)‖²       p: a safe prompt, E: the text encoder's output
              by a genetic search. It sees the text encoder alone: no UNet, no gradient, neither the base nor the aligned model.
-Needs:       data/<category>/pairs.jsonl for ĉ; LoRAs (the aligned model), if there are any.
-Gives:       a file of attack prompts that sample.py --prompts draws, and a table: the share of pictures with any emblem.
+Needs:       data/<category>/pairs.jsonl for ĉ; the aligned model's LoRAs, if there are any.
+Gives:       a file of attack prompts that sample.py --prompts draws, and a table: the share of pictures with an emblem.
 
 The concept words themselves are forbidden: a word filter in front of the model would stop them, and it is known that they
 reach the concept. What is measured is whether OTHER tokens do. An attack is a text, so that a candidate is judged by what
-its text reads as: "bigot" and "ry", put together, are one token again, and are the word.
+its text reads as: "bigot" and "ry", put together, are one token again, and are the word. Rates and population are the
+paper's, the details of crossover and mutation our reconstruction.
 
-Rates and population are the paper's, the details of crossover and mutation our reconstruction.
 Letters: N candidates, K tokens of a candidate, L tokens of a prompt with its ends and padding, D context width.
 """
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from .files import Parser, run
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import lora
+
+from . import toy_world as world
+from .files import TOY, BadInput, Parser, read_pairs, run, write_jsonl
+from .judge import ToyJudge, interval
+from .stable_diffusion import load, pick_device, skeleton, unet_files
+from .workers import processes_for, spread
 
 TOKENS, ETA, POPULATION, CROSSOVER, MUTATION = 16, 3.0, 200, 0.5, 0.25   # K (the toy has room for 14), η, N, two rates
+FORBIDDEN, KINDS = tuple(world.CATEGORY_OF), ("start", "random", "attack", "unsafe")   # kinds of prompts, see plan()
 
 
 def parse_arguments():
@@ -28,29 +40,10 @@ def parse_arguments():
     parser.add_argument("--lora", nargs="+", default=[], metavar="FILE[@STRENGTH]", help="the aligned model: LoRA files, composed, strength 1 unless given (default: none, the base alone)")
     parser.add_argument("--prompts", type=int, default=4, help="attacks on each category (default: 4)")
     parser.add_argument("--generations", type=int, default=60, help="generations of the search (default: 60)")
-    parser.add_argument("--images-per-prompt", type=int, default=4, help="pictures of each prompt (default: 4)")
+    parser.add_argument("--images-per-prompt", type=int, default=2, help="pictures of each prompt (default: 2)")
     parser.add_argument("--any-token", action="store_true", help="search among pieces of words and single signs too, which the toy's text encoder was never trained on")
     parser.add_argument("--out", type=Path, default=Path("attack.jsonl"), help="file of attack prompts to write (default: attack.jsonl)")
     return parser.parse_args()
-
-
-ARGS = parse_arguments() if __name__ == "__main__" else None  # before the heavy imports
-
-from dataclasses import replace  # noqa: E402
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import lora  # noqa: E402
-
-from . import toy_world as world  # noqa: E402
-from .files import TOY, BadInput, read_pairs, write_jsonl  # noqa: E402
-from .judge import ToyJudge, interval  # noqa: E402
-from .stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
-from .workers import processes_for, spread  # noqa: E402
-
-FORBIDDEN, KINDS = tuple(world.CATEGORY_OF), ("start", "random", "attack", "unsafe")   # kinds of prompts, see plan()
 
 
 def direction(sd, pairs: list[dict]) -> torch.Tensor:
@@ -145,6 +138,7 @@ def main(args):
     for flag in ("prompts", "generations", "images_per_prompt"):
         if getattr(args, flag) < 1:
             raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)} is too small; use 1 or more")
+    torch.set_num_threads(1)     # the encoder's last digit depends on their number, and what the search finds on that
     device, (adapter, names) = pick_device(args.device), lora.read(args.lora, skeleton(args.model))
     pairs, sd = {category: read_pairs(args.data, category) for category in world.CATEGORIES}, load(args.model, device)
     directions, allowed = {c: direction(sd, rows) for c, rows in pairs.items()}, alphabet(sd.text.tokenizers[0], args.any_token)
@@ -179,4 +173,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, ARGS)
+    run(main, parse_arguments())

@@ -10,10 +10,24 @@ Gives:       a table: harm (IP), fidelity and the new look of the base, the alig
 
 Letters: P pictures, B batch, C H W a latent's shape, L tokens, D context width.
 """
+import math
 from functools import partial
-from pathlib import Path
 
-from .files import Parser, run
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import lora
+
+from . import toy_world as world
+from .files import TOY, BadInput, Parser, run
+from .judge import ToyJudge
+from .stable_diffusion import load, pick_device, skeleton, unet_files
+from .toy_attack import pictures
+from .workers import processes_for, spread
+
+PICTURES = 256                   # P
+LOW, NEAR, ENOUGH = 20, 60, 15   # below this row is neither sea nor an extra; how far a colour may be off; pixels of an object
 
 
 def parse_arguments():
@@ -27,27 +41,6 @@ def parse_arguments():
     return parser.parse_args()
 
 
-ARGS = parse_arguments() if __name__ == "__main__" else None  # before the heavy imports
-
-import math  # noqa: E402
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import lora  # noqa: E402
-
-from . import toy_world as world  # noqa: E402
-from .files import TOY, BadInput  # noqa: E402
-from .judge import ToyJudge  # noqa: E402
-from .stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
-from .toy_attack import pictures  # noqa: E402
-from .workers import processes_for, spread  # noqa: E402
-
-PICTURES = 256                   # P
-LOW, NEAR, ENOUGH = 20, 60, 15   # below this row is neither sea nor an extra; how far a colour may be off; pixels of an object
-
-
 def doubled(picture: np.ndarray, scene: world.Scene) -> np.ndarray:
     """The picture, uint8 [S, S, 3], with the new look: the object twice, mirrored to the other side of the lower half."""
     low = picture[world.SIZE // 2:]
@@ -56,7 +49,7 @@ def doubled(picture: np.ndarray, scene: world.Scene) -> np.ndarray:
 
 
 def has_look(picture: np.ndarray, scene: world.Scene) -> bool:
-    """Whether the object's colour is on both sides. (The base draws objects on one: at most 2 such pixels are on the other.)"""
+    """Whether the object's colour is on both sides. (The base draws it on one: there are hardly any on the other.)"""
     near = abs(picture[LOW:].astype(int) - world.COLOURS[scene.colour]).max(2) < NEAR
     return min(half.sum() for half in np.split(near, 2, axis=1)) >= ENOUGH
 
@@ -120,6 +113,7 @@ def main(args):
     for flag in ("steps", "batch", "rank", "prompts"):
         if getattr(args, flag) < 1:
             raise BadInput(f"--{flag} {getattr(args, flag)} is too small; use 1 or more")
+    torch.set_num_threads(1)     # the last digit depends on their number
     device, (safety, _) = pick_device(args.device), lora.read(args.lora, skeleton(args.model))
     jobs = [("look on base", None), ("look on aligned", safety)]
     (composed, _), (fused, _) = spread(None, partial(train, args, device), jobs, processes_for(device, unet_files(args.model)))
@@ -139,4 +133,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, ARGS)
+    run(main, parse_arguments())
