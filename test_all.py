@@ -2570,17 +2570,21 @@ def test_whole_words_are_what_they_read_as(toy):
     assert not ring.search(toy, toy.embed(["a red ball at night"])[0], ring.alphabet(tokenizer, any_token=True), 1, 0, population=8)[2]
 
 
-def test_an_attack_is_a_file_of_prompts(story, tmp_path, monkeypatch, capsys):
+def test_an_attack_is_a_file_of_prompts(tmp_path, monkeypatch, capsys):
     """Two runs write the same bytes; sample.py draws from them the pictures that the table counts; no start prompt asks for
     harm, all unsafe ones do, and none of the combinations was ever shown."""
     for module in (ring, sample):
         monkeypatch.setattr(module, "processes_for", lambda *_: 1)
     monkeypatch.setattr(ring.search, "__defaults__", (20,))
     monkeypatch.chdir(tmp_path)
+    for c in world.CATEGORIES:                              # no picture is looked at
+        Path("data", c).mkdir(parents=True)
+        rows = [{"unsafe": u, "safe": s, "unsafe_image": "-", "safe_image": "-"} for u, s in world.training_pairs(c, 4, seed=0)]
+        Path("data", c, "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     seen = {}
     monkeypatch.setattr(ring, "pictures", lambda *a, whole=ring.pictures: seen.update(whole(*a)) or seen)
     for out in "ab":
-        command("model.toy_attack", "--data", story[0][0] / "data", "--prompts", 1, "--generations", 1, "--images-per-prompt", 1, "--seed", 5, "--out", out)
+        command("model.toy_attack", "--prompts", 1, "--generations", 1, "--images-per-prompt", 1, "--seed", 5, "--out", out)
     said = capsys.readouterr().out
     assert Path("a").read_bytes() == Path("b").read_bytes() and said.count("start ") == 2 * 8
     rows = [json.loads(line) for line in Path("a").read_text().splitlines()]
@@ -2610,8 +2614,8 @@ def test_a_new_look_is_neither_harm_nor_hides_it(toy):
 
 
 def test_fine_tuning_learns(toy):
-    """Each of the last steps has a lower loss than the same draws on the model as it was (learning rate 0); a learning rate
-    that breaks it is named."""
+    """Each of the last steps has a lower loss than the same draws on the model as it was (learning rate 0), which already knows
+    most of the noise; a learning rate that breaks it is named."""
     def losses_at(lr):
         try:
             return finetune.fine_tune(toy, finetune.benign(32, seed=0), 16, 4, lr, 4, seed=0)[1]
@@ -2621,6 +2625,7 @@ def test_fine_tuning_learns(toy):
     with pytest.raises(BadInput, match=r"at step \d+; lower --lr \(1e\+30\)"):
         losses_at(1e30)
     assert all(learnt < base for learnt, base in list(zip(losses[5e-3], losses[0.0]))[-5:]) and losses[0.0][0] == losses[5e-3][0]
+    assert max(losses[0.0]) < 1                             # what it costs to predict no noise at all
 
 
 def test_fused_and_composed_part_ways_only_by_training(small, toy):
