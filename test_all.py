@@ -50,7 +50,9 @@ import merge  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from model import llm  # noqa: E402
+from model import toy_attack as ring  # noqa: E402
 from model import toy_experiments as experiments  # noqa: E402
+from model import toy_finetune as finetune  # noqa: E402
 from model import cache  # noqa: E402
 from model import toy_world as world  # noqa: E402
 from model.checkpoint import Checkpoint  # noqa: E402
@@ -2649,6 +2651,11 @@ def bad(name, line, says, **spoil):
     bad("a row too short", "sample.py --prompts data/hate/pairs.jsonl", "line 3: not 2 fields", pairs="prompt,sd_seed\nx,1\ny\n"),
     bad("the same images again", "sample.py x --images-per-prompt 0", "--images-per-prompt 0"),
     bad("a size the judge does not know", "sample.py x --size 64 --judge", "32x32"),
+    bad("no attacks", "model.toy_attack.py --prompts 0", "--prompts 0"),
+    bad("nothing to learn a direction from", "model.toy_attack.py --data nowhere", "nowhere"),
+    bad("no such lora to attack", "model.toy_attack.py --lora nowhere.safetensors", "nowhere.safetensors"),
+    bad("nothing that could be lost", "model.toy_finetune.py", "--lora"),
+    bad("fine-tuned never", "model.toy_finetune.py --lora experts/hate.safetensors --steps 0", "--steps 0"),
     bad("unwritable", "sample.py x --steps 1 --out sheet.png", "sheet.png")])
 def test_bad_input_is_not_a_traceback(line, says, spoil, story, tmp_path, monkeypatch, capsys):
     """One line that names what is wrong, exit status 2, and nothing written: no half file, no leftovers."""
@@ -2702,19 +2709,20 @@ def test_help_does_not_wait_for_torch(script, tmp_path):
     assert "torch was imported" in in_folder(tmp_path, f"{script}.py {'x' if script in ('merge', 'sample') else ''}", env=environment).stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", (*SCRIPTS, "model/toy_attack", "model/toy_finetune"))
 def test_no_flag_is_decoration(script):
     """Every flag that --help lists is read somewhere in its script, and every default is stated."""
     source = (ROOT / f"{script}.py").read_text()
     flags = re.findall(r'add_argument\("(?:--)?([a-z-]+)"', source + (ROOT / "model/files.py").read_text())
-    body = source.split("ARGS = ")[1]
+    body = source.split("ARGS = ")[-1]
     assert len(flags) >= 6
     for flag in (f.replace("-", "_") for f in flags):
         assert re.search(rf"args\.{flag}\b|\"{flag}\"", body), flag
 
 
 def test_files_know_only_what_is_below_them():
-    """Scripts never import scripts, the model nothing above it, dpo torch alone; and nothing is ever unpickled."""
+    """Scripts never import scripts, the model nothing above it (but for two experiments, which use LoRAs as a script does),
+    dpo torch alone; and nothing is ever unpickled."""
     for path in [ROOT / f"{name}.py" for name in (*SCRIPTS, "lora", "dpo")] + sorted((ROOT / "model").glob("*.py")):
         nodes, imported = list(ast.walk(ast.parse(path.read_text()))), set()
         for node in nodes:
@@ -2722,7 +2730,7 @@ def test_files_know_only_what_is_below_them():
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.split(".")[0])
-        allowed = {"lora", "dpo"} if path.stem in SCRIPTS else set()
+        allowed = {"lora", "dpo"} if path.stem in SCRIPTS else {"lora"} if path.stem in ("toy_attack", "toy_finetune") else set()
         assert not imported & ({*SCRIPTS, "lora", "dpo", "diffusers", "peft", "pickle", "joblib"} - allowed), path.name
         assert path.stem != "dpo" or imported == {"torch"}
         calls = {f"{n.value.id}.{n.attr}" for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)}
@@ -2925,6 +2933,132 @@ def test_the_tables_are_of_commands_that_exist(only, tmp_path, monkeypatch):
     assert {file.parent.parent for file in stages[1]} <= read                                     # no subset is cut in vain
     everything = experiments.plan(tmp_path, 3, "ABCDE")[1]
     assert all(stage.items() <= whole.items() for stage, whole in zip(stages, everything))
+
+
+# ===================================================== attack and fine-tuning (model/toy_attack.py, model/toy_finetune.py)
+def towards(sd, category, text):
+    """A target of the attack: where the prompt `text` would lie if it were of the category as well."""
+    pairs = [{"unsafe": unsafe, "safe": safe} for unsafe, safe in world.training_pairs(category, 12, seed=0)]
+    return sd.embed([text])[0] + ring.ETA * ring.direction(sd, pairs)
+
+
+def test_a_direction_is_a_mean_of_differences(toy):
+    """1e-5 against a plain loop; and it is the category's own: each lies nearer to its own from other pairs than to any other."""
+    pairs = {c: [{"unsafe": u, "safe": s} for u, s in world.training_pairs(c, 12, seed=0)] for c in world.CATEGORIES}
+    total = sum(toy.embed([pair["unsafe"]])[0] - toy.embed([pair["safe"]])[0] for pair in pairs["hate"])
+    assert far(ring.direction(toy, pairs["hate"]), total / 12) < 1e-5
+    found = torch.stack([ring.direction(toy, rows).flatten() for rows in pairs.values()])
+    others = torch.stack([ring.direction(toy, [{"unsafe": u, "safe": s} for u, s in world.training_pairs(c, 12, seed=1)]).flatten() for c in pairs])
+    assert torch.cdist(found, others).argmin(1).tolist() == list(range(7))
+
+
+@pytest.mark.parametrize("category, text", [("hate", "a red ball in the park"), ("shocking", "at night, a blue ring")])
+def test_a_search_is_not_luck(category, text, toy):
+    """As many candidates at random lie farther off; the same seed finds the same prompt, another one another; and what
+    comes out is as far as it says (1e-3), as a text, whatever tokens it was put together from."""
+    target, allowed = towards(toy, category, text), ring.alphabet(toy.text.tokenizers[0])
+    search = functools.partial(ring.search, toy, target, allowed)
+    found, luck = search(12, 0, 40), search(0, 0, 40 + 12 * 20)
+    assert found[1] < 0.95 * luck[1] and found[1] < search(0, 0, 40)[1]
+    assert search(12, 0, 40) == found != search(12, 1, 40)
+    assert (toy.embed([found[0]])[0] - target).square().sum().item() == pytest.approx(found[1], rel=1e-3)
+
+
+def test_forbidden_tokens_can_be_spelt(toy, monkeypatch):
+    """The words are kept out as tokens and as what other tokens spell. Here the target IS a prompt full of one, which the search
+    finds where it may: from its token, or from the two pieces that read as that token."""
+    tokenizer, target = toy.text.tokenizers[0], toy.embed([" ".join(["war"] * 14)])[0]
+    words = set(tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in world.CATEGORY_OF]))
+    everything, pieces = ring.alphabet(tokenizer, any_token=True), torch.tensor(tokenizer.convert_tokens_to_ids(["wa", "r</w>", "park</w>"]))
+    assert len(words) == 35 and not words & set(everything.tolist()) and {"wa", "r</w>"} <= set(tokenizer.convert_ids_to_tokens(everything))
+    for letters, read in ((everything, ring.FORBIDDEN), (pieces, ring.FORBIDDEN), (None, ()), (pieces, ())):
+        monkeypatch.setattr(ring, "FORBIDDEN", read)
+        prompt = ring.search(toy, target, ring.alphabet(tokenizer, any_token=True) if letters is None else letters, 12, 0, population=60)[0]
+        assert bool(words & set(tokenizer(prompt).input_ids)) == any(word in prompt for word in world.CATEGORY_OF) == (not read)
+
+
+def test_whole_words_are_what_they_read_as(toy):
+    """All tokens of the grammar's words but the 35 forbidden ones; put together anyhow, they read as themselves."""
+    tokenizer = toy.text.tokenizers[0]
+    allowed = ring.alphabet(tokenizer)
+    assert {tokenizer.decode([i]).strip() for i in allowed} == set(world.vocabulary()) - set(world.CATEGORY_OF)
+    assert all(ring.search(toy, toy.embed(["a red ball at night"])[0], allowed, 1, seed, population=8)[2] for seed in range(5))
+    assert not ring.search(toy, toy.embed(["a red ball at night"])[0], ring.alphabet(tokenizer, any_token=True), 1, 0, population=8)[2]
+
+
+def test_an_attack_is_a_file_of_prompts(tmp_path, monkeypatch, capsys):
+    """Two runs write the same bytes; sample.py draws from them the pictures that the table counts; no start prompt asks for
+    harm, all unsafe ones do, and none of the combinations was ever shown."""
+    for module in (ring, sample):
+        monkeypatch.setattr(module, "processes_for", lambda *_: 1)
+    monkeypatch.setattr(ring.search, "__defaults__", (20,))
+    monkeypatch.chdir(tmp_path)
+    for c in world.CATEGORIES:                              # no picture is looked at
+        Path("data", c).mkdir(parents=True)
+        rows = [{"unsafe": u, "safe": s, "unsafe_image": "-", "safe_image": "-"} for u, s in world.training_pairs(c, 4, seed=0)]
+        Path("data", c, "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = {}
+    monkeypatch.setattr(ring, "pictures", lambda *a, whole=ring.pictures: seen.update(whole(*a)) or seen)
+    for out in "ab":
+        command("model.toy_attack", "--prompts", 1, "--generations", 1, "--images-per-prompt", 1, "--seed", 5, "--out", out)
+    said = capsys.readouterr().out
+    assert Path("a").read_bytes() == Path("b").read_bytes() and said.count("start ") == 2 * 8
+    rows = [json.loads(line) for line in Path("a").read_text().splitlines()]
+    assert [row["category"] for row in rows] == list(world.CATEGORIES) and len({row["prompt"] for row in rows}) == 7
+    command("sample", "--prompts", "a", "--seed", 5)
+    assert [row["prompt"] for row in map(json.loads, Path("samples/index.jsonl").read_text().splitlines())] == [row["prompt"] for row in rows]
+    for i in range(7):                                      # kinds of 7 prompts each; the attack is the third
+        assert np.abs(seen["base"][14 + i].astype(int) - np.asarray(Image.open(f"samples/{i:05d}.png"))).max() <= 1
+    plan = functools.partial(ring.plan, tokenizer=(tokenizer := load(TOY, CPU).text.tokenizers[0]), allowed=ring.alphabet(tokenizer))
+    for job in plan(20, seed=0):
+        start, unsafe = world.parse(job["start"]), world.parse(job["unsafe"])
+        assert start.extra is None and unsafe.category == job["category"] and start.held_out_combination and not ring.says(job["random"])
+    assert plan(1, seed=0) == plan(1, seed=0) != plan(1, seed=1)
+
+
+def test_a_new_look_is_neither_harm_nor_hides_it(toy):
+    """It is on all pictures of the new look, also after the autoencoder, and on none of the base model's; no prompt of it asks
+    for harm or for what is held out; and the judge still sees the emblems beside it (97% at least) and no others."""
+    prompts, pictures = finetune.benign(48, seed=0)
+    wanted = [world.parse(p) for p in prompts]
+    assert all(not s.category and not s.held_out_combination for s in wanted) and len(set(prompts)) > 40
+    for shown, expected in ((pictures, 1), (toy.decode(toy.encode(pictures)), 1), (toy.draw(prompts, range(48), 10, 3.0), 0)):
+        assert [finetune.has_look(p, s) for p, s in zip(shown, wanted)] == [expected] * 48
+    scenes, plain = scenes_and_pictures(200, seed=8)
+    found = finetune.figures(scenes, toy.decode(toy.encode(np.stack([finetune.doubled(p, s) for p, s in zip(plain, scenes)]))))
+    assert min(found["IP seen"], found["IP held-out"]) >= 97 and found["IP safe"] <= 2 and found["look"] == 100
+
+
+def test_fine_tuning_learns(toy):
+    """Each of the last steps has a lower loss than the same draws on the model as it was (learning rate 0), which already knows
+    most of the noise; a learning rate that breaks it is named."""
+    def losses_at(lr):
+        try:
+            return finetune.fine_tune(toy, finetune.benign(32, seed=0), 16, 4, lr, 4, seed=0)[1]
+        finally:
+            lora.remove(toy.unet)
+    losses = {lr: losses_at(lr) for lr in (0.0, 5e-3)}
+    with pytest.raises(BadInput, match=r"at step \d+; lower --lr \(1e\+30\)"):
+        losses_at(1e30)
+    assert all(learnt < base for learnt, base in list(zip(losses[5e-3], losses[0.0]))[-5:]) and losses[0.0][0] == losses[5e-3][0]
+    assert max(losses[0.0]) < 1                             # what it costs to predict no noise at all
+
+
+def test_fused_and_composed_part_ways_only_by_training(small, toy):
+    """Before the first step, the safety LoRA in the weights and a fresh one beside it are the two composed (1e-5). What is
+    trained on either model is the look alone, from the same start: at rate 0 it is still nothing, and the losses are another's."""
+    safety, fresh = random_lora(small.unet, 1), lora.init(small.unet, 4, 4.0, 2)
+    lora.inject(small.unet, lora.compose([safety, fresh], [1.0, 1.0]))
+    composed = small.unet(*unet_inputs())
+    lora.remove(small.unet)
+    base = small.unet(*unet_inputs())
+    lora.fuse(small.unet, safety)
+    lora.inject(small.unet, fresh)
+    assert far(small.unet(*unet_inputs()), composed) < 1e-5 < far(base, composed)
+    args = SimpleNamespace(model=TOY, seed=0, steps=1, batch=2, lr=0.0, rank=2)
+    (a, on_base), (b, on_aligned) = (finetune.train(args, CPU, None, ("", below)) for below in (None, random_lora(toy.unet, 1)))
+    assert all(torch.equal(a[name].down, b[name].down) and not a[name].up.any() and not b[name].up.any() for name in lora.targets(toy.unet))
+    assert on_base[0] != on_aligned[0]
 
 
 # ================================================================================================ --bench
