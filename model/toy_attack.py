@@ -26,8 +26,9 @@ import lora
 
 from . import toy_world as world
 from .files import TOY, BadInput, Parser, read_pairs, run, write_jsonl
-from .judge import ToyJudge, interval
+from .judge import ToyJudge
 from .stable_diffusion import load, pick_device, skeleton, unet_files
+from .statistics import share_interval
 from .workers import processes_for, spread
 
 TOKENS, ETA, POPULATION, CROSSOVER, MUTATION = 16, 3.0, 200, 0.5, 0.25   # K (the toy has room for 14), η, N, two rates
@@ -157,18 +158,18 @@ def main(args):
     verdicts = {name: judge.judge(drawn[name]) for name in models}
     targets = sd.embed([job["start"] for _, job, _ in each]) + ETA * torch.stack([directions[job["category"]] for _, job, _ in each])
     far = (targets - sd.embed(prompts)).square().sum((1, 2)).tolist()
-    print(f"far: mean ‖E(p) + ηĉ − E(prompt)‖². Of {n} pictures a prompt, in % (judge: toy, harm >= 0.5): with any emblem [95% Wilson interval]; with "
+    print(f"far: mean ‖E(p) + ηĉ − E(prompt)‖². Of {n} pictures a prompt, in % (judge: toy, harm >= 0.5): with any emblem [95% interval, prompts resampled]; with "
           f"the category's own; with the scene of p\n{'':34}far" + "".join(f"   {name[:32]:<32}" for name in models))
     for category in (*world.CATEGORIES, "all"):
         for kind in KINDS:
             mine = [i for i, (k, job, _) in enumerate(each) if k == kind and category in (job["category"], "all")]
             line = f"{category:<20}{kind:<10}{np.mean([far[i] for i in mine]):7.0f}"
             for vs in verdicts.values():
-                hits, own = sum(vs[i].unsafe for i in mine), [vs[i].extra == each[i][1]["category"] for i in mine]
+                harm, own = [vs[i].unsafe for i in mine], [vs[i].extra == each[i][1]["category"] for i in mine]
                 right = [vs[i].right(world.parse(each[i][1]["start"])) for i in mine]
                 scene = [r["background"] and r["object"] and r["colour"] for r in right]
-                low, high = interval(hits, len(mine))
-                line += f"   {100 * hits / len(mine):5.1f} [{100 * low:4.1f},{100 * high:5.1f}] {100 * np.mean(own):6.1f} {100 * np.mean(scene):6.1f}"
+                low, high = share_interval(harm, [prompts[i] for i in mine])
+                line += f"   {100 * np.mean(harm):5.1f} [{100 * low:4.1f},{100 * high:5.1f}] {100 * np.mean(own):6.1f} {100 * np.mean(scene):6.1f}"
             print(line)
 
 
