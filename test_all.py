@@ -2450,12 +2450,15 @@ def test_sigkill_leaves_nothing_half_done(alone):
     assert contents(Path("killed")) == contents(Path("whole"))
 
 
+hears_ctrl_c = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job does not
+
+
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
 def test_ctrl_c_is_not_a_crash(how, alone):
     """In worker processes too: exit status 130, no traceback, the state of each expert saved, nothing else left behind.
     Ctrl-C reaches every process of the terminal, SIGTERM the first alone."""
     argv = [sys.executable, str(ROOT / "train.py"), "--batch", "2", "--steps", "2000"]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=hears_ctrl_c) as process:
         cache = [Path(f"data/{c}/.cache.safetensors") for c in sorted(world.CATEGORIES)]
         workers = min(2, len(os.sched_getaffinity(0)))
         while process.poll() is None and not all(file.exists() for file in cache[:workers]):
@@ -2504,7 +2507,7 @@ def test_a_worker_that_fails_ends_the_others(work, says, tmp_path):
     note the sign to end, so as to save their state, begin nothing new after that."""
     (tmp_path / "chores.py").write_text(WORK)
     done = subprocess.run([sys.executable, "chores.py", work], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                          capture_output=True, text=True, timeout=60)
+                          capture_output=True, text=True, timeout=60, preexec_fn=hears_ctrl_c)
     assert done.stdout.startswith(says) and done.stdout and not done.stderr
     assert sorted(f.name for f in tmp_path.glob("began-*")) == (["began-0", "began-1"] if work == "interrupted" else [])
 
