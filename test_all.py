@@ -2856,7 +2856,7 @@ def test_an_equation_is_not_far_from_its_line():
         name = re.search(r"`(test_\w+)`", text)[1]
         assert f"def {name}(" in tests, name
     assert not [name for name in re.findall(r"`(test_\w+)`", readme) if f"def {name}(" not in tests]
-    exercises = re.findall(r'-k "?([\w ]+)"?`', readme)
+    exercises = re.findall(r'(?<=[` ])-k "?([\w ]+)"?`', readme)
     assert len(exercises) == 8 and not [word for line in exercises for word in line.split(" or ") if not re.search(rf"def test_\w*{word}", tests)]
 
 
