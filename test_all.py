@@ -3333,8 +3333,8 @@ if __name__ == "__main__":
         sys.exit(write_links())
     if sys.argv[1:2] == ["--fuzz"]:
         with tempfile.TemporaryDirectory() as folder:
-            for number, line in enumerate(STORY[:2] + STORY[-1:]):      # data, experts, pictures
-                assert in_folder(folder, line.replace(" --lora merged.safetensors", " --lora experts/hate.safetensors").replace(" --prompts p.jsonl", " x")).returncode == 0, line
+            for line in (*STORY[:2], "sample.py x --steps 2"):               # data, experts, a picture
+                assert in_folder(folder, line).returncode == 0, line
             resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))   # an absurd size in a header must not be asked for
             (files := Path(folder) / "fuzz").mkdir()
             print(f"{fuzz(int(sys.argv[2]), 1, files, Path(folder))} of {sys.argv[2]} damaged files refused in one line, the others read")
