@@ -16,9 +16,7 @@ Letters: B pairs, C H W a latent's shape.
 import torch
 import torch.nn.functional as F
 
-LOSSES = {"safety": "DPO with guard, anchor and preservation", "dpo": "as published",
-          "dpo+safe": "published, on the safe prompt too", "duo": "published, and the prior on pure noise is kept",
-          "sdpo": "published, with a loser that cannot raise the winner's error"}
+LOSSES = ("safety", "dpo", "dpo+safe", "duo", "sdpo")    # the names that loss() and train.py --loss know
 
 
 def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ every other expert's row j of delta W is dropped:
 
 The activity a_ij that the paper does not give (--score): `own`, the mean of |d_i(x)_j| over the unsafe prompts that
 expert i was trained to change; `wins`, how often |d_i(x)_j| is the largest, over the prompts of all experts. Nor does it
-say what a "weight" is (--unit `factor`: a row of A or of B, whose cross terms come with it) or how many are kept (--top-k).
+say how many experts keep a row (--top-k).
 
 Dropping rows weakens every expert. Rescaling [ours] makes up for it, with one factor for each layer:
 
@@ -50,7 +50,6 @@ def parse_arguments():
     parser.add_argument("--rank", type=int, default=None, metavar="R", help="re-compress each layer to this rank, and say how much energy |delta W|^2 that keeps (default: the sum of the experts' ranks, exact; ties and dare: that, but at most 128)")
     parser.add_argument("--density", type=float, default=None, metavar="P", help="share of entries, above 0 to 1, that ties and dare keep of each delta W (default: ties 0.2, as published; dare 0.5)")
     parser.add_argument("--score", choices=["own", "wins"], default="own", help="co-merge: how active an expert is at an output unit (default: own)")
-    parser.add_argument("--unit", choices=["row", "factor"], default="row", help="co-merge: deal out the rows of delta W; or, never rescaled, those of A and B separately, for experts of one rank (default: row)")
     parser.add_argument("--top-k", type=int, default=1, metavar="K", help="co-merge: average the rows of a unit's K most active experts (default: 1)")
     parser.add_argument("--no-rescale", action="store_true", help="co-merge: leave the kept rows as strong as they are")
     parser.add_argument("--data", type=Path, default=Path("data"), help="calibration inputs of co-merge: what make_data.py wrote (default: data)")
@@ -123,20 +122,12 @@ def keep_rows(parts: list[Factors], owner: torch.Tensor) -> Factors:
     return lora.stack([f._replace(up=f.up * m[:, None]) for f, m in zip(parts, share)], [1.0] * len(parts))
 
 
-def keep_factor_rows(parts: list[Factors], owner: torch.Tensor, inner: torch.Tensor) -> Factors:
-    """--unit factor: row k of A from the experts inner[:, k], row j of s B from owner[:, j]; rank r. inner [K, r]."""
-    pick = lambda rows, who: rows.gather(0, who[:, :, None].expand(-1, -1, rows.shape[2])).mean(0)     # [n, U, D] -> [U, D]
-    down, up = torch.stack([f.down for f in parts]), torch.stack([f.scale * f.up for f in parts])
-    return Factors(pick(down, inner), pick(up, owner), float(down.shape[1]), parts[0].kernel)
-
-
 # ------------------------------------------------------------------------------------------- Co-Merge
 @dataclass
 class Activity:
     """What Co-Merge knows of a layer: sums over all tokens x. Rows are the experts that adapt it. c: each expert that x is
     calibrated for (one, or all of them)."""
     own: torch.Tensor       # [n, O]  |d_i(x)_j| over the x with c = i, divided by their number
-    inner: torch.Tensor     # [n, r]  |(A_i x)_k|, likewise; r the largest
     wins: torch.Tensor      # [n, O]  how often |d_i(x)_j| is the largest
     shared: torch.Tensor    # [n, O]  sum_c d_c(x)_j d_i(x)_j
     energy: torch.Tensor    # [O]     sum_c d_c(x)_j^2
@@ -155,8 +146,8 @@ def measure(sd, layers, batches, wins: bool = True) -> dict[str, Activity]:
         factors = {i: (f.down.to(sd.device), f.scale * f.up.to(sd.device)) for i, f in parts.items()}
         place = {i: k for k, i in enumerate(factors)}
         zeros = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=sd.device)
-        n, O, r = len(factors), len(next(iter(parts.values())).up), max(f.down.shape[0] for f in parts.values())
-        a = activity[name] = Activity(zeros(n, O), zeros(n, r), zeros(n, O), zeros(n, O), zeros(O))
+        n, O = len(factors), len(next(iter(parts.values())).up)
+        a = activity[name] = Activity(zeros(n, O), zeros(n, O), zeros(n, O), zeros(O))
         count = tokens[name] = [0] * n
 
         def hook(module, inputs):
@@ -166,10 +157,8 @@ def measure(sd, layers, batches, wins: bool = True) -> dict[str, Activity]:
             x, total = inputs[0].flatten(0, -2).float(), 0                                 # [T, I]
             for i in mine:
                 down, up = factors[i]
-                h = x @ down.T                                                             # [T, r]
-                d = h @ up.T                                                               # [T, O], d_c
+                d = x @ down.T @ up.T                                                      # [T, O], d_c
                 a.own[place[i]] += d.abs().sum(0)
-                a.inner[place[i], :h.shape[1]] += h.abs().sum(0)
                 a.energy += d.square().sum(0)
                 total = total + d
                 count[place[i]] += len(x)
@@ -195,20 +184,13 @@ def measure(sd, layers, batches, wins: bool = True) -> dict[str, Activity]:
         for handle in handles:
             handle.remove()
     for name, a in activity.items():
-        per = torch.tensor(tokens[name], device=sd.device)[:, None].clamp(min=1)
-        a.own /= per
-        a.inner /= per
+        a.own /= torch.tensor(tokens[name], device=sd.device)[:, None].clamp(min=1)
     return activity
-
-
-def most_active(scores: torch.Tensor, top_k: int) -> torch.Tensor:
-    """owner [K, U] of scores [n, U]; ties: the first expert."""
-    return scores.argsort(dim=0, descending=True, stable=True)[:top_k].cpu()
 
 
 def co_merge(parts: list[Factors], a: Activity, score: str = "own", rescale: bool = True, top_k: int = 1) -> tuple[Factors, torch.Tensor]:
     """(merged layer, owner [K, O]), rescaled (README, eq. 9); see the top of this file."""
-    owner = most_active(getattr(a, score), top_k)
+    owner = getattr(a, score).argsort(dim=0, descending=True, stable=True)[:top_k].cpu()   # ties: the first expert
     merged = keep_rows(parts, owner)
     if rescale:
         kept = a.shared.cpu().gather(0, owner).sum() / len(owner)                          # sum_x <d_c, d_merged>
@@ -219,20 +201,6 @@ def co_merge(parts: list[Factors], a: Activity, score: str = "own", rescale: boo
 
 
 # ----------------------------------------------------------------------------------------------- files
-def expand(paths: list[Path]) -> list[Path]:
-    """The LoRA files that are meant: a folder stands for its .safetensors, and an expert's log and curves are passed over."""
-    files = [p for path in paths for p in (sorted(path.glob("*.safetensors")) if path.is_dir() else [path])
-             if p.suffix not in (".jsonl", ".png") or not p.with_suffix(".safetensors").is_file()]
-    if not files:
-        raise BadInput(f"{paths[0]}: no LoRA file here; run python train.py first")
-    seen = set()
-    for p in files:
-        if p.resolve() in seen:
-            raise BadInput(f"{p}: is listed twice; list each expert once, and use --weights to make one count more")
-        seen.add(p.resolve())
-    return files
-
-
 def open_experts(files: list[Path]) -> list[lora.LoRAFile]:
     """The files, open for reading. Raises BadInput unless all are of one base model (and were trained on top of the same
     LoRAs), each shares a layer with the first, and a layer's shape is the same in all."""
@@ -277,8 +245,6 @@ def checked(args, files: list[Path], experts: list[lora.LoRAFile]) -> list[float
         ranks[name] = min(O, I) if args.method in ("ties", "dare") and len(experts) > 1 else min(O, I, ranks.get(name, 0) + r)
     if args.rank is not None and not 1 <= args.rank <= max(ranks.values()):
         raise BadInput(f"--rank {args.rank}: by {args.method} these {len(experts)} experts give rank {max(ranks.values())}; use 1 to {max(ranks.values())}")
-    if args.unit == "factor" and (args.score != "own" or len({shape for e in experts for shape in e.shapes.items()}) > len(ranks)):
-        raise BadInput("--unit factor: A and B can be dealt out by --score own, among experts of one rank; use --unit row")
     return weights
 
 
@@ -300,7 +266,7 @@ def calibrate(args, experts, weights, names: list[str], labels: list[str]) -> di
 
 
 def main(args):
-    files = expand(args.experts)
+    files = lora.expand(args.experts)
     experts = open_experts(files)
     weights = checked(args, files, experts)
     # Sorted by name, so that the result does not depend on the order in which the files are listed.
@@ -334,8 +300,6 @@ def main(args):
             f = keep_rows(parts, owner)
         else:
             f, owner = co_merge(parts, activity[name], args.score, not args.no_rescale, min(args.top_k, len(parts)))
-            if args.unit == "factor":
-                f = keep_factor_rows(parts, owner, most_active(activity[name].inner, len(owner)))
         if method in ("random", "co-merge"):
             kept_rows[name] = torch.zeros(n).index_add_(0, torch.tensor(list(holders))[owner.flatten()], torch.ones(owner.numel()))
         total = sum(len(p.down) for p in parts)
@@ -373,7 +337,7 @@ def write(args, experts, labels: list[str], weights, merged: dict[str, Factors])
         print(f"{out}: {args.fuse.name} with {layers} layers changed by {', '.join(labels)}")
         return
     how = {"score": args.score, "rescale": str(not args.no_rescale)} if args.method == "co-merge" else {}
-    how |= {key: str(value) for key in ("rank", "density", "unit", "top_k") if (value := getattr(args, key)) not in (None, 1, "row")}
+    how |= {key: str(value) for key in ("rank", "density", "top_k") if (value := getattr(args, key)) not in (None, 1)}
     lora.save(out := args.out or Path("merged.safetensors"), merged, {
         "concept": ",".join(labels), "method": args.method, **how, "weights": ",".join(f"{w:g}" for w in weights),
         **{key: experts[0].metadata[key] for key in ("base_model_hash", "prediction_type", "on_top_of") if key in experts[0].metadata}})

@@ -1640,20 +1640,6 @@ def test_a_layer_that_an_expert_lacks_is_one_it_does_not_change(small):
         assert far(a.delta(), b.delta()) < 1e-5 and torch.equal(torch.tensor(list(some))[who], them)
 
 
-def test_rows_of_the_factors_are_not_rows_of_the_change(small):
-    """--unit factor against a plain loop: row k of A is that of the expert whose |A_i x|_k is the largest on its own inputs,
-    row j of B that of the most active one. What comes out has cross terms B_i A_j: it is nobody's row of delta W."""
-    experts = [random_lora(small.unet, s) for s in (1, 2, 3)]
-    activity = merge.measure(small, layerwise(experts), [([i], *unet_inputs(2, seed=i)) for i in range(3)])
-    for name, holders in layerwise(experts):
-        parts, a = list(holders.values()), activity[name]
-        f = merge.keep_factor_rows(parts, merge.most_active(a.own, 1), merge.most_active(a.inner, 1))
-        up = torch.stack([parts[a.own[:, j].argmax()].up[j] for j in range(len(f.up))])
-        down = torch.stack([parts[a.inner[:, k].argmax()].down[k] for k in range(4)])
-        assert torch.equal(f.up, up) and torch.equal(f.down, down)
-    assert far(f.delta(), merge.keep_rows(parts, merge.most_active(a.own, 1)).delta()) > 0.1
-
-
 def naive_ties(deltas, density):
     kept = []
     for d in deltas:
@@ -1810,13 +1796,13 @@ def test_experts_need_not_be_alike(small, three_experts, capsys):
 
 
 def test_co_merge_has_its_say_in_every_flag(story, tmp_path, monkeypatch, capsys):
-    """On the toy: prompts in place of pairs, K owners, rows of factors, --rank and a legible report (a row and a column for
+    """On the toy: prompts in place of pairs, K owners, --rank and a legible report (a row and a column for
     each label, the largest share black); each changes the file, and says so in it. A prompt's category is its expert's."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS) + "\n\n")
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": PROMPTS[1], "category": c}) + "\n" for c in ("hate", "violence", "other")))
     files = [story[0][0] / f"experts/{c}.safetensors" for c in ("hate", "violence")]
-    runs = {"plain": [], "text": ["--prompts", "p.txt"], "rows": ["--prompts", "p.jsonl"], "factor": ["--unit", "factor"],
+    runs = {"plain": [], "text": ["--prompts", "p.txt"], "rows": ["--prompts", "p.jsonl"],
             "both": ["--top-k", 2, "--report", "r.png"], "rank": ["--rank", 3]}
     for name, flags in runs.items():
         command("merge", *files, "--data", story[0][0] / "data", *flags, "--out", f"{name}.safetensors")
@@ -1824,8 +1810,8 @@ def test_co_merge_has_its_say_in_every_flag(story, tmp_path, monkeypatch, capsys
     assert not any(same(bits[a], bits[b]) for a in runs for b in runs if a < b)
     merged = {name: lora.load(f"{name}.safetensors") for name in runs}
     ranks = {name: {len(f.down) for f in merged[name][0].values()} for name in runs}
-    assert ranks == {"plain": {8}, "text": {8}, "rows": {8}, "factor": {4}, "both": {8}, "rank": {3}}
-    assert merged["both"][1]["top_k"] == "2" and merged["factor"][1]["unit"] == "factor" and "of the energy" in said
+    assert ranks == {"plain": {8}, "text": {8}, "rows": {8}, "both": {8}, "rank": {3}}
+    assert merged["both"][1]["top_k"] == "2" and "of the energy" in said
     assert said.count("keeps  50.0% of the rows") == 2                                      # all owners of everything
     image = np.asarray(Image.open("r.png"))
     assert len(merged["both"][0]) * 13 < image.shape[0] and (image == 0).all(2).any() and "r.png: " in said
@@ -2364,6 +2350,7 @@ def test_a_bigger_batch_needs_no_bigger_memory(alone):
 @pytest.mark.parametrize("loss", dpo.LOSSES)
 def test_every_loss_trains(loss, alone, capsys):
     """With all the randomness there is: finite, logged, drawn as curves, and said in the file."""
+    assert json.dumps(dpo.LOSSES) in (ROOT / "train.py").read_text()                        # the choices of --loss
     trained(alone, "--steps", 2, "--loss", loss, "--augment", "--caption-dropout", 0.5, "--reuse", 2, out="x")
     metadata = lora.load(Path("x/hate.safetensors"))[1]
     assert [metadata[key] for key in ("loss", "augment", "caption_dropout", "reuse")] == [loss, "1", "0.5", "2"]
@@ -2617,7 +2604,6 @@ def bad(name, line, says, **spoil):
     bad("no density", "merge.py experts --method ties --density 0", "--density 0"),
     bad("density not a number", "merge.py experts --method dare --density nan", "--density nan"),
     bad("nobody owns a row", "merge.py experts --top-k 8", "--top-k 8"),
-    bad("factors by wins", "merge.py experts --unit factor --score wins", "--unit factor"),
     bad("a report of no owners", "merge.py experts --method sum --report r.png", "--report"),
     bad("no such prompts to calibrate on", "merge.py experts --prompts nowhere.txt", "nowhere.txt"),
     bad("prompts of one expert only", "merge.py experts --prompts data/hate/pairs.jsonl", "category", pairs='{"prompt": "a", "category": "hate"}\n'),

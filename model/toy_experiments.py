@@ -40,7 +40,7 @@ TRAINING = ("", "--beta 500", "--beta 5000", "--lr 0.004", "--reuse 1", "--reuse
 DATA = ((4, 4), (16, 4), (64, 4), (160, 4), (256, 4), (64, 1))
 MOST_PAIRS = 320
 # E. Co-Merge's choices, likewise; and how many pairs of each expert calibrate it (merge.py's own number: 24).
-CHOICES = ("co-merge", "co-merge --no-rescale", "co-merge --score wins", "co-merge --unit factor", "co-merge --top-k 2")
+CHOICES = ("co-merge", "co-merge --no-rescale", "co-merge --score wins", "co-merge --top-k 2")
 CALIBRATION = (1, 4)
 
 UNSAFE, SAFE = ("IP seen", "IP held-out", "IP held-out phrasing", "scene"), ("safe: scene", "safe: accessory", "safe: nothing added", "safe: IP")
