@@ -3278,13 +3278,13 @@ JOBS_MERGE = [("sum: exact", ["--method", "sum"], "cat"), ("average: exact", ["-
               ("dare, to rank 28", ["--method", "dare", "--density", 0.2, "--rank", 28], "dare_linear_svd")]
 
 
-def bench_merge(sizes=(7, 50, 700), limit=600):
+def bench_merge(sizes, limit=600):
     """Experts of SD 1.5's 128 attention layers, rank 4, random: seconds from opening the files until the merged one is
     written, and peak resident memory, each in its own process, beside PEFT's add_weighted_adapter for the same job (its
     clock starts when all adapters are in its memory). Then what scoring them costs Co-Merge beside one forward of the base
-    UNet (random weights, fp32, two pictures of 256 px), the least of three. PEFT is stopped after `limit` seconds."""
+    UNet (random weights, fp32, two pictures of 256 px), the least of three. PEFT is stopped after `limit` seconds, and not
+    asked for 700, where its adapters would be 180,000 modules."""
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, peft {peft.__version__}")
-    print("PEFT is not asked for 700: every adapter is two modules a layer, 180,000 of them")
 
     def measured(code, *argv, timeout=None):
         done = subprocess.run([sys.executable, "-c", AROUND % code, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, timeout=timeout)
@@ -3325,6 +3325,8 @@ if __name__ == "__main__":
             (files := Path(folder) / "fuzz").mkdir()
             print(f"{fuzz(int(sys.argv[2]), 1, files, Path(folder))} of {sys.argv[2]} damaged files refused in one line, the others read")
         sys.exit()
-    if sys.argv[1:] in (["--bench"], ["--bench", "train"], ["--bench", "merge"]):
-        sys.exit({"train": bench_train, "merge": bench_merge}.get(sys.argv[-1], bench)())
+    if sys.argv[1:] in (["--bench"], ["--bench", "train"]):
+        sys.exit((bench_train if sys.argv[2:] else bench)())
+    if sys.argv[1:3] == ["--bench", "merge"]:                                # of how many experts: all sizes, or those named
+        sys.exit(bench_merge(tuple(map(int, sys.argv[3:])) or (7, 50, 700)))
     sys.exit(pytest.main(["-q", __file__, *sys.argv[1:]]))
