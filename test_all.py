@@ -13,6 +13,7 @@ models beside diffusers, for speed and memory.
 import ast
 import contextlib
 import csv
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -1608,6 +1609,10 @@ def test_a_merge_that_drops_rows_must_not_lose_strength(score, small):
     activity = merge.measure(small, layerwise(same), batches)
     for name, holders in layerwise(same):
         assert far(merge.co_merge(list(holders.values()), activity[name], score, True)[0].delta(), experts[0][name].delta()) < 1e-6
+    for shared, factor in ((1e-9, 3), (-1.0, 1)):     # experts that cancel: never more than n times, and nothing for a negative sum
+        weak = dataclasses.replace(activity[name], shared=torch.full_like(activity[name].shared, shared))
+        f, owner = merge.co_merge(parts, weak, score)
+        assert torch.equal(f.up, factor * merge.keep_rows(parts, owner).up)
 
 
 def test_keeping_rows_is_exact_at_the_sum_of_ranks(small):
