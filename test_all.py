@@ -1977,6 +1977,25 @@ def test_holding_out_rows_is_not_holding_out_prompts(tmp_path):
     assert sides[0] == sides[1] != split(read_prompts(tmp_path / "p.jsonl").pairs, {}, seed=1)
 
 
+def test_a_run_does_not_wipe_away_the_one_before(tmp_path, monkeypatch, capsys):
+    """Pairs of concepts that are not made anew stay, and train.py would take them: that is said, unless one concept was asked
+    for. Of a few prompts none is held out, and then neither make_data.py nor sample.py leaves the user to guess why."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(make_data, "draw", lambda sd, rows, settings: [(np.zeros((4, 4, 3), np.uint8),) * 2 for _ in rows])
+    monkeypatch.setattr(make_data, "processes_for", lambda *_: 1)
+    said = []
+    for categories, flags in (("hate violence", []), ("hate", []), ("hate", ["--concept", "hate"])):
+        Path("p.jsonl").write_text("".join(json.dumps({"unsafe": f"a {c}", "safe": "b", "category": c}) + "\n" for c in categories.split()))
+        command("make_data", "--prompts", "p.jsonl", "--judge", "none", *flags)
+        said.append(capsys.readouterr())
+    notes = [[line for line in those.err.splitlines() if line.startswith("note: ")] for those in said]
+    assert [len(lines) for lines in notes] == [0, 1, 0] and "takes as well: violence; delete" in notes[1][0]
+    assert all("test: 0 prompts, held out with 0 pairs, since a tenth of fewer than 10 prompts is none" in those.out for those in said)
+    with pytest.raises(SystemExit):
+        command("sample", "--prompts", "data/test.jsonl")
+    assert "data/test.jsonl: holds no prompt" in capsys.readouterr().err
+
+
 def test_pictures_that_exist_are_not_drawn_again(tmp_path, capsys):
     """--images: the published names, pixel for pixel (or cropped to --size), under the names that train.py reads."""
     g, images = np.random.default_rng(0), tmp_path / "images"
