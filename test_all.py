@@ -55,6 +55,7 @@ from model import toy_experiments as experiments  # noqa: E402
 from model import toy_finetune as finetune  # noqa: E402
 from model import cache  # noqa: E402
 from model import toy_world as world  # noqa: E402
+from model.calibration import from_prompts  # noqa: E402
 from model.checkpoint import Checkpoint  # noqa: E402
 from model.files import TOY, BadInput, read_pairs, run  # noqa: E402
 from model.clip_judges import ClipScore, Q16, pickled_array  # noqa: E402
@@ -1829,6 +1830,23 @@ def test_co_merge_has_its_say_in_every_flag(story, tmp_path, monkeypatch, capsys
     assert said.count("keeps  50.0% of the rows") == 2                                      # all owners of everything
     image = np.asarray(Image.open("r.png"))
     assert len(merged["both"][0]) * 13 < image.shape[0] and (image == 0).all(2).any() and "r.png: " in said
+
+
+@pytest.mark.parametrize("size, batches", [(32, [16, 4]), (512, [4] * 5), (1024, [1] * 20)])
+def test_what_calibrates_the_toy_does_not_fit_beside_a_real_model(size, batches, tmp_path):
+    """Sixteen pictures of 1024 px at once are too many for a GPU; a batch is as large as sample.py's. On what experts are measured does
+    not depend on it: the prompts, their pictures' seeds, noise and noise levels."""
+    (tmp_path / "p.txt").write_text("\n".join(str(i) for i in range(20)))
+    prompts = lambda texts: torch.tensor([float(text) for text in texts])
+    sd = SimpleNamespace(size=size, device=CPU, schedule=NoiseSchedule(SD1_SCHEDULE), embed=prompts, encode=lambda x: x[:, None, None, None].expand(-1, 4, 2, 2),
+                         draw=lambda texts, seeds, steps, guidance: prompts(texts) + 100 * torch.tensor(seeds))
+    found = list(from_prompts(sd, tmp_path / "p.txt", ["hate"], 3))
+    assert [len(t) for _, _, t, _ in found] == batches and all(experts == [0] for experts, *_ in found)
+    x_t, t, context = map(torch.cat, zip(*(part for _, *part in found)))
+    g = torch.Generator().manual_seed(3)
+    times, noise, x0 = torch.randperm(20, generator=g) * 50, torch.randn(20, 4, 2, 2, generator=g), torch.arange(20) + 100.0 * torch.arange(3, 23)
+    assert torch.equal(t, times) and torch.equal(context, torch.arange(20.0))
+    assert far(x_t, sd.schedule.add_noise(x0[:, None, None, None].expand(-1, 4, 2, 2), noise, times)) < 1e-6
 
 
 # ========================================================================================= preference data
