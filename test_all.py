@@ -2549,6 +2549,18 @@ def test_a_worker_that_fails_ends_the_others(work, says, tmp_path):
     assert sorted(f.name for f in tmp_path.glob("began-*")) == (["began-0", "began-1"] if work == "interrupted" else [])
 
 
+def test_a_full_gpu_is_not_a_crash(alone, monkeypatch, capsys):
+    """One line that says which flags take less memory, and nothing half-written."""
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    monkeypatch.setattr(train, "errors", full)
+    with pytest.raises(SystemExit) as stop:
+        command("train", *TRAIN)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and last.startswith("error: hate: no memory left for 2 pairs") and "--checkpointing" in last
+    assert not Path("experts").exists() or not list(Path("experts").iterdir())
+
+
 def test_two_processes_are_one_with_twice_the_batch(alone):
     """torchrun over gloo: the step's random numbers are shared out, gradients summed, one rank writes."""
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *TRAIN, "--steps", 3, "--out", "two"]
