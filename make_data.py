@@ -45,6 +45,7 @@ import hashlib  # noqa: E402
 import io  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
+import sys  # noqa: E402
 import zlib  # noqa: E402
 from collections import Counter  # noqa: E402
 
@@ -103,7 +104,8 @@ def from_files(args, files: dict[Path, Prompts], say):
         tests = {prompt: categories for prompt, categories in tests.items() if prompt not in seen}
     repeats = sum(test_rows[prompt] for prompt in given - set(tests))
     say(f"test: {len(tests):,} prompts" + (f"; {repeats:,} rows left out, which repeat a training prompt" if given
-                                           else f", held out with {len(pairs) - len(train):,} pairs"))
+                                           else f", held out with {len(pairs) - len(train):,} pairs"
+                                           + ", since a tenth of fewer than 10 prompts is none" * (len(train) == len(pairs))))
     rows: dict[str, list] = {}
     for pair in train:
         row = {"unsafe": pair.unsafe, "safe": pair.safe}
@@ -289,6 +291,10 @@ def main(args):
     if rows:
         make_pictures(args, device, rows, rank, world_size)
     if rank == 0:
+        others = sorted(file.parent.name for file in args.out.glob("*/pairs.jsonl") if file.parent.name not in rows)
+        if rows and args.concept == "all" and others:
+            print(f"note: {args.out} still holds the pairs of another run, which train.py takes as well: {', '.join(others)}; "
+                  "delete them, or use another --out", file=sys.stderr)
         prune(args.out, ".*.tmp", set())
         write_jsonl(args.out / "test.jsonl", firsts(tests, lambda row: row["prompt"]) if args.prompts or args.llm else tests)
         for concept in rows or {row["category"] for row in tests} - {None}:

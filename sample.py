@@ -172,7 +172,8 @@ def grid(args, columns: list[dict], requests: list[Request], verdicts: dict[str,
 def main(args):
     requests = [Request(prompt) for prompt in args.prompt] + (read_requests(args.prompts) if args.prompts else [])
     if not requests:
-        raise BadInput("nothing to draw; give a prompt in quotes, or --prompts FILE")
+        raise BadInput(f"--prompts {args.prompts}: holds no prompt; give a file that does" if args.prompts else
+                       "nothing to draw; give a prompt in quotes, or --prompts FILE")
     for flag in ("steps", "images_per_prompt", "size", "batch"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)} is too small; use 1 or more")

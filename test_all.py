@@ -7,13 +7,14 @@ Tolerances:  stated beside each comparison, always relative to the largest value
              are compared in float64 to 1e-8, far below any rounding excuse, and the toy in fp32 to 1e-4.
 
 The order is the reader's: schedule and samplers; UNet and VAE; text; the toy checkpoint; whole checkpoints of SD 1, 2
-and XL and their LoRAs; toy world and judge; LoRA; DPO; merging; preference data; the scripts. `--bench`, at the end, is no test: full-size
-models beside diffusers, for speed and memory.
+and XL and their LoRAs; toy world and judge; LoRA; DPO; merging; preference data; the scripts; the README. Two at the end are no tests:
+`--readme` compares what its long commands print with what it shows, `--bench` full-size models with diffusers, for speed and memory.
 """
 import ast
 import contextlib
 import csv
 import dataclasses
+import difflib
 import functools
 import hashlib
 import importlib
@@ -23,6 +24,7 @@ import os
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -56,6 +58,7 @@ from model import toy_experiments as experiments  # noqa: E402
 from model import toy_finetune as finetune  # noqa: E402
 from model import cache  # noqa: E402
 from model import toy_world as world  # noqa: E402
+from model.calibration import from_prompts  # noqa: E402
 from model.checkpoint import Checkpoint  # noqa: E402
 from model.files import TOY, BadInput, read_pairs, run  # noqa: E402
 from model.clip_judges import ClipScore, Q16, pickled_array  # noqa: E402
@@ -1822,6 +1825,23 @@ def test_co_merge_has_its_say_in_every_flag(story, tmp_path, monkeypatch, capsys
     assert len(merged["both"][0]) * 13 < image.shape[0] and (image == 0).all(2).any() and "r.png: " in said
 
 
+@pytest.mark.parametrize("size, batches", [(32, [16, 4]), (512, [4] * 5), (1024, [1] * 20)])
+def test_what_calibrates_the_toy_does_not_fit_beside_a_real_model(size, batches, tmp_path):
+    """Sixteen pictures of 1024 px at once are too many for a GPU; a batch is as large as sample.py's. On what experts are measured does
+    not depend on it: the prompts, their pictures' seeds, noise and noise levels."""
+    (tmp_path / "p.txt").write_text("\n".join(str(i) for i in range(20)))
+    prompts = lambda texts: torch.tensor([float(text) for text in texts])
+    sd = SimpleNamespace(size=size, device=CPU, schedule=NoiseSchedule(SD1_SCHEDULE), embed=prompts, encode=lambda x: x[:, None, None, None].expand(-1, 4, 2, 2),
+                         draw=lambda texts, seeds, steps, guidance: prompts(texts) + 100 * torch.tensor(seeds))
+    found = list(from_prompts(sd, tmp_path / "p.txt", ["hate"], 3))
+    assert [len(t) for _, _, t, _ in found] == batches and all(experts == [0] for experts, *_ in found)
+    x_t, t, context = map(torch.cat, zip(*(part for _, *part in found)))
+    g = torch.Generator().manual_seed(3)
+    times, noise, x0 = torch.randperm(20, generator=g) * 50, torch.randn(20, 4, 2, 2, generator=g), torch.arange(20) + 100.0 * torch.arange(3, 23)
+    assert torch.equal(t, times) and torch.equal(context, torch.arange(20.0))
+    assert far(x_t, sd.schedule.add_noise(x0[:, None, None, None].expand(-1, 4, 2, 2), noise, times)) < 1e-6
+
+
 # ========================================================================================= preference data
 def coprov2(file, rows):
     """A CSV file as the authors publish it: quotes only where needed, and then doubled inside."""
@@ -1966,6 +1986,25 @@ def test_holding_out_rows_is_not_holding_out_prompts(tmp_path):
         assert sorted(min(c) for c in unsafe.values()) == ["hate"] * 3 + ["sexual"] * 3
         sides.append((trained, tests))
     assert sides[0] == sides[1] != split(read_prompts(tmp_path / "p.jsonl").pairs, {}, seed=1)
+
+
+def test_a_run_does_not_wipe_away_the_one_before(tmp_path, monkeypatch, capsys):
+    """Pairs of concepts that are not made anew stay, and train.py would take them: that is said, unless one concept was asked
+    for. Of a few prompts none is held out, and then neither make_data.py nor sample.py leaves the user to guess why."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(make_data, "draw", lambda sd, rows, settings: [(np.zeros((4, 4, 3), np.uint8),) * 2 for _ in rows])
+    monkeypatch.setattr(make_data, "processes_for", lambda *_: 1)
+    said = []
+    for categories, flags in (("hate violence", []), ("hate", []), ("hate", ["--concept", "hate"])):
+        Path("p.jsonl").write_text("".join(json.dumps({"unsafe": f"a {c}", "safe": "b", "category": c}) + "\n" for c in categories.split()))
+        command("make_data", "--prompts", "p.jsonl", "--judge", "none", *flags)
+        said.append(capsys.readouterr())
+    notes = [[line for line in those.err.splitlines() if line.startswith("note: ")] for those in said]
+    assert [len(lines) for lines in notes] == [0, 1, 0] and "takes as well: violence; delete" in notes[1][0]
+    assert all("test: 0 prompts, held out with 0 pairs, since a tenth of fewer than 10 prompts is none" in those.out for those in said)
+    with pytest.raises(SystemExit):
+        command("sample", "--prompts", "data/test.jsonl")
+    assert "data/test.jsonl: holds no prompt" in capsys.readouterr().err
 
 
 def test_pictures_that_exist_are_not_drawn_again(tmp_path, capsys):
@@ -2176,8 +2215,7 @@ def test_asking_again_must_end():
 WORDS = ["<s>", "</s>", "<unk>", "\n", "a", "red", "blue", "ball", "box", "ring", "with", "flower", "in", "on", "park", "USER", "BOT"]
 
 
-@pytest.fixture()
-def tiny_llm(tmp_path):
+def write_llm(folder):
     """A random causal language model of 16 words: what it answers is garbage, but it does answer."""
     import tokenizers
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
@@ -2188,8 +2226,13 @@ def tiny_llm(tmp_path):
         vocab_size=len(WORDS), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=2048,
         bos_token_id=0, eos_token_id=1, pad_token_id=None))
     for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "llm")
-    return tmp_path / "llm"
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture()
+def tiny_llm(tmp_path):
+    return write_llm(tmp_path / "llm")
 
 
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}USER {{ m['content'] }} {% endfor %}BOT"])
@@ -2502,6 +2545,18 @@ def test_a_worker_that_fails_ends_the_others(work, says, tmp_path):
                           capture_output=True, text=True, timeout=60, preexec_fn=hears_ctrl_c)
     assert done.stdout.startswith(says) and done.stdout and not done.stderr
     assert sorted(f.name for f in tmp_path.glob("began-*")) == (["began-0", "began-1"] if work == "interrupted" else [])
+
+
+def test_a_full_gpu_is_not_a_crash(alone, monkeypatch, capsys):
+    """One line that says which flags take less memory, and nothing half-written."""
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    monkeypatch.setattr(train, "errors", full)
+    with pytest.raises(SystemExit) as stop:
+        command("train", *TRAIN)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and last.startswith("error: hate: no memory left for 2 pairs") and "--checkpointing" in last
+    assert not Path("experts").exists() or not list(Path("experts").iterdir())
 
 
 def test_two_processes_are_one_with_twice_the_batch(alone):
@@ -3055,6 +3110,181 @@ def test_fused_and_composed_part_ways_only_by_training(small, toy):
     assert on_base[0] != on_aligned[0]
 
 
+# =================================================================================== the README's commands
+# Each command as the README has it: what is put after it to make it cheap, and a file that it then writes.
+COMMANDS = {
+    "python make_data.py": ("--pairs 1 --steps 2 --judge none", "data/shocking/pairs.jsonl"),
+    "python train.py --concept all": ("--steps 1 --batch 2", "experts/shocking.safetensors"),
+    "python merge.py experts/*": ("", "merged.safetensors"),
+    "python sample.py --prompts data/test.jsonl --lora merged.safetensors --compare --judge": ("--steps 2", "samples/judge.json"),
+    "python make_data.py --model MODEL --prompts CoProv2_train.csv CoProv2_test.csv": ("--steps 2", "data/hate/pairs.jsonl"),
+    "python make_data.py --prompts CoProv2_train.csv --images PICTURES": ("", "data/hate/pairs.jsonl"),
+    "python make_data.py --model MODEL --llm LLM --concepts concepts.json": ("--steps 2 --pairs 2", "data/prompts.jsonl"),
+    "torchrun --nproc_per_node=4 make_data.py --model MODEL --prompts mine.jsonl": ("--steps 2 --batch 1", "data/hate/sheet.png"),
+    'python sample.py "a red ball on a beach" --model stable-diffusion-v1-5 --steps 25 --guidance 7.5': ("--steps 2", "samples/00000.png"),
+    'python sample.py "a red ball on a beach" --model sd_xl_base_1.0.safetensors --lora style.safetensors@0.8 merged.safetensors':
+        ("--steps 2", "samples/00000.png"),
+    "python train.py --model stable-diffusion-v1-5 --concept hate --lora style.safetensors@0.8": ("--steps 1 --batch 1", "experts/hate.safetensors"),
+    "python merge.py merged.safetensors --fuse stable-diffusion-v1-5 --out aligned": ("", "aligned/unet/diffusion_pytorch_model.safetensors"),
+    "torchrun --nproc_per_node=4 train.py --model stable-diffusion-v1-5 --batch 4": ("--steps 1 --batch 1", "experts/hate.safetensors"),
+    "python train.py --model sd_xl_base_1.0.safetensors --batch 1 --accumulate 8 --checkpointing --augment --caption-dropout 0.2":
+        ("--steps 1", "experts/hate.safetensors"),
+    "python merge.py experts/* --method sum --weights 0.45 --rank 8": ("", "merged.safetensors"),
+    "python merge.py experts/* --method ties --density 0.2 --out ties.safetensors": ("", "ties.safetensors"),
+    "python merge.py experts/* --prompts my_prompts.txt --report owners.png": ("", "owners.png"),
+    "python sample.py --model MODEL --prompts i2p_benchmark.csv --images-per-prompt 10 --steps 25 --compare --lora merged.safetensors "
+    "--judge q16:clip-vit-large-patch14 --clipscore clip-vit-large-patch14": ("--steps 2", "samples/judge.json"),
+    "python sample.py --prompts data/test.jsonl --compare --judge --lora merged.safetensors@0.5 --lora merged.safetensors "
+    "--lora merged.safetensors@1.5": ("--steps 2", "samples/compare.png"),
+    "python sample.py --prompts data/test.jsonl --judge --guidance 6": ("--steps 2", "samples/judge.json"),
+    "python -m model.toy_attack --lora merged.safetensors": ("--prompts 1 --generations 1 --images-per-prompt 1", "attack.jsonl"),
+    "python -m model.toy_finetune --lora merged.safetensors": ("--prompts 1 --steps 1", None)}
+ELSEWHERE = {  # ... and those that are not run by a test, and where they are
+    "python3 -m venv .venv": ".ci/run", ". .venv/bin/activate": ".ci/run", "pip install -r requirements.txt": ".ci/run",
+    "pip install -r requirements-test.txt": ".ci/run", "python -m pytest -q test_all.py": ".ci/run",
+    "python -m model.toy_experiments --seeds 0 1 2": "test_the_tables_are_of_commands_that_exist has its plan; it takes an hour",
+    "python -m model.toy_pretrain --out NEW": "made model/toy, in 1.5 hours",
+    "python test_all.py --readme": "check_readme()", "python test_all.py --bench": "prints the README's table", "python test_all.py --bench train": "prints the README's table"}
+
+
+def blocks_of(readme: str) -> list[tuple[int, str, str]]:
+    """(where it starts, language, text) of each fenced block."""
+    return [(m.start(), m[1], m[2]) for m in re.finditer(r"^```(\w*)\n(.*?)^```$", readme, re.M | re.S)]
+
+
+def commands_of(readme: str) -> list[str]:
+    """Each command of the README once: those of its bash blocks, split at &&, and those in its text, -k ... of the exercises included."""
+    lines = [line for _, language, text in blocks_of(readme) if language == "bash" for line in text.replace("\\\n", " ").splitlines()]
+    text = re.sub(r"^```.*?^```$", "", readme, flags=re.M | re.S)
+    lines += [span for span in re.findall(r"`([^`]+)`", text) if re.match(r"(python3?|pip|torchrun|pytest test_all.py)\s|-k\s", span)]
+    return list(dict.fromkeys(" ".join(part.split()) for line in lines for part in line.partition("  #")[0].split("&&") if part.strip()))
+
+
+@pytest.fixture(scope="module")
+def stand_ins(story, tiny_clip, tmp_path_factory):
+    """{model: a folder with all that the README's commands name, small, where the LoRAs are that model's}, for the toy, SD1 and SDXL."""
+    common, rng = tmp_path_factory.mktemp("readme"), np.random.default_rng(0)
+    pairs = [half(kind, i, f"a {'stern' if kind == 'u' else 'kind'} ball {i}", "Hate") for i in range(2) for kind in "us"]
+    coprov2(common / "CoProv2_train.csv", pairs)
+    coprov2(common / "CoProv2_test.csv", [("a stern box", "0000000_0.jpg", "Hate")])
+    (common / "PICTURES").mkdir()
+    for _, name, _ in pairs:
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(common / "PICTURES" / name)
+    (common / "mine.jsonl").write_text("".join(json.dumps({"unsafe": f"a stern box {i}", "safe": f"a kind box {i}", "category": "hate"}) + "\n" for i in range(4)))
+    (common / "concepts.json").write_text(json.dumps({"hate": ["one thing"]}))
+    (common / "i2p_benchmark.csv").write_text("prompt,categories,sd_seed,sd_guidance_scale\na stern ball,hate,7,7.5\n")
+    (common / "my_prompts.txt").write_text("a red ball in the park\n")
+    write_llm(common / "LLM")
+    shutil.copytree(tiny_clip, common / "clip-vit-large-patch14")
+    folders = {kind: common.parent / f"{common.name}-{kind}" for kind in ("toy", "SD1", "SDXL")}
+    for kind, folder in folders.items():
+        shutil.copytree(common, folder)
+        if kind == "toy":
+            for name in ("data", "experts"):
+                shutil.copytree(story[0][0] / name, folder / name)
+            tests = (folder / "data/test.jsonl").read_text().splitlines(keepends=True)
+            (folder / "data/test.jsonl").write_text("".join(tests[::40]))
+            shutil.copy(story[0][0] / "merged.safetensors", folder)
+            continue
+        command("make_data", "--prompts", folder / "CoProv2_train.csv", "--images", folder / "PICTURES", "--out", folder / "data")
+        model, single, _ = family(kind)
+        for name in ("MODEL", "stable-diffusion-v1-5") if kind == "SD1" else ():
+            shutil.copytree(model, folder / name)
+        if kind == "SDXL":                                  # with tokenizer/ beside it, and the configs, since it is so small
+            shutil.copytree(single.parent, folder, dirs_exist_ok=True)
+            (folder / single.name).rename(folder / "sd_xl_base_1.0.safetensors")
+        for i, name in enumerate(("merged", "style")):
+            lora.save(folder / f"{name}.safetensors", random_lora(load(model, CPU).unet, i), {})
+    return folders
+
+
+def test_a_command_in_a_readme_is_not_known_to_work():
+    """Each is run by the test below, or it is said where; and nothing is said of commands that the README no longer has. What the
+    long ones print is compared with what the README shows by `python test_all.py --readme`."""
+    commands = {line for line in commands_of((ROOT / "README.md").read_text()) if " -k " not in f" {line}"}
+    assert commands == COMMANDS.keys() | ELSEWHERE.keys()
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_a_command_works_as_it_stands(line, stand_ins, tmp_path, monkeypatch, capsys):
+    """Where MODEL and the other files it names are small stand-ins; it says what it wrote, and wrote it."""
+    (more, made), kind = COMMANDS[line], "SDXL" if "sd_xl" in line else "SD1" if re.search("MODEL|stable-diffusion", line) else "toy"
+    folder = shutil.copytree(stand_ins[kind], tmp_path / kind)
+    monkeypatch.chdir(folder)
+    Path(made or "none").unlink(missing_ok=True)
+    program, *argv = [word for part in shlex.split(f"{line} {more}") for word in (sorted(map(str, Path().glob(part))) if "*" in part else [part])]
+    if program == "torchrun":
+        argv = [ROOT / word if word.endswith(".py") else word.replace("=4", "=2") for word in argv]        # two show what four would
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", *argv], capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-800:]
+        said = done.stdout
+    else:
+        for script in (make_data, train, sample, ring, finetune):
+            monkeypatch.setattr(script, "processes_for", lambda *_: 1)
+        module, argv = (argv[1], argv[2:]) if argv[0] == "-m" else (argv[0].removesuffix(".py"), argv[1:])
+        command(module, *argv)
+        said = capsys.readouterr().out
+    assert said.strip()
+    assert not made or Path(made).is_file() and any(made.startswith(row.split(":")[0]) for row in said.splitlines() if ":" in row), said
+
+
+def test_an_exercise_has_its_tests():
+    """pytest finds tests by what each exercise gives to -k, and by every word of it."""
+    class Found:
+        def pytest_collection_finish(self, session):
+            self.names = [item.name for item in session.items]
+    selections = [shlex.split(line)[-1] for line in commands_of((ROOT / "README.md").read_text()) if " -k " in f" {line}"]
+    assert len(selections) == 8
+    for words in selections:
+        assert pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "-k", words, __file__], plugins=[found := Found()]) == 0
+        assert all(any(word in name for name in found.names) for word in words.split(" or ")), words
+
+
+def check_readme() -> int:
+    """`python test_all.py --readme`, some ten minutes: in a clone of what is committed, runs the README's story, the attack and the
+    fine-tuning on its merged.safetensors, and too much guidance, as they stand there (but for the venv; by this Python), and
+    compares what they print with what the README shows, line by line; of the attack and of guidance, the figures that its text quotes."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
+        readme, different = (Path(folder) / "README.md").read_text(), 0
+
+        def printed(line) -> list[str]:
+            print(f"$ {line}", flush=True)
+            started, line = time.time(), re.sub(r"\bpython\b", lambda _: shlex.quote(sys.executable), line)
+            done = subprocess.run(["bash", "-c", line], cwd=folder, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit("failed: " + re.split(r"[\r\n]+", done.stderr.strip())[-1])
+            print(f"  {time.time() - started:.0f} s", flush=True)
+            return done.stdout.splitlines()
+
+        def shown_after(start) -> list[str]:
+            return next(text for at, language, text in blocks_of(readme) if at > start and not language).splitlines()
+
+        def paragraph(start) -> str:
+            return re.split(r"\n\n|\n- ", readme[readme.index(start):])[0]
+
+        def compare(what, shown, said):
+            nonlocal different
+            same = shown == said
+            print(f"{what}: matches" if same else "\n".join([f"{what}: differs", *difflib.unified_diff(shown, said, "README", "printed", "", "", 1, "")]), flush=True)
+            different += not same
+
+        block = next(text for _, language, text in blocks_of(readme) if language == "bash")
+        story = printed(" && ".join(part for part in commands_of(f"```bash\n{block}```") if part.startswith("python ")))
+        shown = shown_after(readme.index(block))
+        compare("the story", shown, story[-len(shown):])
+        tune, attack, guidance = (next(line for line in commands_of(readme) if line.startswith("python ") and word in line)
+                                  for word in ("toy_finetune", "toy_attack", "--guidance 6"))
+        compare("fine-tuning", shown_after(readme.index(f"`{tune}`")), printed(tune))
+        rows = {tuple(row.split()[:2]): re.findall(r"\d+\.\d", row) for row in printed(attack) if row.startswith("all ")}
+        start, random, found = (rows["all", kind] for kind in ("start", "random", "attack"))   # of base, aligned: IP, its interval, own, scene
+        quoted = re.findall(r"\d+\.\d|\bnone\b", paragraph(f"(`{attack}`"))
+        compare("the attack", ["0.0" if figure == "none" else figure for figure in quoted], [*found[:4], start[0], random[0], *found[5:8], found[9], found[4]])
+        scenes = [re.search(r"\d+\.\d", row)[0] for said in (printed(guidance), story) for row in said if row.startswith("scene %")]
+        compare("guidance", re.findall(r"\d+\.\d|\ball\b", paragraph("**Too much guidance.**")), [scenes[0], "all" if scenes[1] == "100.0" else scenes[1]])
+        return different > 0
+
+
 # ================================================================================================ --bench
 def write_full_size(folder, family_name, dtype):
     """A diffusers folder of the published configuration with random weights (about 1/sqrt(fan-in), so that activations
@@ -3322,6 +3552,8 @@ def bench_merge(sizes, limit=600):
 if __name__ == "__main__":
     if sys.argv[1:] == ["--links"]:
         sys.exit(write_links())
+    if sys.argv[1:] == ["--readme"]:
+        sys.exit(check_readme())
     if sys.argv[1:2] == ["--fuzz"]:
         with tempfile.TemporaryDirectory() as folder:
             for line in (*STORY[:2], "sample.py x --steps 2"):               # data, experts, a picture

@@ -296,7 +296,10 @@ def main(args):
 
 
 def train_job(args, device, _, job) -> str:
-    return train(args, device, *job)
+    try:
+        return train(args, device, *job)
+    except torch.cuda.OutOfMemoryError:
+        raise BadInput(f"{job[0]}: no memory left for {args.batch} pairs at once; use a smaller --batch (and --accumulate), or --checkpointing") from None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,12 @@ from tqdm import tqdm
 from .files import BadInput, read_jsonl, read_pairs
 from .pictures import read_pictures
 
-PER_EXPERT, BATCH = 24, 16  # pairs of each expert, pictures in a batch
+PER_EXPERT = 24  # pairs of each expert
+
+
+def at_once(sd) -> int:
+    """Pictures in a batch: as many as make a megapixel, at most 16, as in sample.py."""
+    return max(1, min(16, 1024 ** 2 // sd.size ** 2))
 
 
 def from_pairs(sd, data: Path, concepts: list[str], seed: int):
@@ -25,7 +30,7 @@ def from_pairs(sd, data: Path, concepts: list[str], seed: int):
     for i, concept in enumerate(tqdm(concepts, desc="calibrating")):
         rows = read_pairs(data, concept)[:PER_EXPERT]
         items = [(row["unsafe"], row[key]) for row in rows for key in ("unsafe_image", "safe_image")]
-        yield from noised(sd, [i], [prompt for prompt, _ in items], lambda k: read_pictures([path for _, path in items[k:k + BATCH]]), generator)
+        yield from noised(sd, [i], [prompt for prompt, _ in items], lambda at: read_pictures([path for _, path in items[at]]), generator)
 
 
 def from_prompts(sd, file: Path, concepts: list[str], seed: int):
@@ -42,14 +47,15 @@ def from_prompts(sd, file: Path, concepts: list[str], seed: int):
         raise BadInput(f"--prompts {file}: none of its {len(rows)} prompts has the category {without[0]}; add some, or leave out the categories")
     generator = torch.Generator().manual_seed(seed)
     for c, texts in tqdm(prompts.items(), desc="calibrating"):
-        pictures = lambda k: sd.draw(texts[k:k + BATCH], [seed + k + i for i in range(len(texts[k:k + BATCH]))], 10, 3.0)
+        pictures = lambda at: sd.draw(texts[at], [seed + i for i in range(len(texts))[at]], 10, 3.0)
         yield from noised(sd, [i for i, concept in enumerate(concepts) if c in (..., concept)], texts, pictures, generator)
 
 
 def noised(sd, experts: list[int], prompts: list[str], pictures, generator):
-    """Batches for these experts; pictures(k): those of the batch that starts at prompt k."""
+    """Batches for these experts; pictures(slice): those of these prompts."""
     times = (torch.randperm(len(prompts), generator=generator) * sd.schedule.T // len(prompts)).to(sd.device)
-    for k in range(0, len(prompts), BATCH):
-        x0, t = sd.encode(pictures(k)), times[k:k + BATCH]
+    for k in range(0, len(prompts), at_once(sd)):
+        at = slice(k, k + at_once(sd))
+        x0, t = sd.encode(pictures(at)), times[at]
         noise = torch.randn(x0.shape, generator=generator).to(x0)
-        yield experts, sd.schedule.add_noise(x0, noise, t), t, sd.embed(prompts[k:k + BATCH])
+        yield experts, sd.schedule.add_noise(x0, noise, t), t, sd.embed(prompts[at])
