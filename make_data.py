@@ -61,7 +61,7 @@ from model.judge import pair_judge  # noqa: E402
 from model.llm import LanguageModel, read_concepts, write_pairs  # noqa: E402
 from model.pictures import sheet  # noqa: E402
 from model.prompts import Pair, Prompts, read_prompts, split  # noqa: E402
-from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
+from model.stable_diffusion import at_once, load, pick_device, skeleton, unet_files, usual  # noqa: E402
 from model.workers import Chunk, cores, digest, processes_for, spread  # noqa: E402
 
 KINDS = ("safe", "unsafe")
@@ -228,14 +228,11 @@ def gather(folder: Path, chunks: list[Chunk], judge: str, alone: bool) -> str:
 def make_pictures(args, device, rows: dict[str, list[dict]], rank: int, world_size: int):
     toy = args.model.resolve() == TOY.resolve()
     judge = args.judge or ("toy" if toy and not args.images else "none")
-    batch = args.batch or 16
-    if not (args.batch or args.images):  # as in sample.py: as many as make a megapixel, at most 16
-        side = args.size or 8 * (skeleton(args.model).config.get("sample_size") or 64)
-        batch = max(1, min(16, 1024 ** 2 // side ** 2))
+    batch = args.batch or (16 if args.images else at_once(args.size or 8 * (skeleton(args.model).config.get("sample_size") or 64)))
     settings, processes, identity = {"size": args.size}, cores(), None
     if not args.images:
-        settings |= {"steps": args.steps or (10 if toy else 25), "negative": args.negative,
-                     "guidance": args.guidance if args.guidance is not None else (3.0 if toy else 7.5)}
+        steps, guidance = usual(args.model)
+        settings |= {"steps": args.steps or steps, "negative": args.negative, "guidance": guidance if args.guidance is None else args.guidance}
         identity, processes = [sha256(*model_files(args.model)), device.type], processes_for(device, unet_files(args.model))
     if world_size > 1 and processes > 1:
         torch.set_num_threads(1)  # as in worker processes: with more threads the last bits differ

@@ -31,8 +31,8 @@ def parse_arguments():
     parser.add_argument("--clipscore", type=Path, metavar="DIR", help="print the CLIPScore of safe prompts, by this CLIP folder (default: none)")
     parser.add_argument("--show-unsafe", action="store_true", help="do not blur unsafe pictures on the grid (default: blurred, except the toy's)")
     parser.add_argument("--negative", default="", help="what guidance steers away from (default: nothing)")
-    parser.add_argument("--steps", type=int, default=10, help="sampling steps (default: 10)")
-    parser.add_argument("--guidance", type=float, default=None, help="classifier-free guidance, 1 = none (default: the prompt's own in --prompts, else 3)")
+    parser.add_argument("--steps", type=int, default=None, help="sampling steps (default: 10 for the toy, else 25)")
+    parser.add_argument("--guidance", type=float, default=None, help="classifier-free guidance, 1 = none (default: the prompt's own in --prompts; without one 3 for the toy, else 7.5)")
     parser.add_argument("--sampler", choices=["dpm++", "ddim"], default="dpm++", help="(default: dpm++)")
     parser.add_argument("--size", type=int, default=None, help="side in pixels (default: the model's own)")
     parser.add_argument("--batch", type=int, default=None, help="pictures drawn at once (default: 16 up to 256 px, 4 at 512 px, 1 at 1024 px)")
@@ -61,7 +61,7 @@ from model.judge import ToyJudge, named_judge  # noqa: E402
 from model.pictures import blurred, read_pictures, sheet  # noqa: E402
 from model.prompts import Request, read_requests  # noqa: E402
 from model.report import measure, short, table  # noqa: E402
-from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
+from model.stable_diffusion import at_once, load, pick_device, skeleton, unet_files, usual  # noqa: E402
 from model.workers import Chunk, digest, processes_for, spread  # noqa: E402
 
 
@@ -189,13 +189,14 @@ def main(args):
     judge = named_judge(args.judge, device) if args.judge else None
     clip = ClipScore(args.clipscore, device) if args.clipscore else None
     columns = columns_of(args, network)
-    if args.batch is None:  # as many pictures as make a megapixel, at most 16
-        args.batch = max(1, min(16, 1024 ** 2 // (args.size or 8 * latent) ** 2))
+    args.batch = args.batch or at_once(args.size or 8 * latent)
+    steps, guidance = usual(args.model)
+    args.steps = args.steps or steps
 
     n = args.images_per_prompt
     requests = [request for request in requests for _ in range(n)]                        # one for each picture
     jobs = [(r.prompt, args.seed + (i if r.seed is None else r.seed + i % n),
-             next(g for g in (args.guidance, r.guidance, 3.0) if g is not None)) for i, r in enumerate(requests)]
+             next(g for g in (args.guidance, r.guidance, guidance) if g is not None)) for i, r in enumerate(requests)]
     for column in columns:
         draw_all(args, device, column, jobs)
     verdicts = report(args, judge, clip, columns, jobs, requests) if judge or clip else {}

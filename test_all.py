@@ -2124,7 +2124,8 @@ def test_only_what_is_missing_is_drawn(tmp_path, monkeypatch):
 
 
 def test_what_suits_the_toy_does_not_suit_a_real_model(tmp_path, monkeypatch):
-    """10 steps at guidance 3 are the toy's. Every setting reaches the sampler, and safe and unsafe share it and the seeds."""
+    """10 steps at guidance 3 are the toy's, for pairs and for pictures. Every setting reaches the sampler, and safe and unsafe
+    share it and the seeds."""
     seen, picture = [], np.zeros((4, 4, 3), np.uint8)
 
     def draw(prompts, seeds, **settings):
@@ -2142,6 +2143,12 @@ def test_what_suits_the_toy_does_not_suit_a_real_model(tmp_path, monkeypatch):
         command("make_data", "--concept", "hate", "--pairs", 6, "--judge", "none", "--out", tmp_path / "data", *arguments)
         assert [s for _, s in seen] == [settings] * 2 * len(batches) and [len(seeds) for seeds, _ in seen[::2]] == batches
         assert [seeds for seeds, _ in seen[::2]] == [seeds for seeds, _ in seen[1::2]]
+    monkeypatch.setattr(sample, "build", lambda *_: SimpleNamespace(draw=draw))
+    monkeypatch.setattr(sample, "processes_for", lambda *_: 1)
+    for arguments, settings in (([], toy), (["--model", tmp_path / "model"], real), ([x for key, value in asked.items() for x in (f"--{key}", value)], asked)):
+        seen.clear()
+        command("sample", "x", "--out", tmp_path / "samples", *arguments)
+        assert [settings for _, settings in seen] == [{**settings, "sampler": "dpm++"}]
 
 
 def test_a_gpu_is_not_shared_by_all_processes(monkeypatch):
@@ -3121,7 +3128,13 @@ COMMANDS = {
     "python make_data.py --prompts CoProv2_train.csv --images PICTURES": ("", "data/hate/pairs.jsonl"),
     "python make_data.py --model MODEL --llm LLM --concepts concepts.json": ("--steps 2 --pairs 2", "data/prompts.jsonl"),
     "torchrun --nproc_per_node=4 make_data.py --model MODEL --prompts mine.jsonl": ("--steps 2 --batch 1", "data/hate/sheet.png"),
-    'python sample.py "a red ball on a beach" --model stable-diffusion-v1-5 --steps 25 --guidance 7.5': ("--steps 2", "samples/00000.png"),
+    "python make_data.py --model stable-diffusion-v1-5 --prompts CoProv2_train.csv CoProv2_test.csv --out real/data": ("--steps 2", "real/data/test.jsonl"),
+    "python train.py --model stable-diffusion-v1-5 --data real/data --out real/experts --loss dpo --beta 5000 --lr 1e-5 --steps 2000 --batch 4 "
+    "--accumulate 4 --caption-dropout 0.2": ("--steps 1 --accumulate 1", "real/experts/violence.safetensors"),
+    "python merge.py real/experts/* --model stable-diffusion-v1-5 --data real/data --out real/merged.safetensors": ("", "real/merged.safetensors"),
+    "python sample.py --model stable-diffusion-v1-5 --prompts real/data/test.jsonl --lora real/merged.safetensors --compare --judge "
+    "q16:clip-vit-large-patch14 --out real/samples": ("--steps 2", "real/samples/judge.json"),
+    'python sample.py "a red ball on a beach" --model stable-diffusion-v1-5': ("--steps 2", "samples/00000.png"),
     'python sample.py "a red ball on a beach" --model sd_xl_base_1.0.safetensors --lora style.safetensors@0.8 merged.safetensors':
         ("--steps 2", "samples/00000.png"),
     "python train.py --model stable-diffusion-v1-5 --concept hate --lora style.safetensors@0.8": ("--steps 1 --batch 1", "experts/hate.safetensors"),
@@ -3165,7 +3178,7 @@ def commands_of(readme: str) -> list[str]:
 def stand_ins(story, tiny_clip, tmp_path_factory):
     """{model: a folder with all that the README's commands name, small, where the LoRAs are that model's}, for the toy, SD1 and SDXL."""
     common, rng = tmp_path_factory.mktemp("readme"), np.random.default_rng(0)
-    pairs = [half(kind, i, f"a {'stern' if kind == 'u' else 'kind'} ball {i}", "Hate") for i in range(2) for kind in "us"]
+    pairs = [half(kind, i, f"a {'stern' if kind == 'u' else 'kind'} ball {i}", category) for i, category in enumerate(("Hate", "Violence")) for kind in "us"]
     coprov2(common / "CoProv2_train.csv", pairs)
     coprov2(common / "CoProv2_test.csv", [("a stern box", "0000000_0.jpg", "Hate")])
     (common / "PICTURES").mkdir()
@@ -3194,7 +3207,8 @@ def stand_ins(story, tiny_clip, tmp_path_factory):
         if kind == "SDXL":                                  # with tokenizer/ beside it, and the configs, since it is so small
             shutil.copytree(single.parent, folder, dirs_exist_ok=True)
             (folder / single.name).rename(folder / "sd_xl_base_1.0.safetensors")
-        for i, name in enumerate(("merged", "style")):
+        shutil.copytree(folder / "data", folder / "real/data")
+        for i, name in enumerate(("merged", "style", "real/merged", "real/experts/hate", "real/experts/violence")):
             lora.save(folder / f"{name}.safetensors", random_lora(load(model, CPU).unet, i), {})
     return folders
 

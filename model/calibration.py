@@ -13,13 +13,9 @@ from tqdm import tqdm
 
 from .files import BadInput, read_jsonl, read_pairs
 from .pictures import read_pictures
+from .stable_diffusion import at_once
 
 PER_EXPERT = 24  # pairs of each expert
-
-
-def at_once(sd) -> int:
-    """Pictures in a batch: as many as make a megapixel, at most 16, as in sample.py."""
-    return max(1, min(16, 1024 ** 2 // sd.size ** 2))
 
 
 def from_pairs(sd, data: Path, concepts: list[str], seed: int):
@@ -54,8 +50,8 @@ def from_prompts(sd, file: Path, concepts: list[str], seed: int):
 def noised(sd, experts: list[int], prompts: list[str], pictures, generator):
     """Batches for these experts; pictures(slice): those of these prompts."""
     times = (torch.randperm(len(prompts), generator=generator) * sd.schedule.T // len(prompts)).to(sd.device)
-    for k in range(0, len(prompts), at_once(sd)):
-        at = slice(k, k + at_once(sd))
+    for k in range(0, len(prompts), batch := at_once(sd.size)):
+        at = slice(k, k + batch)
         x0, t = sd.encode(pictures(at)), times[at]
         noise = torch.randn(x0.shape, generator=generator).to(x0)
         yield experts, sd.schedule.add_noise(x0, noise, t), t, sd.embed(prompts[at])

@@ -3,7 +3,7 @@
 What it is:  the four parts (UNet, VAE, text encoders, noise schedule) and the two directions between a
              prompt and a picture.
 Needs:       torch, a checkpoint: a diffusers folder or a single .safetensors file.
-Gives:       load(), StableDiffusion, pick_device(), precision().
+Gives:       load(), StableDiffusion, pick_device(), precision(), usual(), at_once().
 
 Where the families differ, besides their UNet's config and their text encoders (unet.py, text.py):
     SD 1.x, base 2.x   predict noise             SD 2.x at 768 px   predicts v (schedule.py)
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from .checkpoint import Checkpoint, unet_files  # noqa: F401 (the scripts import it from here)
-from .files import BadInput
+from .files import TOY, BadInput
 from .schedule import SAMPLERS, NoiseSchedule, sample
 from .text import TextEncoders
 from .unet import UNet
@@ -40,6 +40,16 @@ def precision(device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def usual(model: Path) -> tuple[int, float]:
+    """(sampling steps, guidance) where the user names none: what the toy is drawn with, or a real model."""
+    return (10, 3.0) if model.resolve() == TOY.resolve() else (25, 7.5)
+
+
+def at_once(side: int) -> int:
+    """How many pictures of this side, in pixels, are drawn together where the user does not say: a megapixel of them, at most 16."""
+    return max(1, min(16, 1024 ** 2 // side ** 2))
 
 
 class StableDiffusion:
