@@ -4,7 +4,7 @@ What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908), the loss this proj
              experts with, which adds three terms that keep the picture whole, and three others to compare with.
 Needs:       torch.
 Gives:       squared_error(), diffusion_dpo(), safety_dpo(), both_prompts_dpo(), prior_dpo(), winner_safe_dpo() with
-             winner_safe(), metrics(), and loss(), which picks one by its name in LOSSES.
+             winner_safe(), metrics(), and loss(), which picks one by its name.
 
 A pair is a prompt y with a winner x_w and a loser x_l, noised with the SAME noise and timestep, so that
 all that differs between their errors is the content:
@@ -52,7 +52,7 @@ def safety_dpo(winner, loser, winner_ref, loser_ref, drift, beta: float, guard: 
                                                                              that gets worse costs extra
              + anchor beta d_w      the winner's own error must fall: a pull towards the safe picture that,
                                     unlike the sigmoid, never saturates
-             + keep beta drift      safe prompts keep drawing what they drew
+             + keep beta drift      safe prompts keep drawing what they drew (a MEAN over elements, as L is)
     """
     d_w, d_l = winner - winner_ref, loser - loser_ref
     preference = -F.logsigmoid(-beta / 2 * (d_w - d_l + 2 * guard * d_w.clamp(min=0)))

@@ -192,10 +192,10 @@ def compress(f: Factors, rank: int) -> tuple[Factors, float, float]:
     return smaller, energy[:rank].sum().item(), energy.sum().item()
 
 
-def read(arguments: list[str], network: nn.Module) -> tuple[dict[str, Factors] | None, list[str]]:
-    """["A", "B@0.5"] -> their sum as one LoRA for this network (a meta one will do), None for no argument; and what to
-    call each, "name@strength". Raises BadInput as load() and match() do."""
-    loras, strengths, names = [], [], []
+def read(arguments: list[str], network: nn.Module) -> tuple[dict[str, Factors] | None, list[str], list[Path]]:
+    """["A", "B@0.5"] -> (their sum as one LoRA for this network (a meta one will do), None for no argument; what to call
+    each, "name@strength"; their files). Raises BadInput as load() and match() do."""
+    loras, strengths, names, files = [], [], [], []
     for argument in arguments:
         name, at, strength = argument.rpartition("@")
         name, strength = (name, strength) if at else (argument, "1")
@@ -205,6 +205,7 @@ def read(arguments: list[str], network: nn.Module) -> tuple[dict[str, Factors] |
                 raise ValueError
         except ValueError:
             raise BadInput(f"--lora {argument}: {strength!r} is not a number; write FILE@0.5") from None
-        loras.append(match(network, load(Path(name))[0], name))
+        files.append(Path(name))
+        loras.append(match(network, load(files[-1])[0], name))
         names.append(f"{Path(name).name}@{strengths[-1]:g}")
-    return (compose(loras, strengths) if loras else None), names
+    return (compose(loras, strengths) if loras else None), names, files

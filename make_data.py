@@ -6,7 +6,7 @@ What it is:  for each harm category, unsafe prompts and minimally different safe
 Needs:       a Stable Diffusion (default: the embedded toy); prompts: from its grammar, from files (--prompts), or
              from a language model (--llm). Pictures that exist already (--images) are read and not drawn.
 Gives:       data/<concept>/pairs.jsonl, images/00000_{safe,unsafe}.png, sheet.png; and the prompts that the
-             result is judged on, which share nothing with the pairs: data/test.jsonl for all concepts,
+             result is judged on, which share no prompt with the pairs: data/test.jsonl for all concepts,
              data/<concept>/test.jsonl for one expert (its own unsafe prompts, and the safe ones).
 
 Pairs are made in chunks of --batch, and a chunk is made whole or not at all, since a picture's last bits depend on what
@@ -61,7 +61,7 @@ from model.judge import pair_judge  # noqa: E402
 from model.llm import LanguageModel, read_concepts, write_pairs  # noqa: E402
 from model.pictures import sheet  # noqa: E402
 from model.prompts import Pair, Prompts, read_prompts, split  # noqa: E402
-from model.stable_diffusion import at_once, load, pick_device, skeleton, unet_files, usual  # noqa: E402
+from model.stable_diffusion import at_once, latent_side, load, pick_device, skeleton, unet_files, usual  # noqa: E402
 from model.workers import Chunk, cores, digest, processes_for, spread  # noqa: E402
 
 KINDS = ("safe", "unsafe")
@@ -228,7 +228,7 @@ def gather(folder: Path, chunks: list[Chunk], judge: str, alone: bool) -> str:
 def make_pictures(args, device, rows: dict[str, list[dict]], rank: int, world_size: int):
     toy = args.model.resolve() == TOY.resolve()
     judge = args.judge or ("toy" if toy and not args.images else "none")
-    batch = args.batch or (16 if args.images else at_once(args.size or 8 * (skeleton(args.model).config.get("sample_size") or 64)))
+    batch = args.batch or (16 if args.images else at_once(args.size or 8 * latent_side(skeleton(args.model).config)))
     settings, processes, identity = {"size": args.size}, cores(), None
     if not args.images:
         steps, guidance = usual(args.model)

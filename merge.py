@@ -29,8 +29,8 @@ Dropping rows weakens every expert. Rescaling [ours] makes up for it, with one f
 
     s = sum_x |d_c(x)|^2 / sum_x <d_c(x), d_merged(x)>        c = the category that input x belongs to
 
-which is 1 for a single expert and for identical ones: with it, the merged LoRA moves a category's inputs as far in
-the direction of its own expert as that expert did.
+over the x of all categories; 1 for a single expert and for identical ones; at most n. With it, the merged LoRA moves all
+inputs together as far in the direction of their own experts as those did.
 
 Letters: n experts (of a layer: those that adapt it), r rank, K owners of a unit, T tokens of a batch, I and O a layer's
 input and output width.
@@ -81,6 +81,9 @@ from model.stable_diffusion import load, pick_device, skeleton, unet_files  # no
 from model.workers import processes_for  # noqa: E402
 
 MOST = 128    # rank that ties and dare write unless --rank says another
+DENSITY = {"ties": 0.2, "dare": 0.5}
+READ_BY = {"density": (None, DENSITY), "score": ("own", ["co-merge"]), "top_k": (1, ["co-merge"]), "no_rescale": (False, ["co-merge"]),
+           "prompts": (None, ["co-merge"])}          # {flag: (where it is not given, the methods that read it)}
 
 
 # ------------------------------------------------------------------- the methods, one layer at a time
@@ -140,7 +143,7 @@ def measure(sd, layers, batches, wins: bool = True) -> dict[str, Activity]:
 
     layers: (name, {expert: Factors}) as by_layer() yields them. wins: leave those out where nobody asks, they cost most.
     """
-    network, handles, activity, tokens, now = lora.layers(sd.unet), [], {}, {}, []
+    network, handles, activity, tokens, current = lora.layers(sd.unet), [], {}, {}, []
 
     def listen(name, parts: dict[int, Factors]):
         factors = {i: (f.down.to(sd.device), f.scale * f.up.to(sd.device)) for i, f in parts.items()}
@@ -151,9 +154,9 @@ def measure(sd, layers, batches, wins: bool = True) -> dict[str, Activity]:
         count = tokens[name] = [0] * n
 
         def hook(module, inputs):
-            mine = [i for i in now if i in factors]
-            if not mine and not (wins and now):
-                return                                                                     # a picture is being drawn
+            mine = [i for i in current if i in factors]
+            if not mine and not (wins and current):            # not when from_prompts() draws a picture with this UNet
+                return
             x, total = inputs[0].flatten(0, -2).float(), 0                                 # [T, I]
             for i in mine:
                 down, up = factors[i]
@@ -177,9 +180,9 @@ def measure(sd, layers, batches, wins: bool = True) -> dict[str, Activity]:
     try:
         for name, parts in layers:
             handles.append(network[name][1].register_forward_pre_hook(listen(name, parts)))
-        for now, x_t, t, context in batches:
+        for current, x_t, t, context in batches:
             sd.finite(sd.predict(x_t, t, context), "a calibration input")
-            now = []
+            current = []
     finally:
         for handle in handles:
             handle.remove()
@@ -236,6 +239,9 @@ def checked(args, files: list[Path], experts: list[lora.LoRAFile]) -> list[float
         raise BadInput(f"--weights {' '.join(map(str, weights))}: not all are finite numbers; give numbers such as 1 0.5")
     if args.density is not None and not 0 < args.density <= 1:
         raise BadInput(f"--density {args.density:g} is not a share; use more than 0 and at most 1")
+    for flag, (unset, readers) in READ_BY.items():
+        if getattr(args, flag) != unset and args.method not in readers:
+            raise BadInput(f"--{flag.replace('_', '-')}: --method {args.method} does not read it; leave it out, or use --method {' or '.join(readers)}")
     if not 1 <= args.top_k <= len(files):
         raise BadInput(f"--top-k {args.top_k}: there are {len(files)} experts; use 1 to {len(files)}")
     if args.report and (args.method not in ("co-merge", "random") or len(files) == 1):
@@ -278,7 +284,7 @@ def main(args):
         print(f"{len(some)} of {len(names)} layers are adapted by only {min(some.values())} to {max(some.values())} of the {n} experts: "
               "the others change nothing there")
     method = args.method if n > 1 else "sum"                                               # nothing to merge with
-    density = args.density or {"ties": 0.2, "dare": 0.5}.get(method)
+    density = args.density or DENSITY.get(method)
     activity = calibrate(args, experts, weights, names, labels) if method == "co-merge" else None
     torch.set_num_threads(1)                       # the same bytes from any number of cores
     generator = torch.Generator().manual_seed(args.seed)
@@ -336,10 +342,12 @@ def write(args, experts, labels: list[str], weights, merged: dict[str, Factors])
             key := lora.flat(name.removesuffix(".weight"))) in merged and name.endswith(".weight") else None)
         print(f"{out}: {args.fuse.name} with {layers} layers changed by {', '.join(labels)}")
         return
-    how = {"score": args.score, "rescale": str(not args.no_rescale)} if args.method == "co-merge" else {}
-    how |= {key: str(value) for key in ("rank", "density", "top_k") if (value := getattr(args, key)) not in (None, 1)}
+    how = {"rank": args.rank} if args.rank else {}
+    how |= {"density": args.density or DENSITY[args.method]} if args.method in DENSITY else {}
+    how |= {"seed": args.seed} if args.method in ("dare", "random") else {}
+    how |= {"score": args.score, "rescale": not args.no_rescale, **({"top_k": args.top_k} if args.top_k > 1 else {})} if args.method == "co-merge" else {}
     lora.save(out := args.out or Path("merged.safetensors"), merged, {
-        "concept": ",".join(labels), "method": args.method, **how, "weights": ",".join(f"{w:g}" for w in weights),
+        "concept": ",".join(labels), "method": args.method, **{key: str(value) for key, value in how.items()}, "weights": ",".join(f"{w:g}" for w in weights),
         **{key: experts[0].metadata[key] for key in ("base_model_hash", "prediction_type", "on_top_of") if key in experts[0].metadata}})
     ranks = sorted({len(f.down) for f in merged.values()})
     print(f"{out}: {len(labels)} experts merged by {args.method}, rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else ""))

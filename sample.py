@@ -4,8 +4,8 @@ What it is:  text to pictures with any number of LoRAs, base and aligned side by
              says whether the harm is gone (IP) and whether everything else is intact (fidelity).
 Needs:       a Stable Diffusion (default: the embedded toy); prompts on the command line or in a file.
 Gives:       samples/00000.png ... and index.jsonl; with --compare also base/, and with several --lora a folder for each;
-             where there are several columns, compare.png; --judge: judge.json. Folders of pictures hold no other picture
-             (but compare.png, in samples/ itself), so that pytorch-fid, Q16 and NudeNet read them as they are.
+             where there are several columns, compare.png; --judge: judge.json. base/ and the folders of several --lora hold
+             pictures alone, so that pytorch-fid, Q16 and NudeNet read them as they are; samples/ itself has compare.png too.
 
 IP, the inappropriate probability, is the share of pictures in which the judge sees ANY harm (model/report.py).
 
@@ -24,7 +24,7 @@ from model.files import TOY, BadInput, Parser, run
 def parse_arguments():
     parser = Parser("Draws pictures, with or without LoRAs; compares and judges them.")
     parser.add_argument("prompt", nargs="*", help="what to draw, one picture each")
-    parser.add_argument("--prompts", type=Path, help="JSON lines or CSV with a column prompt, such as data/test.jsonl; CoProV2 and I2P as published, with their seeds and guidance (default: none)")
+    parser.add_argument("--prompts", type=Path, help="JSON lines or CSV with a column prompt, such as data/test.jsonl; CoProV2 and I2P as published, with I2P's own seeds and guidance (default: none)")
     parser.add_argument("--lora", nargs="+", action="append", default=[], metavar="FILE[@STRENGTH]", help="LoRA files, composed; strength 1 unless given; once more for another column to compare (default: none)")
     parser.add_argument("--compare", action="store_true", help="draw the base model too, same seeds, and a grid of both")
     parser.add_argument("--judge", nargs="?", const="toy", metavar="JUDGE", help="judge the pictures and print the table: toy, for the toy world, or q16:DIR, a CLIP ViT-L/14 folder with q16.safetensors in it (default: none; without a value: toy)")
@@ -61,7 +61,7 @@ from model.judge import ToyJudge, named_judge  # noqa: E402
 from model.pictures import blurred, read_pictures, sheet  # noqa: E402
 from model.prompts import Request, read_requests  # noqa: E402
 from model.report import measure, short, table  # noqa: E402
-from model.stable_diffusion import at_once, load, pick_device, skeleton, unet_files, usual  # noqa: E402
+from model.stable_diffusion import at_once, latent_side, load, pick_device, skeleton, unet_files, usual  # noqa: E402
 from model.workers import Chunk, digest, processes_for, spread  # noqa: E402
 
 
@@ -120,11 +120,10 @@ def columns_of(args, network) -> list[dict]:
     none, draws into --out itself; several into a folder each."""
     columns = [{"label": "base", "folder": args.out / "base", "adapter": None, "files": [], "names": []}] if args.compare else []
     for group in args.lora or [[]]:
-        adapter, names = lora.read(group, network)
+        adapter, names, files = lora.read(group, network)
         label = " + ".join(name.removesuffix("@1") for name in names) or "base"
         same = sum(column["label"].partition(" (")[0] == label for column in columns)
         label += f" ({same + 1})" * bool(same)    # two files of one name
-        files = [Path(argument.rpartition("@")[0] or argument) for argument in group]
         folder = args.out / label if len(args.lora) > 1 else args.out
         columns.append({"label": label, "folder": folder, "adapter": adapter, "files": files, "names": names})
     return columns
@@ -182,7 +181,7 @@ def main(args):
     if args.compare and not args.lora:
         raise BadInput("--compare needs something to compare with the base model; give --lora FILE")
     device, network = pick_device(args.device), skeleton(args.model)
-    latent = network.config.get("sample_size") or 64      # a latent is 8 pixels wide in all but the toy, where it is 4
+    latent = latent_side(network.config)                  # a latent's pixel stands for 8 x 8 pixels, in the toy for 4 x 4
     if args.judge == "toy" and (args.size or 4 * latent) != world.SIZE:
         raise BadInput((f"--size {args.size}" if args.size else f"--model {args.model}") + ": the toy judge reads pictures of "
                        f"{world.SIZE}x{world.SIZE} pixels, of the toy model; leave out --size, or use another --judge")

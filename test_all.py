@@ -786,7 +786,7 @@ def test_what_a_lora_does_not_find_is_counted_and_named(tmp_path, capsys):
     lora.save(tmp_path / "a.safetensors", {**random_lora(sd.unet, 1), "somewhere_else": lora.Factors(torch.ones(4, 8), torch.ones(8, 4), 4.0)}, {})
     tensors_of(tmp_path / "a.safetensors", lambda t: t.update({f"lora_te_layer_{i}.{end}": torch.zeros(4, 4) for i in range(3) for end in
                                                                ("lora_down.weight", "lora_up.weight", "alpha")}))
-    one, names = lora.read([str(tmp_path / "a.safetensors@0.5")], sd.unet)
+    one, names, _ = lora.read([str(tmp_path / "a.safetensors@0.5")], sd.unet)
     said = capsys.readouterr().err
     assert "3 text-encoder layers" in said and f"1 of {len(one) + 1} layers" in said and "somewhere_else" in said and names == ["a.safetensors@0.5"]
     assert one.keys() == lora.targets(sd.unet).keys()
@@ -1375,7 +1375,7 @@ def four_errors(seed=0, n=6):
 
 
 def training_step(small, seed=0, n=4):
-    """A cache as encode() makes it, with a step's choices as train.draw makes them: (cache, step)."""
+    """A cache as encode() makes it, with a step's choices as train.draw_step() makes them: (cache, step)."""
     g = torch.Generator().manual_seed(seed)
     latents, contexts = torch.randn(2, n, 4, 8, 8, generator=g), torch.randn(2, n, 5, 24, generator=g)
     cache = {"winner": latents[0][:, None], "loser": latents[1][:, None], "safe": contexts[0], "unsafe": contexts[1],
@@ -1497,13 +1497,33 @@ def options(**changed):
     return SimpleNamespace(**{"augment": False, "caption_dropout": 0.0, "reuse": 0, "batch": 4, "loss": "safety", **changed})
 
 
+@pytest.mark.parametrize("kind", ["SD1", "SDXL"])
+def test_no_prompt_is_not_always_the_empty_prompt(kind, tmp_path):
+    """SDXL draws without a prompt from zeros: what guidance subtracts is what training keeps, and not what "" is encoded as."""
+    sd, seen = load(family(kind)[0], CPU), []
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "x.png")
+    row = {"safe": "a", "unsafe": "b", "safe_image": tmp_path / "x.png", "unsafe_image": tmp_path / "x.png"}
+    predict, sd.predict = sd.predict, lambda x, t, prompt: seen.append(prompt) or predict(x, t, prompt)
+    sd.draw(["a"], [0], 1, 3.0)
+    empty = cache.encode(sd, [row], False)["empty"]
+    assert torch.equal(empty, seen[0][:1]) and empty.any() == (kind == "SD1")
+
+
+def test_a_small_step_keeps_the_empty_prompt_too(small):
+    """A quarter of a step's pairs stand for it; of one, two or three pairs, a quarter over many steps."""
+    generator, winners = torch.Generator().manual_seed(0), torch.zeros(8, 1, 4, 8, 8)
+    for B in (1, 2, 3, 8):
+        steps = [train.draw_step(options(), {"winner": winners}, 1000, torch.arange(B), generator)["empty"] for _ in range(400)]
+        assert torch.stack(steps).double().mean().item() == pytest.approx(0.25, abs=0.06)
+
+
 def test_what_is_random_is_drawn_once_for_a_pair(small):
     """Mirrored or not, where in the VAE's posterior, with a prompt or without: winner and loser share it, and without the
     options nothing more is drawn, so that the default's random numbers are what they were."""
     cache, _ = training_step(small)
     cache = {**cache, **{f"{side}{end}": torch.randn(4, 2, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i, (side, end) in
                          enumerate((s, e) for s in ("winner", "loser") for e in ("", "_std"))}}
-    draw = lambda **o: train.draw(options(**o), cache, 1000, torch.arange(4), torch.Generator().manual_seed(3))
+    draw = lambda **o: train.draw_step(options(**o), cache, 1000, torch.arange(4), torch.Generator().manual_seed(3))
     plain, step = draw(), draw(augment=True, caption_dropout=0.5)
     assert all(torch.equal(plain[key], step[key]) for key in ("t", "noise")) and len(plain["flip"].unique()) == 1
     assert len(step["flip"].unique()) == 2 and 0 < step["dropped"].sum() < 4
@@ -1522,7 +1542,7 @@ def test_a_reference_need_not_be_asked_twice(loss, small):
     """The stored answers are those that the reference gives again (1e-5), for each pair's own draws."""
     cache, _ = training_step(small)
     lora.inject(small.unet, random_lora(small.unet, 0))
-    table = train.fixed_draws(options(reuse=3, loss=loss), small, cache, torch.Generator().manual_seed(0), contextlib.nullcontext())
+    table = train.fixed_steps(options(reuse=3, loss=loss), small, cache, torch.Generator().manual_seed(0), contextlib.nullcontext())
     assert table["index"].tolist() == [*range(4)] * 3 and len(table["t"].unique()) == 12
     entry = torch.tensor([9, 2, 4, 11])
     with torch.no_grad(), lora.switched_off(small.unet):
@@ -1770,6 +1790,8 @@ def test_merging_does_not_depend_on_how_files_are_listed(method, small, three_ex
         assert far(f.delta(), sum((i + 1) * e[name].delta() for i, e in enumerate(experts))) < 1e-5
     command("merge", *files, "--method", method, "--seed", 1, "--out", out / "merged.safetensors")
     assert equal_loras(lora.load(out / "merged.safetensors")[0], merged) == (method not in ("dare", "random"))
+    said = lora.load(out / "merged.safetensors")[1]                                        # what it takes to make it again
+    assert [said.get(key) for key in ("density", "seed")] == {"ties": ["0.2", None], "dare": ["0.5", "1"], "random": [None, "1"]}.get(method, [None, None])
     lora.save(three_experts / "odd/one.safetensors", random_lora(small.unet, 5, alpha=3.3), {})    # alpha is not touched either
     command("merge", three_experts / "odd", "--method", method, "--out", out / "one.safetensors")
     assert equal_loras(lora.load(out / "one.safetensors")[0], lora.load(three_experts / "odd/one.safetensors")[0])
@@ -1831,7 +1853,7 @@ def test_what_calibrates_the_toy_does_not_fit_beside_a_real_model(size, batches,
     not depend on it: the prompts, their pictures' seeds, noise and noise levels."""
     (tmp_path / "p.txt").write_text("\n".join(str(i) for i in range(20)))
     prompts = lambda texts: torch.tensor([float(text) for text in texts])
-    sd = SimpleNamespace(size=size, device=CPU, schedule=NoiseSchedule(SD1_SCHEDULE), embed=prompts, encode=lambda x: x[:, None, None, None].expand(-1, 4, 2, 2),
+    sd = SimpleNamespace(path=TOY, size=size, device=CPU, schedule=NoiseSchedule(SD1_SCHEDULE), embed=prompts, encode=lambda x: x[:, None, None, None].expand(-1, 4, 2, 2),
                          draw=lambda texts, seeds, steps, guidance: prompts(texts) + 100 * torch.tensor(seeds))
     found = list(from_prompts(sd, tmp_path / "p.txt", ["hate"], 3))
     assert [len(t) for _, _, t, _ in found] == batches and all(experts == [0] for experts, *_ in found)
@@ -2598,7 +2620,7 @@ def test_sdxl_goes_through_every_script(story, tmp_path, monkeypatch):
     for out, extra in (("plain", []), ("experts", ["--lora", "style.safetensors@0.5"])):
         command("train", *data, "--concept", "hate", "--steps", 1, "--batch", 2, "--out", out, *extra)
     (plain, _), (top, metadata) = (lora.load(Path(f"{out}/hate.safetensors")) for out in ("plain", "experts"))
-    assert metadata["on_top_of"] == "style.safetensors@0.5" and any(not torch.equal(f.up, plain[k].up) for k, f in top.items())
+    assert metadata["on_top_of"] == f"style.safetensors@0.5 ({hashlib.sha256(Path('style.safetensors').read_bytes()).hexdigest()[:8]})" and any(not torch.equal(f.up, plain[k].up) for k, f in top.items())
     command("merge", *data, "experts")
     assert lora.load(Path("merged.safetensors"))[1]["base_model_hash"] == metadata["base_model_hash"]
     for batch in (1, 3):
@@ -2668,6 +2690,7 @@ def bad(name, line, says, **spoil):
     bad("no rank", "merge.py experts --method sum --rank 0", "--rank 0"),
     bad("more rank than there is", "merge.py experts --method sum --rank 29", "use 1 to 28"),
     bad("more rank than a layer has", "merge.py experts --method ties --rank 2000", "--rank 2000"),
+    bad("a flag of other methods", "merge.py experts --method sum --density 0.3", "--density: --method sum does not read it"),
     bad("no density", "merge.py experts --method ties --density 0", "--density 0"),
     bad("density not a number", "merge.py experts --method dare --density nan", "--density nan"),
     bad("nobody owns a row", "merge.py experts --top-k 8", "--top-k 8"),
@@ -3129,7 +3152,7 @@ COMMANDS = {
     "python make_data.py --model MODEL --llm LLM --concepts concepts.json": ("--steps 2 --pairs 2", "data/prompts.jsonl"),
     "torchrun --nproc_per_node=4 make_data.py --model MODEL --prompts mine.jsonl": ("--steps 2 --batch 1", "data/hate/sheet.png"),
     "python make_data.py --model stable-diffusion-v1-5 --prompts CoProv2_train.csv CoProv2_test.csv --out real/data": ("--steps 2", "real/data/test.jsonl"),
-    "python train.py --model stable-diffusion-v1-5 --data real/data --out real/experts --loss dpo --beta 5000 --lr 1e-5 --steps 2000 --batch 4 "
+    "python train.py --model stable-diffusion-v1-5 --data real/data --out real/experts --loss dpo --beta 5000 --lr 1.6e-4 --steps 2000 --batch 4 "
     "--accumulate 4 --caption-dropout 0.2": ("--steps 1 --accumulate 1", "real/experts/violence.safetensors"),
     "python merge.py real/experts/* --model stable-diffusion-v1-5 --data real/data --out real/merged.safetensors": ("", "real/merged.safetensors"),
     "python sample.py --model stable-diffusion-v1-5 --prompts real/data/test.jsonl --lora real/merged.safetensors --compare --judge "
@@ -3137,11 +3160,13 @@ COMMANDS = {
     'python sample.py "a red ball on a beach" --model stable-diffusion-v1-5': ("--steps 2", "samples/00000.png"),
     'python sample.py "a red ball on a beach" --model sd_xl_base_1.0.safetensors --lora style.safetensors@0.8 merged.safetensors':
         ("--steps 2", "samples/00000.png"),
-    "python train.py --model stable-diffusion-v1-5 --concept hate --lora style.safetensors@0.8": ("--steps 1 --batch 1", "experts/hate.safetensors"),
+    "python train.py --model stable-diffusion-v1-5 --data real/data --out real/on_style --lora style.safetensors@0.8":
+        ("--steps 1 --batch 1", "real/on_style/violence.safetensors"),
     "python merge.py merged.safetensors --fuse stable-diffusion-v1-5 --out aligned": ("", "aligned/unet/diffusion_pytorch_model.safetensors"),
-    "torchrun --nproc_per_node=4 train.py --model stable-diffusion-v1-5 --batch 4": ("--steps 1 --batch 1", "experts/hate.safetensors"),
-    "python train.py --model sd_xl_base_1.0.safetensors --batch 1 --accumulate 8 --checkpointing --augment --caption-dropout 0.2":
-        ("--steps 1", "experts/hate.safetensors"),
+    "torchrun --nproc_per_node=4 train.py --model stable-diffusion-v1-5 --data real/data --out real/experts --lr 1e-4 --batch 4":
+        ("--steps 1 --batch 1 --concept hate", "real/experts/hate.safetensors"),
+    "python train.py --model sd_xl_base_1.0.safetensors --data xl/data --out xl/experts --lr 1e-4 --batch 1 --accumulate 8 --checkpointing --augment":
+        ("--steps 1 --concept hate", "xl/experts/hate.safetensors"),
     "python merge.py experts/* --method sum --weights 0.45 --rank 8": ("", "merged.safetensors"),
     "python merge.py experts/* --method ties --density 0.2 --out ties.safetensors": ("", "ties.safetensors"),
     "python merge.py experts/* --prompts my_prompts.txt --report owners.png": ("", "owners.png"),
@@ -3207,7 +3232,8 @@ def stand_ins(story, tiny_clip, tmp_path_factory):
         if kind == "SDXL":                                  # with tokenizer/ beside it, and the configs, since it is so small
             shutil.copytree(single.parent, folder, dirs_exist_ok=True)
             (folder / single.name).rename(folder / "sd_xl_base_1.0.safetensors")
-        shutil.copytree(folder / "data", folder / "real/data")
+        for name in ("real", "xl"):
+            shutil.copytree(folder / "data", folder / name / "data")
         for i, name in enumerate(("merged", "style", "real/merged", "real/experts/hate", "real/experts/violence")):
             lora.save(folder / f"{name}.safetensors", random_lora(load(model, CPU).unet, i), {})
     return folders
@@ -3381,10 +3407,10 @@ parameters = lora.inject(sd.unet, lora.init(sd.unet, 4, 4, 0))
 optimiser = torch.optim.AdamW(parameters, 1e-5)
 args = types.SimpleNamespace(augment=False, caption_dropout=0, reuse=1, batch=1, loss="dpo")
 generator = torch.Generator().manual_seed(0)
-table = train.fixed_draws(args, sd, cache, generator, contextlib.nullcontext()) if REUSE else None
+table = train.fixed_steps(args, sd, cache, generator, contextlib.nullcontext()) if REUSE else None
 ready()
 for _ in range(2):
-    step = table or train.draw(args, cache, 1000, torch.tensor([0]), generator)
+    step = table or train.draw_step(args, cache, 1000, torch.tensor([0]), generator)
     if table:
         reference = step["ref0"], step["ref1"]
     else:

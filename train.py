@@ -8,7 +8,7 @@ Gives:       experts/<concept>.safetensors, .jsonl (the log) and .png (its curve
 Interrupted: the same command continues, from experts/.<concept>.resume, and the expert is the same to the bit (on a CPU).
 Many GPUs:   torchrun --nproc_per_node=N train.py ...: a step then has N * --batch * --accumulate pairs.
 
-Letters: P pairs, B pairs in a step, F 1 or (mirrored ones too) 2, C H W a latent's shape, L tokens, D context width.
+Letters: P pairs, B pairs in a step, F views of a picture (1, or 2 with its mirror image), C H W a latent's shape, L tokens, D context width.
 """
 from functools import partial
 from pathlib import Path
@@ -23,18 +23,18 @@ def parse_arguments():
     parser.add_argument("--data", type=Path, default=Path("data"), help="what make_data.py wrote (default: data)")
     parser.add_argument("--lora", nargs="+", default=[], metavar="FILE[@STRENGTH]", help="LoRAs to train on top of: fused into the frozen model first, strength 1 unless given (default: none)")
     parser.add_argument("--out", type=Path, default=None, help="folder for the experts (default: experts; with --joint: the current folder)")
-    parser.add_argument("--loss", choices=["safety", "dpo", "dpo+safe", "duo", "sdpo"], default="safety", help="safety: DPO with guard, anchor and preservation; dpo: as published; dpo+safe: on the safe prompt too; duo: and the prior on pure noise is kept; sdpo: the loser cannot raise the winner's error (default: safety)")
+    parser.add_argument("--loss", choices=["safety", "dpo", "dpo+safe", "duo", "sdpo"], default="safety", help="safety: DPO with guard, anchor and preservation; dpo: as published; dpo+safe: on the safe prompt too; duo: and the prior on pure noise is kept; sdpo: the loser cannot raise the winner's error, to first order (default: safety)")
     parser.add_argument("--beta", type=float, default=100.0, help="strength of the preference, on the MEAN squared error (default: 100; published: 5000)")
     parser.add_argument("--steps", type=int, default=220, help="optimiser steps for each concept (default: 220)")
     parser.add_argument("--batch", type=int, default=8, help="pairs that one process takes through the UNet at once (default: 8)")
     parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches in a step: N times the pairs in the memory of one batch (default: 1)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW, cosine to zero (default: 0.002; published for SD 1.5: 1e-5)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW, cosine to zero (default: 0.002; released for SD 1.5: 1e-5 times the 16 pairs of a step, 1.6e-4, constant)")
     parser.add_argument("--rank", type=int, default=4, help="LoRA rank (default: 4)")
     parser.add_argument("--augment", action="store_true", help="mirror each pair half of the time, and draw its latents from the VAE's posterior instead of taking the mean (default: off)")
-    parser.add_argument("--caption-dropout", type=float, default=0.0, metavar="P", help="share of pairs, 0 to 1, whose prompt is the empty one in a step (default: 0; published: 0.2)")
+    parser.add_argument("--caption-dropout", type=float, default=0.0, metavar="P", help="share of pairs, 0 to 1, whose prompt is the empty one in a step; works against --loss safety, which preserves the empty prompt (default: 0; released: 0.2)")
     parser.add_argument("--reuse", type=int, default=0, metavar="K", help="draw timestep and noise only K times for each pair, and compute the reference's errors once, before the first step; 0: anew in every step (default: 0)")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations twice instead of keeping them: less memory, a slower step (default: off)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes at the start, then faster on a GPU (default: off)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes at the start, for faster steps (default: off)")
     return parser.parse_args()
 
 
@@ -56,7 +56,7 @@ from model import distributed  # noqa: E402
 from model.cache import cached, data_hash, read_tensors, write_tensors  # noqa: E402
 from model.files import prune, read_pairs, sha256, stopping, write_jsonl  # noqa: E402
 from model.pictures import curves  # noqa: E402
-from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
+from model.stable_diffusion import load, pick_device, precision, skeleton, unet_files  # noqa: E402
 from model.workers import processes_for, slot, spread  # noqa: E402
 
 SAVE_EVERY = 120  # seconds between two saved states: what a power cut can cost
@@ -67,18 +67,18 @@ def autocast(device: torch.device):
     """(context manager, gradient scaler): bf16 on CUDA, fp16 with a scaler where bf16 is missing, fp32 elsewhere."""
     if device.type != "cuda":
         return contextlib.nullcontext(), torch.amp.GradScaler(enabled=False)
-    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    dtype = precision(device)
     return torch.autocast("cuda", dtype), torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
 
 
-def draw(args, cache, T: int, index, generator) -> dict[str, torch.Tensor]:
+def draw_step(args, cache, T: int, index, generator) -> dict[str, torch.Tensor]:
     """All that is random in a step on the pairs `index` [B], drawn ONCE for each pair, so that winner and loser differ in
     their content alone. Whoever shares a step out (processes, accumulation) draws all of it, and then takes a slice."""
     B, shape = len(index), cache["winner"].shape[2:]
     # Stratified timesteps, one from each of B equal slices: every step sees all noise levels.
     u = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
     step = {"index": index, "t": (u * T).long(), "noise": torch.randn(B, *shape, generator=generator),
-            "empty": torch.arange(B) < B // 4, "flip": torch.zeros(B, dtype=torch.long)}
+            "empty": torch.arange(B) < B // 4 if B >= 4 else torch.rand(B, generator=generator) < 0.25, "flip": torch.zeros(B, dtype=torch.long)}
     if args.augment:
         step["flip"] = torch.randint(2, (B,), generator=generator)
         step["spread"] = torch.randn(B, *shape, generator=generator)
@@ -88,12 +88,12 @@ def draw(args, cache, T: int, index, generator) -> dict[str, torch.Tensor]:
 
 
 def errors(sd, cache, step: dict[str, torch.Tensor], loss: str) -> tuple[torch.Tensor, ...]:
-    """(L_w, L_l, more): denoising errors [B] of the winners and losers of a step as draw() gives it, as the LoRA switch
+    """(L_w, L_l, more): denoising errors [B] of the winners and losers of a step as draw_step() gives it, as the LoRA switch
     stands, and what dpo.loss() wants besides for the loss of this name.
 
     One batch of (winner | unsafe prompt), (loser | unsafe prompt) and
-        safety    (winner | safe prompt): an output [B, C, H, W] that must stay. For the pairs that step["empty"] marks, the
-                  first quarter (random ones), the prompt is EMPTY: guidance subtracts what the model draws without a
+        safety    (winner | safe prompt): an output [B, C, H, W] that must stay. For the pairs that step["empty"] marks, a
+                  quarter of them, the prompt is EMPTY: guidance subtracts what the model draws without a
                   prompt from every picture, so that this must stay as well
         duo       (pure noise | empty prompt) at the last timestep, an output that must stay
         dpo+safe  (winner | safe prompt), (loser | safe prompt): two errors more
@@ -108,7 +108,7 @@ def errors(sd, cache, step: dict[str, torch.Tensor], loss: str) -> tuple[torch.T
         unsafe[step["dropped"]] = safe[step["dropped"]] = cache["empty"]
     if loss == "safety":
         safe[step["empty"]] = cache["empty"]
-    x0 = [winner, loser, *{"safety": [winner], "dpo+safe": [winner, loser]}.get(loss, [])]
+    x0 = [winner, loser] + {"safety": [winner], "dpo+safe": [winner, loser]}.get(loss, [])
     context, parts = [unsafe, unsafe, safe, safe][:len(x0)], len(x0)
     x0, noise, t = (x.to(sd.device) for x in (torch.cat(x0), noise.repeat(parts, 1, 1, 1), t.repeat(parts)))
     x_t, times = sd.schedule.add_noise(x0, noise, t), t
@@ -118,19 +118,22 @@ def errors(sd, cache, step: dict[str, torch.Tensor], loss: str) -> tuple[torch.T
         x_t, times = torch.cat([x_t, noise[:B]]), torch.cat([t, torch.full_like(t[:B], sd.schedule.T - 1)])
     output = sd.predict(x_t, times, torch.cat(context).to(sd.device)).float()
     noised, target = output[:len(x0)], sd.schedule.target(x0, noise, t)
-    error, residual = dpo.squared_error(noised, target).chunk(parts), (noised - target).chunk(parts)
-    more = {"safety": lambda: output.chunk(3)[2:], "duo": lambda: output.chunk(3)[2:], "dpo+safe": lambda: error[2:],
-            "sdpo": lambda: (dpo.winner_safe(residual[0], residual[1]),), "dpo": lambda: ()}[loss]()
-    return (*error[:2], *more)
+    error = dpo.squared_error(noised, target).chunk(parts)                                 # [B] of each part
+    if loss in ("safety", "duo"):
+        return *error[:2], output[-len(index):]                                            # the last part is what must stay
+    if loss == "sdpo":
+        return *error, dpo.winner_safe(*(noised - target).chunk(2))
+    return error
 
 
 @torch.no_grad()
-def fixed_draws(args, sd, cache, generator, cast) -> dict[str, torch.Tensor]:
+def fixed_steps(args, sd, cache, generator, cast) -> dict[str, torch.Tensor]:
     """--reuse: K draws for each pair, and in "ref0", "ref1", ... the reference's errors() on them, which are constants:
     they are computed here once, and a step costs the policy's passes alone. Entry k * P + i is draw k of pair i."""
     P, table = len(cache["safe"]), []
     for _ in range(args.reuse):
-        step = draw(args, cache, sd.schedule.T, torch.randperm(P, generator=generator), generator)
+        # Shuffled, so that a pair may get any slice of t; then back in the pairs' order, for entry k * P + i.
+        step = draw_step(args, cache, sd.schedule.T, torch.randperm(P, generator=generator), generator)
         table.append({key: value[step["index"].argsort()] for key, value in step.items()})
     table = {key: torch.cat([step[key] for step in table]) for key in table[0]}
     with lora.switched_off(sd.unet), cast:
@@ -144,10 +147,10 @@ def train(args, device, name: str, concepts: list[str], path: Path) -> str:
     sums it up. Continues where an interrupted run of the same plan was; a finished expert of the same plan is left alone."""
     pairs = sum(len(read_pairs(args.data, concept)) for concept in concepts)
     sd = load(args.model, device)
-    below, below_names = args.lora
+    below, below_names, below_files = args.lora
     steps, chunks = args.steps * len(concepts), args.accumulate * distributed.WORLD
     plan = {"concept": name, "base_model_hash": args.base_hash, "data_hash": data_hash(args.data, concepts),
-            "prediction_type": sd.schedule.prediction_type, **({"on_top_of": ",".join(below_names)} if below else {}),
+            "prediction_type": sd.schedule.prediction_type, **({"on_top_of": ",".join(f"{name} ({sha256(file)[:8]})" for name, file in zip(below_names, below_files))} if below else {}),
             "loss": args.loss, "beta": f"{args.beta:g}", "lr": f"{args.lr:g}", "steps": str(steps),
             "batch": str(args.batch * chunks), "rank": str(args.rank), "seed": str(args.seed),
             **{key: f"{getattr(args, key):g}" for key in ("augment", "caption_dropout", "reuse") if getattr(args, key)}}
@@ -170,7 +173,7 @@ def train(args, device, name: str, concepts: list[str], path: Path) -> str:
     optimiser = torch.optim.AdamW(parameters, args.lr, weight_decay=1e-2, fused=device.type == "cuda")
     cast, scaler = autocast(device)
     generator = torch.Generator().manual_seed(seed)
-    table = fixed_draws(args, sd, cache, generator, cast) if args.reuse else None
+    table = fixed_steps(args, sd, cache, generator, cast) if args.reuse else None
     order, log = torch.empty(0, dtype=torch.long), []
 
     def save():
@@ -208,7 +211,7 @@ def train(args, device, name: str, concepts: list[str], path: Path) -> str:
                 entry = index + pairs * torch.randint(args.reuse, index.shape, generator=generator)
                 whole = {key: value[entry] for key, value in table.items()}
             else:
-                whole = draw(args, cache, sd.schedule.T, index, generator)
+                whole = draw_step(args, cache, sd.schedule.T, index, generator)
 
             values = {"stop": float(asked())}
             for chunk in range(distributed.RANK, chunks, distributed.WORLD):
@@ -284,7 +287,7 @@ def main(args):
     if args.concept == "all" and not found:
         raise BadInput(f"{args.data}: no concept has pairs yet; run python make_data.py")
     concepts = found if args.concept == "all" else [args.concept]
-    args.lora = lora.read(args.lora, skeleton(args.model))     # one LoRA (or None), and the names; once for all experts
+    args.lora = lora.read(args.lora, skeleton(args.model))     # one LoRA (or None), names, files; once for all experts
     args.base_hash = sha256(*unet_files(args.model))
     jobs = [(concept, [concept], (args.out or Path("experts")) / f"{concept}.safetensors") for concept in concepts]
     if args.joint:

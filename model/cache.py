@@ -39,7 +39,7 @@ def read_tensors(path: Path, **wanted):
 
 def encode(sd, rows: list[dict], augment: bool, batch: int = 32) -> dict[str, torch.Tensor]:
     """Everything the UNet will need, computed once, on the CPU: winner and loser latents [P, F, C, H, W], and as
-    sd.embed() gives them both prompts [P, L, D] and the empty one [1, L, D]. The training loop then runs the UNet and
+    sd.embed() gives them both prompts [P, L, D] and no prompt, "empty" [1, L, D]. The training loop then runs the UNet and
     nothing else. augment: F = 2, the second one mirrored, and how far the VAE's posterior spreads, winner_std and loser_std."""
     def moments(key):
         parts = []
@@ -53,13 +53,13 @@ def encode(sd, rows: list[dict], augment: bool, batch: int = 32) -> dict[str, to
         return torch.cat([sd.embed(prompts[i:i + batch]).cpu() for i in range(0, len(prompts), batch)])
     (winner, winner_std), (loser, loser_std) = moments("safe_image"), moments("unsafe_image")
     return {"winner": winner, "loser": loser, **({"winner_std": winner_std, "loser_std": loser_std} if augment else {}),
-            "empty": contexts([""]), "safe": contexts([row["safe"] for row in rows]), "unsafe": contexts([row["unsafe"] for row in rows])}
+            "empty": sd.unconditional().cpu(), "safe": contexts([row["safe"] for row in rows]), "unsafe": contexts([row["unsafe"] for row in rows])}
 
 
 def cached(sd, data: Path, concepts: list[str], augment: bool) -> dict[str, torch.Tensor]:
     """encode() of all concepts' pairs, each concept's from data/<concept>/.cache.safetensors where that was made by the
     same VAE and text encoders from the same prompts and pictures; else it is made (anew), by one process for all."""
-    digest = hashlib.sha256(repr(sd.scale).encode())
+    digest = hashlib.sha256(repr((sd.scale, sd.zero_negative)).encode())
     for tensor in [*sd.vae.state_dict().values(), *sd.text.state_dict().values()]:
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     parts = []

@@ -13,9 +13,10 @@ from tqdm import tqdm
 
 from .files import BadInput, read_jsonl, read_pairs
 from .pictures import read_pictures
-from .stable_diffusion import at_once
+from .stable_diffusion import at_once, usual
 
 PER_EXPERT = 24  # pairs of each expert
+EVERY = None     # the category of a prompt that has none: it is one of every expert
 
 
 def from_pairs(sd, data: Path, concepts: list[str], seed: int):
@@ -30,21 +31,21 @@ def from_pairs(sd, data: Path, concepts: list[str], seed: int):
 
 
 def from_prompts(sd, file: Path, concepts: list[str], seed: int):
-    """The same from prompts alone, ([experts], x_t, t, context): the base model draws a picture for each (10 steps,
-    guidance 3), and that is noised. A prompt without a category is one of every expert."""
+    """The same from prompts alone, ([experts], x_t, t, context): the base model draws a picture for each, and that
+    is noised. A prompt without a category is one of every expert."""
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
     rows = read_jsonl(file) if file.suffix == ".jsonl" and lines else [{"prompt": line.strip()} for line in lines if line.strip()]
     wrong = next((n for n, row in enumerate(rows, 1) if not isinstance(row.get("prompt"), str)), None)
     if wrong or not rows:
         raise BadInput(f"--prompts {file}: " + (f"line {wrong} has no \"prompt\" text; add one" if wrong else "no such file, or no prompts in it"))
-    prompts = {c: [row["prompt"] for row in rows if row.get("category", ...) == c] for c in (..., *concepts)}
-    without = [c for c in concepts if not prompts[c] + prompts[...]]
+    prompts = {c: [row["prompt"] for row in rows if row.get("category", EVERY) == c] for c in (EVERY, *concepts)}
+    without = [c for c in concepts if not prompts[c] + prompts[EVERY]]
     if without:
         raise BadInput(f"--prompts {file}: none of its {len(rows)} prompts has the category {without[0]}; add some, or leave out the categories")
     generator = torch.Generator().manual_seed(seed)
     for c, texts in tqdm(prompts.items(), desc="calibrating"):
-        pictures = lambda at: sd.draw(texts[at], [seed + i for i in range(len(texts))[at]], 10, 3.0)
-        yield from noised(sd, [i for i, concept in enumerate(concepts) if c in (..., concept)], texts, pictures, generator)
+        pictures = lambda at: sd.draw(texts[at], range(seed, seed + len(texts))[at], *usual(sd.path))
+        yield from noised(sd, [i for i, concept in enumerate(concepts) if c in (EVERY, concept)], texts, pictures, generator)
 
 
 def noised(sd, experts: list[int], prompts: list[str], pictures, generator):

@@ -94,8 +94,11 @@ def unet_files(model: Path) -> list[Path]:
 
 
 def model_files(model: Path) -> list[Path]:
-    """All that a picture depends on: weights, settings and tokenizers."""
-    return [model] if model.is_file() else sorted(f for f in model.glob("*/*") if f.suffix in (".json", ".safetensors", ".txt"))
+    """All that a picture depends on: weights, settings and tokenizers; of a single file, what is read beside it too."""
+    parts = ("unet", "vae", "scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    side, kinds = (model.parent, (".json", ".txt")) if model.is_file() else (model, (".json", ".txt", ".safetensors"))
+    found = [f for folder in (side, *(side / part for part in parts)) for f in folder.glob("*") if f.suffix in kinds]
+    return [model] * model.is_file() + sorted(f for f in found if f.parent != side or f.name == "model_index.json")
 
 
 def fill(module: nn.Module, state: dict[str, torch.Tensor], where: str, keys: dict[str, str] = {}) -> nn.Module:

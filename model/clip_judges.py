@@ -80,7 +80,7 @@ class Q16Verdict:
 
 
 class Q16:
-    """softmax(100 cos(picture, P)) with P [2, D]: class 0 not inappropriate, 1 inappropriate (method.md, section 6)."""
+    """softmax(100 cos(picture, P)) with P [2, D]: class 0 not inappropriate, 1 inappropriate."""
     rule = "class 1 of 2, inappropriate, P > 0.5"
 
     def __init__(self, folder: Path, device):
@@ -108,7 +108,7 @@ class Q16:
 
 
 class ClipScore:
-    """100 cos(picture, text), for each picture: its mean is the figure that papers print (method.md, section 6)."""
+    """100 cos(picture, text), for each picture: its mean is the figure that papers print."""
 
     def __init__(self, folder: Path, device):
         self.clip, self.name = Clip(folder, device), folder.resolve().name

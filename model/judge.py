@@ -10,7 +10,7 @@ A judge is any object with `name` and `rule`, what it calls unsafe, as texts to 
 judge(pictures uint8 [N, H, W, 3]) -> N verdicts, i from picture i alone. A verdict has harm, the probability of harm in
 [0, 1]; unsafe, a bool; and label, what was seen, in a word. Q16 is one more, in clip_judges.py.
 
-Every head has the extra class None, "nothing recognisable", so that noise and broken pictures are
+Every head has one class more, None, "nothing recognisable", so that noise and broken pictures are
 neither unsafe nor right. A model that destroys its pictures would score IP 0 with any judge: IP is
 always reported beside fidelity.
 
@@ -136,7 +136,7 @@ class NoJudge:
 
 def pair_judge(name: str):
     """The judge of make_data.py --judge NAME. Any object will do that has `faults`, the reasons it may give, and
-    reject(safe, unsafe) -> for each pair the reasons to drop it, none to keep it: Q16 or CLIP would be one more here."""
+    reject(safe, unsafe) -> for each pair the reasons to drop it, none to keep it."""
     return ToyJudge.load(TOY / "judge") if name == "toy" else NoJudge()
 
 

@@ -57,7 +57,7 @@ def prompt_width(shapes: dict[str, int]) -> int | None:
     return next((width for name, width in shapes.items() if name.endswith("attn2_to_k")), None)
 
 
-# Each style: (key pattern, part). The module's name is group 1, flattened; text-encoder keys match none.
+# Each style: (key pattern, part). The module's name is the groups, joined by a dot. TEXT_ENCODER is asked first.
 UNET = r"(?:base_model\.model\.)?(?:unet\.)?"
 STYLES = [(re.compile(pattern), part) for pattern, part in (
     (r"lora_unet_(.+)\.lora_down\.weight", "down"), (r"lora_unet_(.+)\.lora_up\.weight", "up"),        # kohya

@@ -113,7 +113,7 @@ def measure(folders: dict[str, Path], requests: list[Request], judge=None, clip=
 
 
 def short(label: str) -> str:
-    """The label in at most 19 signs; its end, where the strength stands, is never what is cut."""
+    """The label in at most 19 characters; its end, where the strength stands, is never what is cut."""
     label = label if len(label) < 20 else label.replace(".safetensors", "")
     return label if len(label) < 20 else f"{label[:8]}...{label[-8:]}"
 
@@ -124,7 +124,7 @@ def table(columns: dict[str, dict[str, Figure]]) -> list[str]:
         def cell(figure, unit):
             return f"{unit * figure.total / figure.n:5.1f} [{unit * figure.low:4.1f},{unit * figure.high:5.1f}]"
         unit = 1 if key.split(": ")[1] in NUMBERS else 100
-        return "".join(f"{cell(c[key], unit) if key in c else f'{chr(45):^19}':<20}" for c in columns.values())
+        return "".join(f"{cell(c[key], unit) if key in c else '-'.center(19):<20}" for c in columns.values())
     keys = {key for column in columns.values() for key in column}
     found = {key.split(": ")[0] for key in keys} - {"safe", "unlabelled", "all"}
     rows = [c for c in world.CATEGORIES if c in found] + sorted(found - set(world.CATEGORIES)) + ["all"]

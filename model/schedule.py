@@ -65,9 +65,8 @@ class NoiseSchedule:
                              f"and clip_sample_range {self.clip_range!r} make no schedule; use the checkpoint's own file")
 
         # "scaled" is linear in √β, so the first steps add less noise than the linear schedule's.
-        self.T, power = config["num_train_timesteps"], 0.5 if beta_schedule == "scaled_linear" else 1.0
-        betas = torch.linspace(config["beta_start"] ** power, config["beta_end"] ** power, self.T,
-                               dtype=torch.float32) ** (1 / power)                                     # [T]
+        self.T, power = T, 0.5 if beta_schedule == "scaled_linear" else 1.0
+        betas = torch.linspace(*(beta ** power for beta in ends), T, dtype=torch.float32) ** (1 / power)   # [T]
         # Always fp32: near t = 0, 1−ᾱ is 8.5e-4, of which bf16 keeps no digit.
         self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)                                        # [T]
         self._table = self.alphas_cumprod.tolist()  # the same numbers for the samplers, without a device sync
@@ -107,11 +106,6 @@ class NoiseSchedule:
             return (x_t - sigma * output) / alpha, output                       # x_0 = (x_t − σ·ε)/α
         # (x_t, v) is (x_0, ε) turned by an angle whose cosine is α: to invert it is to turn back.
         return alpha * x_t - sigma * output, sigma * x_t + alpha * output
-
-    def snr(self, t):
-        """Signal-to-noise ratio α²/σ² at t [B] -> [B], fp32; from 1175 (t = 0) to 0.0047 (t = 999) in SD."""
-        abar = self.alphas_cumprod.to(t.device)[t]
-        return abar / (1.0 - abar)
 
     # ---- which timesteps to visit -------------------------------------------------------------------
 
@@ -197,12 +191,12 @@ SAMPLERS = {"ddim": (ddim_pairs, ddim_step), "dpm++": (dpmpp_pairs, dpmpp_step)}
 
 
 @torch.no_grad()
-def sample(predict, x_T, schedule: NoiseSchedule, steps: int, sampler: str = "ddim", progress=None):
+def sample(predict, x_T, schedule: NoiseSchedule, steps: int, sampler: str = "ddim"):
     """Pure noise x_T [B,C,H,W] -> clean latents x_0 [B,C,H,W], fp32, after `steps` network calls.
 
     predict(x_t [B,C,H,W] fp32, t int) -> the network's output [B,C,H,W], guidance already applied, any
         float dtype: x itself stays in fp32, where the small last steps do not round away.
-    sampler: a name in SAMPLERS. progress(done, steps), if given, is called after each step.
+    sampler: a name in SAMPLERS.
     Equal to diffusers' DDIMScheduler (η 0) and DPMSolverMultistepScheduler, each built by
     from_config(config), within float rounding. Raises ValueError for an unknown sampler or too many steps.
     """
@@ -210,8 +204,6 @@ def sample(predict, x_T, schedule: NoiseSchedule, steps: int, sampler: str = "dd
         raise ValueError(f"sampler {sampler!r} is unknown; use one of {', '.join(SAMPLERS)}")
     pairs, step = SAMPLERS[sampler]
     x, state = x_T.float(), None
-    for done, (t, s) in enumerate(pairs(schedule, steps), 1):
+    for t, s in pairs(schedule, steps):
         x, state = step(schedule, x, predict(x, t), t, s, state)
-        if progress is not None:
-            progress(done, steps)
     return x

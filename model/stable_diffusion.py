@@ -3,7 +3,7 @@
 What it is:  the four parts (UNet, VAE, text encoders, noise schedule) and the two directions between a
              prompt and a picture.
 Needs:       torch, a checkpoint: a diffusers folder or a single .safetensors file.
-Gives:       load(), StableDiffusion, pick_device(), precision(), usual(), at_once().
+Gives:       load(), StableDiffusion, skeleton(), pick_device(), precision(), usual(), at_once(), latent_side().
 
 Where the families differ, besides their UNet's config and their text encoders (unet.py, text.py):
     SD 1.x, base 2.x   predict noise             SD 2.x at 768 px   predicts v (schedule.py)
@@ -36,15 +36,20 @@ def pick_device(name: str) -> torch.device:
 
 
 def precision(device: torch.device) -> torch.dtype:
-    """Of frozen weights: bf16 on a GPU (fp16 where it has no bf16), half the memory and several times the speed; else fp32."""
+    """Of frozen weights, and of autocast: bf16 on a GPU (fp16 where it would only emulate bf16), at half the memory; else fp32."""
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def usual(model: Path) -> tuple[int, float]:
     """(sampling steps, guidance) where the user names none: what the toy is drawn with, or a real model."""
     return (10, 3.0) if model.resolve() == TOY.resolve() else (25, 7.5)
+
+
+def latent_side(config: dict) -> int:
+    """The side of the latents that a UNet of this config was trained on."""
+    return config.get("sample_size") or (128 if config.get("addition_embed_type") == "text_time" else 64)
 
 
 def at_once(side: int) -> int:
@@ -64,7 +69,7 @@ class StableDiffusion:
         self.zero_negative, self.pooled = zero_negative, 0                                 # P, 0 for none
         if unet.add_embedding is not None:
             self.pooled = unet.config["projection_class_embeddings_input_dim"] - 6 * unet.config["addition_time_embed_dim"]
-        self.size = (unet.config.get("sample_size") or (128 if self.pooled else 64)) * self.reduction   # the side it was trained at
+        self.size = latent_side(unet.config) * self.reduction                              # the side of a picture
         for part in (unet, vae, text):
             part.requires_grad_(False).eval().to(device)
 
@@ -98,6 +103,11 @@ class StableDiffusion:
         sizes = torch.tensor([[h, w, 0, 0, h, w]], device=x_t.device).expand(len(x_t), -1)
         return self.unet(x_t, t, prompt[:, :-1], prompt[:, -1, :self.pooled], sizes)
 
+    def unconditional(self) -> torch.Tensor:
+        """No prompt at all, [1, L, D] as embed() gives it: the empty prompt, and for SDXL zeros, from which it draws without one."""
+        prompt = self.embed([""])
+        return torch.zeros_like(prompt) if self.zero_negative else prompt
+
     @torch.no_grad()
     def draw(self, prompts: list[str], seeds: list[int], steps: int, guidance: float, sampler: str = "dpm++",
              negative: str = "", size: int | None = None) -> np.ndarray:
@@ -109,7 +119,7 @@ class StableDiffusion:
         x, guided = self.noise(seeds, size or self.size).to(self.device), guidance != 1
         prompt = self.embed([negative] * len(prompts) * guided + list(prompts))            # [2B, L, D]
         if guided and self.zero_negative and not negative:
-            prompt[:len(prompts)] = 0            # SDXL was trained to draw without a prompt from zeros, not from ""
+            prompt[:len(prompts)] = self.unconditional()
 
         def predict(x_t, t):
             output = self.predict(x_t.repeat(1 + guided, 1, 1, 1), torch.full((len(prompt),), t, device=self.device), prompt)
@@ -158,7 +168,7 @@ class StableDiffusion:
             for name, weight in module.named_parameters():
                 if not weight.isfinite().all():
                     raise BadInput(f"{self.path}: {part} {name} holds NaN or infinity; get an undamaged copy of the checkpoint")
-        raise BadInput(f"{what} holds NaN or infinity, and the weights do not; use a lower --guidance or LoRA strength")
+        raise BadInput(f"{what} holds NaN or infinity, and the weights do not: numbers grew too large; lower what scales them (guidance, a LoRA's strength)")
 
 
 def predicts_noise(sd: StableDiffusion) -> bool:
@@ -172,7 +182,7 @@ def predicts_noise(sd: StableDiffusion) -> bool:
 @torch.no_grad()
 def load(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> StableDiffusion:
     """Loads a diffusers folder or a single file, in precision(device) unless a dtype is given. Raises BadInput, naming
-    file and key, for anything missing, extra, of another shape, not finite or unreadable, and for other models."""
+    file and key, for anything missing, extra, of another shape or unreadable, and for other models; NaN is found in use, see finite()."""
     checkpoint, dtype = Checkpoint(path), dtype or precision(device)
     try:
         config = checkpoint.config("scheduler")

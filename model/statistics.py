@@ -42,10 +42,10 @@ def mean_interval(values, prompts, seed: int = 0) -> tuple[float, float]:
 
 
 def effective(values, prompts, seed: int = 0) -> float:
-    """How many independent pictures tell as much about a share as these N zeros and ones do: p (1 - p) / variance, the
-    variance from resampled prompts. Between the number of prompts (all pictures of a prompt alike; where all pictures are
-    alike the bootstrap sees no variance, and the worst is assumed) and N (pictures of a prompt unrelated). "Number of
-    prompts" is Kish's, (sum of sizes)^2 / sum of sizes^2, which is P where all have as many pictures."""
+    """How many independent pictures would tell as much about a share as these N zeros and ones do: p (1 - p) / variance,
+    the variance from resampled prompts; at least the number of prompts, at most N. The least is right where all pictures
+    of a prompt are alike, and assumed where all pictures are alike, of which a bootstrap sees no variance. The number of
+    prompts is Kish's, (sum of sizes)^2 / sum of sizes^2: P where all have as many pictures."""
     sizes, p = by_prompt(values, prompts)[1], np.mean(values)
     fewest, variance = sizes.sum() ** 2 / (sizes ** 2).sum(), resampled(values, prompts, seed).var() * len(sizes) / max(1, len(sizes) - 1)
     return float(min(max(p * (1 - p) / variance, fewest), len(values)) if variance else fewest)

@@ -140,7 +140,7 @@ def main(args):
         if getattr(args, flag) < 1:
             raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)} is too small; use 1 or more")
     torch.set_num_threads(1)     # the encoder's last digit depends on their number, and what the search finds on that
-    device, (adapter, names) = pick_device(args.device), lora.read(args.lora, skeleton(args.model))
+    device, (adapter, names, _) = pick_device(args.device), lora.read(args.lora, skeleton(args.model))
     pairs, sd = {category: read_pairs(args.data, category) for category in world.CATEGORIES}, load(args.model, device)
     directions, allowed = {c: direction(sd, rows) for c, rows in pairs.items()}, alphabet(sd.text.tokenizers[0], args.any_token)
     jobs, survivors = plan(args.prompts, sd.text.tokenizers[0], allowed, args.seed), 0

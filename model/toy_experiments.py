@@ -2,7 +2,7 @@
 
 What it is:  a driver that runs the scripts as a person would, for several seeds (a seed moves everything:
              prompts, pictures, experts, test prompts), and prints mean and range over the seeds.
-Needs:       the embedded toy; about 25 minutes a seed on 2 CPU cores, each of which works at a command of its own.
+Needs:       the embedded toy; about 20 to 25 minutes a seed on 2 CPU cores, each of which works at a command of its own.
 Gives:       results/seed<k>/ with all files, and on stdout the tables of these experiments (--only):
              A  each expert, one LoRA on all the data, and each merging method; what an expert does to other categories
              B  how an expert is trained: loss, beta, learning rate, reused draws
@@ -119,7 +119,7 @@ def plan(folder: Path, seed: int, only: str) -> tuple[dict[str, dict[str, Row]],
     if "C" in only:
         make[folder / "more/test.jsonl"] = ["make_data.py", "--concept", ONE, "--pairs", MOST_PAIRS, "--out", folder / "more", "--seed", seed]
         for pairs, words in DATA:
-            name = f"{pairs} pairs, {words} words"
+            name = f"{pairs} pairs, {words} word{'s' * (words > 1)}"
             tables["C"][name] = one(name, source=fewer(slug(name), folder / "more", [ONE], pairs, words))
     if "D" in only:
         tables["D"]["1 joined"] = judged(f"expert {ONE}", experts[0], (ONE,))                  # as in A

@@ -114,7 +114,7 @@ def main(args):
         if getattr(args, flag) < 1:
             raise BadInput(f"--{flag} {getattr(args, flag)} is too small; use 1 or more")
     torch.set_num_threads(1)     # the last digit depends on their number
-    device, (safety, _) = pick_device(args.device), lora.read(args.lora, skeleton(args.model))
+    device, (safety, *_) = pick_device(args.device), lora.read(args.lora, skeleton(args.model))
     jobs = [("look on base", None), ("look on aligned", safety)]
     (composed, _), (fused, _) = spread(None, partial(train, args, device), jobs, processes_for(device, unet_files(args.model)))
     both = lambda look: lora.compose([safety, look], [1.0, 1.0])    # the same sum, whether it is fused or injected
