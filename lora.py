@@ -25,10 +25,9 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 
-from model.files import BadInput, opened, replacing
+from model.files import BadInput, opened, save_tensors
 from model.single_file import unet_name
 
 # The projections of every self- (attn1) and cross-attention (attn2), as in the released SafetyDPO code.
@@ -281,19 +280,7 @@ def save(path: Path, lora: dict[str, Factors], metadata: dict[str, str]):
         v = family[2] == "sd_v2" and metadata.get("prediction_type") == "v_prediction"
         header |= {"modelspec.architecture": ("stable-diffusion-v2-768-v" if v else family[1]) + "/lora",
                    "ss_base_model_version": family[2] + "_v" * v, **({"ss_v2": "True"} if family[2] == "sd_v2" else {})}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, {**header, **metadata})
-        sort_header(temporary)
-
-
-def sort_header(path: Path):
-    """Rewrites a safetensors file's header with its keys in order: the library writes the metadata in a random
-    order, another in each process, and the same command must give the same bytes."""
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.dumps(json.loads(file.read(size)), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        file.seek(8)
-        file.write(header.encode().ljust(size))    # the same keys and values: the same length
+    save_tensors(path, tensors, {**header, **metadata})
 
 
 class LoRAFile:

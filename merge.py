@@ -76,7 +76,7 @@ import lora  # noqa: E402
 from lora import Factors  # noqa: E402
 from model.calibration import from_pairs, from_prompts  # noqa: E402
 from model.checkpoint import Checkpoint  # noqa: E402
-from model.files import sha256  # noqa: E402
+from model.files import check_folder, sha256  # noqa: E402
 from model.pictures import heat_map  # noqa: E402
 from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
 from model.workers import processes_for  # noqa: E402
@@ -300,6 +300,7 @@ def calibrate(args, experts, weights, names: list[str], labels: list[str]) -> di
 
 
 def main(args):
+    check_folder((args.out or Path()).parent)
     files = expand(args.experts)
     experts = open_experts(files)
     weights = checked(args, files, experts)

@@ -1,8 +1,8 @@
 """What every script does the same way: flags, one-line errors, files moved into place.
 
 Needs:       nothing but Python (torch is imported after the flags are parsed, so that --help is instant).
-Gives:       Parser, BadInput, run(), replacing(), opened(), prune(), read_jsonl(), write_jsonl(), read_pairs(),
-             sha256(), stopping().
+Gives:       Parser, BadInput, run(), replacing(), check_folder(), save_tensors(), opened(), prune(), read_jsonl(), write_jsonl(),
+             read_pairs(), sha256(), stopping().
 """
 import argparse
 import contextlib
@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 TOY = Path(__file__).parent / "toy"
+DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.int64": "I64", "torch.uint8": "U8"}  # as safetensors calls them
 
 
 class BadInput(Exception):
@@ -61,17 +62,49 @@ def run(main, *arguments):
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """Yields a temporary path beside `path`, moved over it only when the block ends well: never half a file or folder."""
+    """Yields a temporary path beside `path`, moved over it only when the block ends well: never half a file or folder. An
+    OSError names `path`: a full disk is found by whoever writes, and that is an open file without a name, or the temporary."""
     path = Path(path)
+    if not path.name or (path.exists() and not path.is_file() and not path.is_dir()):    # a device must stay one
+        raise BadInput(f"{path}: cannot be written as a file; give a file's name")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        where = str(error.filename2 or error.filename or path).replace(str(temporary), str(path))
+        raise OSError(error.errno, error.strerror or str(error), where) from None
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
+        elif temporary.exists():
+            temporary.unlink()
+
+
+def check_folder(folder: Path):
+    """Raises BadInput if files cannot be written there, whether it exists yet or not: now, and not after hours of work."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise BadInput(f"{folder}: {there} is no folder that can be written to; give another --out, or change its rights")
+
+
+def save_tensors(path: Path, tensors: dict, metadata: dict[str, str] | None = None):
+    """A safetensors file (the header's length, a JSON header, the tensors' bytes) in one move. By hand, since the library's writer
+    puts the metadata in a random order, another in each process, where the same command must give the same bytes; its errors
+    are no OSErrors; and a second temporary file of its own outlives it when it is killed."""
+    import torch
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))     # as the library: the widest first, so that all are aligned
+    header, end = {"__metadata__": metadata} if metadata else {}, 0
+    for name in names:
+        start, end, t = end, end + tensors[name].nbytes, tensors[name]
+        header[name] = {"dtype": DTYPES[str(t.dtype)], "shape": list(t.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def opened(path: Path):
