@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -125,10 +126,22 @@ def opened(path: Path):
 
 
 def prune(folder: Path, pattern: str, keep: set[str]):
-    """Removes the files of an earlier, larger run: a picture folder holds what its index lists, no more."""
+    """Removes the files of an earlier, larger run: a picture folder holds what its index lists, no more. But not what another
+    process that runs is just writing, whose number replacing() puts into the name."""
     for path in folder.glob(pattern):
-        if path.name not in keep:
-            path.unlink()
+        writer = re.search(r"\.(\d+)\.tmp$", path.name)
+        if path.name not in keep and not (writer and running(int(writer[1]))):
+            path.unlink(missing_ok=True)
+
+
+def running(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except PermissionError:  # somebody else's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return process != os.getpid()
 
 
 def write_jsonl(path: Path, rows: list[dict]):
