@@ -339,6 +339,8 @@ def main(args):
                 f = keep_factor_rows(parts, owner, most_active(activity[name].inner, len(owner)))
         if method in ("random", "co-merge"):
             kept_rows[name] = torch.zeros(n).index_add_(0, torch.tensor(list(holders))[owner.flatten()], torch.ones(owner.numel()))
+        if not (f.down.isfinite().all() and f.up.isfinite().all()):
+            raise BadInput(f"{name} is not finite any more in the merged LoRA; use --weights nearer to 1")
         total = sum(len(p.down) for p in parts)
         rank = args.rank or (min(total, MOST, *f.up.shape, f.down.shape[1]) if method in ("ties", "dare") else None)
         if rank and rank < len(f.down):

@@ -275,6 +275,8 @@ def main(args):
     for flag in ("steps", "batch", "rank", "accumulate"):
         if getattr(args, flag) < 1:
             raise BadInput(f"--{flag} {getattr(args, flag)} is too small; use 1 or more")
+    if not 0 <= args.lr < 1e38:
+        raise BadInput(f"--lr {args.lr:g} is no learning rate; use a small number above 0")
     if args.reuse < 0:
         raise BadInput(f"--reuse {args.reuse} is negative; use 0 (off) or a few, such as 8")
     if not 0 <= args.caption_dropout <= 1:

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 TOY = Path(__file__).parent / "toy"
+MOST = 2 ** 32 - 1  # that a flag may count or a seed be: what other programs take as seeds, and far from where torch gives up
 DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.int64": "I64", "torch.uint8": "U8"}  # as safetensors calls them
 
 
@@ -38,6 +39,9 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args(*arguments)
         if args.seed < 0:
             self.error(f"--seed {args.seed} is negative; use 0 or more")
+        for name, value in vars(args).items():
+            if isinstance(value, int) and value > MOST:
+                self.error(f"--{name.replace('_', '-')} {value} is too large; use at most {MOST}")
         return args
 
     def error(self, message):

@@ -113,6 +113,8 @@ def main(args):
     for flag in ("steps", "batch", "rank", "prompts"):
         if getattr(args, flag) < 1:
             raise BadInput(f"--{flag} {getattr(args, flag)} is too small; use 1 or more")
+    if not 0 <= args.lr < 1e38:
+        raise BadInput(f"--lr {args.lr:g} is no learning rate; use a small number above 0")
     torch.set_num_threads(1)     # the last digit depends on their number
     device, (safety, _) = pick_device(args.device), lora.read(args.lora, skeleton(args.model))
     jobs = [("look on base", None), ("look on aligned", safety)]
