@@ -254,7 +254,7 @@ def peft_alpha(path: Path, metadata: dict[str, str]):
         alphas = {flat(name): float(alpha) for name, alpha in (said.get("alpha_pattern") or {}).items()}
         default, rs = said.get("lora_alpha"), said.get("use_rslora")          # rsLoRA: scale = alpha / sqrt(rank)
     except (ValueError, AttributeError, TypeError) as error:
-        raise BadInput(f"{path}: its PEFT settings cannot be read ({error}); save the LoRA again") from None
+        raise BadInput(f"{path}: its PEFT settings (in its header, or adapter_config.json beside it) cannot be read ({error}); save the LoRA again") from None
 
     def alpha(name, rank):
         own = next((a for pattern, a in alphas.items() if name.endswith(pattern)), default)

@@ -55,6 +55,8 @@ def complain(message: str) -> int:
 
 def run(main, *arguments):
     """Runs a script: bad input is one line on stderr and exit status 2, Ctrl-C is exit status 130."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may hold what no terminal can print
     try:
         main(*arguments)
     except BadInput as error:
@@ -116,13 +118,13 @@ def opened(path: Path):
     """safetensors.safe_open: a with block's file, whose tensors are memory-mapped. Raises BadInput for whatever is not a
     whole safetensors file. The library checks the header: its length, its JSON, and that the tensors fill the file."""
     from safetensors import SafetensorError, safe_open
+    if not Path(path).is_file():  # of a pipe the library would wait for ever
+        raise BadInput(f"{path}: no such file; give a safetensors file")
     try:
         return safe_open(path, "pt")
     except (OSError, SafetensorError) as error:
-        start = b""
-        if Path(path).is_file():
-            with open(path, "rb") as file:
-                start = file.read(2)
+        with open(path, "rb") as file:
+            start = file.read(2)
         if start in (b"PK", b"\x80\x02", b"\x80\x04"):  # a zip or a bare pickle, as torch.save writes them
             raise BadInput(f"{path}: not a safetensors file but a pickle, as .ckpt, .pt and .bin files are, and pickles are never "
                            "opened; get it in safetensors form") from None
