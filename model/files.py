@@ -25,11 +25,21 @@ class BadInput(Exception):
     """Something the user gave is wrong. The message names the file and value and says how to fix it."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with the flags that all scripts take, defaults in the help, and errors of one line."""
+class PlainParser(argparse.ArgumentParser):
+    """argparse with errors of one line, and no flag by half its name."""
 
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message):
+        sys.exit(complain(message + "; see --help"))
+
+
+class Parser(PlainParser):
+    """The same with the flags that all scripts take. Defaults are in the help."""
+
+    def __init__(self, description: str):
+        super().__init__(description)
         self.add_argument("--model", type=Path, default=TOY, help="Stable Diffusion 1, 2 or XL: a diffusers folder or a single .safetensors file (default: the embedded model/toy)")
         self.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
         self.add_argument("--device", default="auto",
@@ -43,9 +53,6 @@ class Parser(argparse.ArgumentParser):
             if isinstance(value, int) and value > MOST:
                 self.error(f"--{name.replace('_', '-')} {value} is too large; use at most {MOST}")
         return args
-
-    def error(self, message):
-        sys.exit(complain(message + "; see --help"))
 
 
 def complain(message: str) -> int:
