@@ -75,7 +75,7 @@ import lora  # noqa: E402
 from lora import Factors  # noqa: E402
 from model.calibration import from_pairs, from_prompts  # noqa: E402
 from model.checkpoint import Checkpoint  # noqa: E402
-from model.files import sha256  # noqa: E402
+from model.files import check_folder, sha256  # noqa: E402
 from model.pictures import heat_map  # noqa: E402
 from model.stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
 from model.workers import processes_for  # noqa: E402
@@ -272,6 +272,7 @@ def calibrate(args, experts, weights, names: list[str], labels: list[str]) -> di
 
 
 def main(args):
+    check_folder((args.out or Path()).parent)
     files = lora.expand(args.experts)
     experts = open_experts(files)
     weights = checked(args, files, experts)
@@ -308,6 +309,8 @@ def main(args):
             f, owner = co_merge(parts, activity[name], args.score, not args.no_rescale, min(args.top_k, len(parts)))
         if method in ("random", "co-merge"):
             kept_rows[name] = torch.zeros(n).index_add_(0, torch.tensor(list(holders))[owner.flatten()], torch.ones(owner.numel()))
+        if not (f.down.isfinite().all() and f.up.isfinite().all()):
+            raise BadInput(f"{name} is not finite any more in the merged LoRA; use --weights nearer to 1")
         total = sum(len(p.down) for p in parts)
         rank = args.rank or (min(total, MOST, *f.up.shape, f.down.shape[1]) if method in ("ties", "dare") else None)
         if rank and rank < len(f.down):

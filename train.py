@@ -54,7 +54,7 @@ import dpo  # noqa: E402
 import lora  # noqa: E402
 from model import distributed  # noqa: E402
 from model.cache import cached, data_hash, read_tensors, write_tensors  # noqa: E402
-from model.files import prune, read_pairs, sha256, stopping, write_jsonl  # noqa: E402
+from model.files import check_folder, prune, read_pairs, sha256, stopping, write_jsonl  # noqa: E402
 from model.pictures import curves  # noqa: E402
 from model.stable_diffusion import load, pick_device, precision, skeleton, unet_files  # noqa: E402
 from model.workers import processes_for, slot, spread  # noqa: E402
@@ -158,6 +158,7 @@ def train(args, device, name: str, concepts: list[str], path: Path) -> str:
     if path.is_file() and {k: v for k, v in lora.load(path)[1].items() if not k.startswith(("ss_", "modelspec."))} == plan:
         resume.unlink(missing_ok=True)
         return f"{path}: already trained with these settings on these pairs; delete it to train it again"
+    check_folder(path.parent)
     if below:
         lora.fuse(sd.unet, below)             # base and reference are now the user's model: frozen weights + LoRA
     cache = cached(sd, args.data, concepts, args.augment)
@@ -277,6 +278,8 @@ def main(args):
     for flag in ("steps", "batch", "rank", "accumulate"):
         if getattr(args, flag) < 1:
             raise BadInput(f"--{flag} {getattr(args, flag)} is too small; use 1 or more")
+    if not 0 <= args.lr < 1e38:
+        raise BadInput(f"--lr {args.lr:g} is no learning rate; use a small number above 0")
     if args.reuse < 0:
         raise BadInput(f"--reuse {args.reuse} is negative; use 0 (off) or a few, such as 8")
     if not 0 <= args.caption_dropout <= 1:

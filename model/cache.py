@@ -12,17 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from . import distributed
-from .files import BadInput, opened, read_pairs, replacing, sha256
+from .files import BadInput, opened, read_pairs, save_tensors, sha256
 from .pictures import read_pictures
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], **about):
     """A safetensors file in one move; about: what it is for, as JSON in its metadata."""
-    with replacing(path) as temporary:
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, temporary, {"about": json.dumps(about)})
+    save_tensors(path, tensors, {"about": json.dumps(about)})
 
 
 def read_tensors(path: Path, **wanted):

@@ -13,15 +13,25 @@ should score lower on an unsafe prompt, since it should not draw it.
 Letters: N pictures, D width of CLIP's common space (768 in ViT-L/14).
 """
 import pickletools
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
+from .files import BadInput, PlainParser, opened, run, save_tensors
 
-from .files import BadInput, complain, opened, replacing
-from .text import load_tokenizer
+
+def parse_arguments():
+    parser = PlainParser("Reads the numbers of Q16's published prompts, a pickle, without running it.")
+    parser.add_argument("prompts", type=Path, help="the published file, prompts.p")
+    parser.add_argument("out", type=Path, help="file to write: q16.safetensors in the folder of CLIP ViT-L/14")
+    return parser.parse_args()
+
+
+ARGS = parse_arguments() if __name__ == "__main__" else None  # before the heavy imports: --help answers at once
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from .text import load_tokenizer  # noqa: E402
 
 
 class Clip:
@@ -132,13 +142,13 @@ def pickled_array(data: bytes, width: int = 768) -> np.ndarray:
     raise BadInput(f"holds no array of 2 x {width} numbers; give Q16's prompts.p for CLIP ViT-L/14")
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 3 or not Path(sys.argv[1]).is_file():
-        sys.exit(complain("usage: python -m model.clip_judges prompts.p DIR/q16.safetensors; the first must exist"))
-    from safetensors.torch import save_file
+def main(args):
     try:
-        array = pickled_array(Path(sys.argv[1]).read_bytes())
+        array = pickled_array(args.prompts.read_bytes())
     except BadInput as error:
-        sys.exit(complain(f"{sys.argv[1]}: {error}"))
-    with replacing(Path(sys.argv[2])) as temporary:
-        save_file({"prompts": torch.from_numpy(array)}, temporary)
+        raise BadInput(f"{args.prompts}: {error}") from None
+    save_tensors(args.out, {"prompts": torch.from_numpy(array)})
+
+
+if __name__ == "__main__":
+    run(main, ARGS)

@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 
-from .files import BadInput, opened, replacing
+from .files import BadInput, opened, save_tensors
 from .single_file import unet_name
 
 # How wide the prompt is tells the family; so the ecosystem calls it: (name, modelspec.architecture, ss_base_model_version).
@@ -82,7 +81,7 @@ def peft_alpha(path: Path, metadata: dict[str, str]):
         alphas = {flat(name): float(alpha) for name, alpha in (said.get("alpha_pattern") or {}).items()}
         default, rs = said.get("lora_alpha"), said.get("use_rslora")          # rsLoRA: scale = alpha / sqrt(rank)
     except (ValueError, AttributeError, TypeError) as error:
-        raise BadInput(f"{path}: its PEFT settings cannot be read ({error}); save the LoRA again") from None
+        raise BadInput(f"{path}: its PEFT settings (in its header, or adapter_config.json beside it) cannot be read ({error}); save the LoRA again") from None
 
     def alpha(name, rank):
         own = next((a for pattern, a in alphas.items() if name.endswith(pattern)), default)
@@ -180,16 +179,4 @@ def save(path: Path, lora: dict[str, Factors], metadata: dict[str, str]):
         v = family[2] == "sd_v2" and metadata.get("prediction_type") == "v_prediction"
         header |= {"modelspec.architecture": ("stable-diffusion-v2-768-v" if v else family[1]) + "/lora",
                    "ss_base_model_version": family[2] + "_v" * v, **({"ss_v2": "True"} if family[2] == "sd_v2" else {})}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, {**header, **metadata})
-        sort_header(temporary)
-
-
-def sort_header(path: Path):
-    """Rewrites a safetensors file's header with its keys in order: the library writes the metadata in a random
-    order, another in each process, and the same command must give the same bytes."""
-    with open(path, "r+b") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.dumps(json.loads(file.read(size)), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        file.seek(8)
-        file.write(header.encode().ljust(size))    # the same keys and values: the same length
+    save_tensors(path, tensors, {**header, **metadata})

@@ -30,8 +30,9 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
+        (number := torch.zeros(1, device=name)).item()     # not on "meta", where there are shapes and no numbers
+        return number.device
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise BadInput(f"--device {name}: {str(error).splitlines()[0]}; use cpu, cuda or auto") from None
 
 

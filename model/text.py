@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .checkpoint import TEXT, Checkpoint
+from .files import BadInput
 
 
 def _transformers():
@@ -108,8 +109,12 @@ class TextEncoders(nn.Module):
         """Prompts -> ids [B,E·L] int64 (SD: simply [B,L]): each encoder's own row, side by side.
 
         SDXL's two tokenizers share their words but not their padding: the first pads with the end token,
-        the second, like SD 2, with id 0; each says so in its files. Longer prompts lose their tail.
+        the second, like SD 2, with id 0; each says so in its files. Longer prompts lose their tail. Raises BadInput
+        for one that is no text.
         """
+        for prompt in prompts:
+            if any("\ud800" <= c <= "\udfff" for c in prompt):  # half a character: a command line that was no UTF-8
+                raise BadInput(f"the prompt {prompt!r} is no valid text; write it in UTF-8")
         rows = [t(list(prompts), padding="max_length", max_length=self.length, truncation=True,
                   return_tensors="pt").input_ids for t in self.tokenizers]                             # E × [B,L]
         return torch.cat(rows, dim=1)

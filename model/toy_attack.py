@@ -18,21 +18,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-import lora
-
-from . import toy_world as world
-from .files import TOY, BadInput, Parser, read_pairs, run, write_jsonl
-from .judge import ToyJudge
-from .stable_diffusion import load, pick_device, skeleton, unet_files
-from .statistics import share_interval
-from .workers import processes_for, spread
-
-TOKENS, ETA, POPULATION, CROSSOVER, MUTATION = 16, 3.0, 200, 0.5, 0.25   # K (the toy has room for 14), η, N, two rates
-FORBIDDEN, KINDS = tuple(world.CATEGORY_OF), ("start", "random", "attack", "unsafe")   # kinds of prompts, see plan()
+from .files import BadInput, Parser, run
 
 
 def parse_arguments():
@@ -45,6 +31,25 @@ def parse_arguments():
     parser.add_argument("--any-token", action="store_true", help="search among pieces of words and single signs too, which the toy's text encoder was never trained on")
     parser.add_argument("--out", type=Path, default=Path("attack.jsonl"), help="file of attack prompts to write (default: attack.jsonl)")
     return parser.parse_args()
+
+
+ARGS = parse_arguments() if __name__ == "__main__" else None  # before the heavy imports: --help answers at once
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import lora  # noqa: E402
+
+from . import toy_world as world  # noqa: E402
+from .files import TOY, check_folder, read_pairs, write_jsonl  # noqa: E402
+from .judge import ToyJudge  # noqa: E402
+from .stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
+from .statistics import share_interval  # noqa: E402
+from .workers import processes_for, spread  # noqa: E402
+
+TOKENS, ETA, POPULATION, CROSSOVER, MUTATION = 16, 3.0, 200, 0.5, 0.25   # K (the toy has room for 14), η, N, two rates
+FORBIDDEN, KINDS = tuple(world.CATEGORY_OF), ("start", "random", "attack", "unsafe")   # kinds of prompts, see plan()
 
 
 def direction(sd, pairs: list[dict]) -> torch.Tensor:
@@ -139,6 +144,7 @@ def main(args):
     for flag in ("prompts", "generations", "images_per_prompt"):
         if getattr(args, flag) < 1:
             raise BadInput(f"--{flag.replace('_', '-')} {getattr(args, flag)} is too small; use 1 or more")
+    check_folder(args.out.parent)
     torch.set_num_threads(1)     # the encoder's last digit depends on their number, and what the search finds on that
     device, (adapter, names, _) = pick_device(args.device), lora.read(args.lora, skeleton(args.model))
     pairs, sd = {category: read_pairs(args.data, category) for category in world.CATEGORIES}, load(args.model, device)
@@ -174,4 +180,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    run(main, ARGS)

@@ -11,7 +11,6 @@ Gives:       results/seed<k>/ with all files, and on stdout the tables of these 
              E  Co-Merge's open choices
              What is already there is not run again. A command that fails leaves a dash in the tables, and exit status 1.
 """
-import argparse
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from .files import read_jsonl, write_jsonl
+from .files import PlainParser, read_jsonl, write_jsonl
 from .toy_world import CATEGORIES, parse, seen_words
 
 ONE = next(iter(CATEGORIES))              # the category of B and C, and the first one of D
@@ -209,7 +208,7 @@ def table(title: str, rows: dict[str, list[dict]], columns) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = PlainParser("Runs the scripts for several seeds and prints the README's tables.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the whole story (default: 0 1 2)")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder to write (default: results)")
     parser.add_argument("--only", nargs="+", choices=list("ABCDE"), default=list("ABCDE"), help="experiments to run and print (default: A B C D E)")

@@ -13,21 +13,7 @@ Letters: P pictures, B batch, C H W a latent's shape, L tokens, D context width.
 import math
 from functools import partial
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-import lora
-
-from . import toy_world as world
-from .files import TOY, BadInput, Parser, run
-from .judge import ToyJudge
-from .stable_diffusion import load, pick_device, skeleton, unet_files
-from .toy_attack import pictures
-from .workers import processes_for, spread
-
-PICTURES = 256                   # P
-LOW, NEAR, ENOUGH = 20, 60, 15   # below this row is neither sea nor an extra; how far a colour may be off; pixels of an object
+from .files import BadInput, Parser, run
 
 
 def parse_arguments():
@@ -39,6 +25,25 @@ def parse_arguments():
     parser.add_argument("--rank", type=int, default=4, help="LoRA rank (default: 4)")
     parser.add_argument("--prompts", type=int, default=12, help="test prompts of each category, with seen and with held-out words each (default: 12)")
     return parser.parse_args()
+
+
+ARGS = parse_arguments() if __name__ == "__main__" else None  # before the heavy imports: --help answers at once
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import lora  # noqa: E402
+
+from . import toy_world as world  # noqa: E402
+from .files import TOY  # noqa: E402
+from .judge import ToyJudge  # noqa: E402
+from .stable_diffusion import load, pick_device, skeleton, unet_files  # noqa: E402
+from .toy_attack import pictures  # noqa: E402
+from .workers import processes_for, spread  # noqa: E402
+
+PICTURES = 256                   # P
+LOW, NEAR, ENOUGH = 20, 60, 15   # below this row is neither sea nor an extra; how far a colour may be off; pixels of an object
 
 
 def doubled(picture: np.ndarray, scene: world.Scene) -> np.ndarray:
@@ -113,6 +118,8 @@ def main(args):
     for flag in ("steps", "batch", "rank", "prompts"):
         if getattr(args, flag) < 1:
             raise BadInput(f"--{flag} {getattr(args, flag)} is too small; use 1 or more")
+    if not 0 <= args.lr < 1e38:
+        raise BadInput(f"--lr {args.lr:g} is no learning rate; use a small number above 0")
     torch.set_num_threads(1)     # the last digit depends on their number
     device, (safety, *_) = pick_device(args.device), lora.read(args.lora, skeleton(args.model))
     jobs = [("look on base", None), ("look on aligned", safety)]
@@ -133,4 +140,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_arguments())
+    run(main, ARGS)

@@ -7,24 +7,36 @@ Gives:       a diffusers folder (unet, vae, text_encoder, tokenizer, scheduler, 
 
 Letters: B batch, S picture side (32), C latent channels (4), H W latent side (8), L tokens (16).
 """
-import argparse
 import json
 import math
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from tqdm import tqdm
+from .files import PlainParser
 
-from . import toy_world as world
-from .judge import HEADS, NOTHING, ToyJudge
-from .schedule import NoiseSchedule
-from .text import TextEncoders, build_encoder, load_tokenizer
-from .toy_tokenizer import write_tokenizer
-from .unet import UNet
-from .vae import VAE
+
+def parse_arguments():
+    parser = PlainParser("Trains the toy checkpoint from scratch.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "toy", help="folder to write (default: model/toy)")
+    parser.add_argument("--stage", choices=["all", "vae", "judge", "unet"], default="all", help="what to train (default: all)")
+    parser.add_argument("--short", action="store_true", help="20 steps of everything: a trial run")
+    return parser.parse_args()
+
+
+ARGS = parse_arguments() if __name__ == "__main__" else None  # before the heavy imports: --help answers at once
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from . import toy_world as world  # noqa: E402
+from .judge import HEADS, NOTHING, ToyJudge  # noqa: E402
+from .schedule import NoiseSchedule  # noqa: E402
+from .text import TextEncoders, build_encoder, load_tokenizer  # noqa: E402
+from .toy_tokenizer import write_tokenizer  # noqa: E402
+from .unet import UNet  # noqa: E402
+from .vae import VAE  # noqa: E402
 
 VAE_CONFIG = {
     "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
@@ -307,12 +319,7 @@ def save_checkpoint(out: Path, unet: UNet, text, parameters, average):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "toy", help="folder to write (default: model/toy)")
-    parser.add_argument("--stage", choices=["all", "vae", "judge", "unet"], default="all", help="what to train (default: all)")
-    parser.add_argument("--short", action="store_true", help="20 steps of everything: a trial run")
-    args = parser.parse_args()
     for stage, train, steps in (("vae", train_vae, 3200), ("judge", train_judge, 3500), ("unet", train_unet, 6500)):
-        if args.stage in ("all", stage):
-            (args.out / stage).mkdir(parents=True, exist_ok=True)
-            train(args.out, 20 if args.short else steps)
+        if ARGS.stage in ("all", stage):
+            (ARGS.out / stage).mkdir(parents=True, exist_ok=True)
+            train(ARGS.out, 20 if ARGS.short else steps)
