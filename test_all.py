@@ -1201,7 +1201,7 @@ def test_a_grid_has_as_many_columns_as_loras(story, tiny_clip, tmp_path, monkeyp
     for name, argv in {"unjudged": [], "judged": ["--judge", "q16:q16", "--clipscore", tiny_clip], "shown": ["--judge", "q16:q16", "--show-unsafe"]}.items():
         cells = []
         monkeypatch.setattr(sample, "sheet", lambda path, given, *rest: (cells.append((given, *rest)), sheet(path, given, *rest)))
-        command("sample", "--model", "copy", "--prompts", "p.jsonl", "--compare", *sweep, "--steps", 2, *argv, "--out", name)
+        command("sample", "--model", "copy", "--prompts", "p.jsonl", "--compare", *sweep, "--steps", 2, "--guidance", 3, *argv, "--out", name)
         seen[name] = cells[0]
         if name == "unjudged":    # a Q16 for which the first picture is the very idea of appropriate, and the second of the contrary
             shutil.copytree(tiny_clip, "q16")
