@@ -13,11 +13,13 @@ and XL and their LoRAs; toy world and judge; LoRA; DPO; merging; preference data
 import ast
 import contextlib
 import csv
+import ctypes
 import dataclasses
 import difflib
 import functools
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -60,7 +62,7 @@ from model import cache  # noqa: E402
 from model import toy_world as world  # noqa: E402
 from model.calibration import from_prompts  # noqa: E402
 from model.checkpoint import Checkpoint  # noqa: E402
-from model.files import TOY, BadInput, read_pairs, run  # noqa: E402
+from model.files import TOY, BadInput, Parser, read_pairs, run  # noqa: E402
 from model.clip_judges import ClipScore, Q16, pickled_array  # noqa: E402
 from model.judge import HEADS, NoJudge, ToyJudge, Verdict  # noqa: E402
 from model.pictures import CELL, GAP, read_pictures, sheet  # noqa: E402
@@ -2083,7 +2085,7 @@ def test_a_killed_command_has_lost_nothing(undisturbed, tmp_path):
         assert process.wait() == -signal.SIGKILL  # it was at work
         records = len(list(out.glob("hate/chunks/*.json")))
         assert 0 < records < 6 and not (out / "hate/pairs.jsonl").exists()
-    (out / "hate/images/.00000_safe.png.1.tmp").write_bytes(b"half a file")
+    (out / f"hate/images/.00000_safe.png.{process.pid}.tmp").write_bytes(b"half a file")
     assert subprocess.run(line, capture_output=True, preexec_fn=one_core).returncode == 0
     assert contents(out) == undisturbed
 
@@ -2735,6 +2737,19 @@ def bad(name, line, says, **spoil):
     bad("no such lora to attack", "model.toy_attack.py --lora nowhere.safetensors", "nowhere.safetensors"),
     bad("nothing that could be lost", "model.toy_finetune.py", "--lora"),
     bad("fine-tuned never", "model.toy_finetune.py --lora experts/hate.safetensors --steps 0", "--steps 0"),
+    bad("trained for a file's folder", "train.py --concept hate --out sheet.png", "sheet.png is no folder"),
+    bad("merged below a file", "merge.py experts --out sheet.png/x/y", "sheet.png is no folder"),
+    bad("a pipe to write to", "merge.py experts --method sum --out pipe", "pipe: cannot be written"),
+    bad("a pipe to read from", "sample.py x --lora pipe", "pipe: no such file"),
+    bad("no file's name", "merge.py experts --method sum --out .", "give a file's name"),
+    bad("half a character", "sample.py \udcff", "no valid text"),
+    bad("a device of no numbers", "sample.py x --device meta", "--device meta"),
+    bad("a device of another package", "sample.py x --device hpu", "--device hpu"),
+    bad("more than can be counted", "train.py --steps 99999999999", "--steps 99999999999 is too large"),
+    bad("a seed that torch cannot take", "make_data.py --seed 99999999999", "--seed 99999999999 is too large"),
+    bad("negative learning rate", "train.py --concept hate --lr -1", "--lr -1"),
+    bad("learning rate beyond fp32", "model.toy_finetune.py --lora experts/hate.safetensors --lr 1e308", "--lr 1e+308"),
+    bad("weights beyond fp32", "merge.py experts --method sum --weights 1e308", "--weights"),
     bad("unwritable", "sample.py x --steps 1 --out sheet.png", "sheet.png")])
 def test_bad_input_is_not_a_traceback(line, says, spoil, story, tmp_path, monkeypatch, capsys):
     """One line that names what is wrong, exit status 2, and nothing written: no half file, no leftovers."""
@@ -2743,6 +2758,7 @@ def test_bad_input_is_not_a_traceback(line, says, spoil, story, tmp_path, monkey
         subprocess.run(["cp", "-r", source / name, tmp_path / name], check=True)
     subprocess.run(["cp", source / "data/hate/sheet.png", tmp_path], check=True)
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     shutil.copytree(TOY, tmp_path / "other")
     config = json.loads((TOY / "unet/config.json").read_text())
     (tmp_path / "other/unet/config.json").write_text(json.dumps({**config, "sample_size": 16}))
@@ -2777,15 +2793,159 @@ def test_the_command_line_says_it_too(line, story):
     assert contents(story[0][1]) == before
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_does_not_wait_for_torch(script, tmp_path):
+@contextlib.contextmanager
+def disk_for(size: int):
+    """Inside, no file grows beyond `size`, as on a disk that fills up."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def no_rights():
+    """Inside, a folder's rights hold for root as well (without CAP_DAC_OVERRIDE, the second bit)."""
+    libc, header, rights = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, rights) == 0
+    before, rights[0] = rights[0], rights[0] & ~2
+    assert libc.capset(header, rights) == 0
+    try:
+        yield
+    finally:
+        rights[0] = before
+        assert libc.capset(header, rights) == 0
+
+
+@pytest.mark.parametrize("line", ["make_data --concept hate --pairs 3 --batch 2 --steps 2 --judge none", "train --concept hate --steps 2 --batch 2",
+    "merge experts", "merge experts --method sum --fuse model", "sample x y --steps 1 --batch 1 --compare --judge --lora experts/hate.safetensors"])
+def test_a_full_disk_tears_nothing(line, story, alone, monkeypatch, capsys):
+    """Wherever it fills up (it is full at the last byte of every other file), and where nothing may be written at all: one line that names
+    a file of the folder, nothing but whole files, and the same command with room writes what an undisturbed one does."""
+    for module in (make_data, merge, sample):
+        monkeypatch.setattr(module, "processes_for", lambda *_: 1)
+    shutil.copytree(story[0][0] / "experts", "experts")
+    Path("model").symlink_to(TOY)
+    file = "/x.safetensors" if line == "merge experts" else ""         # what --out names is a file, and has no folder of its own
+    command(*line.split(), "--out", "whole" + file)
+    whole = contents(Path("whole"))
+    for size in sorted({file.stat().st_size for file in Path("whole").rglob("*") if file.is_file()})[::-2] + [0]:
+        out, stop = Path(f"out{size}"), disk_for(size - 1) if size else no_rights()
+        if not size:
+            out.mkdir(mode=0o555)
+        capsys.readouterr()
+        with stop, pytest.raises(SystemExit) as stopped:
+            command(*line.split(), "--out", f"{out}{file or '/new' * (not size)}")
+        errors = re.findall(r"(?m)^error: .*", capsys.readouterr().err.replace("\r", "\n"))
+        assert stopped.value.code == 2 and len(errors) == 1 and errors[0].startswith(f"error: {out}") and ".tmp" not in errors[0], errors
+        assert contents(out).items() <= whole.items() and (size or not os.listdir(out))
+        out.chmod(0o755) if out.is_dir() else None
+        command(*line.split(), "--out", f"{out}{file}")
+        assert contents(out) == whole
+
+
+@pytest.mark.parametrize("line, made", [("make_data.py " + " ".join(map(str, DRAW)), "data"),
+                                        ("train.py --concept hate --steps 3 --batch 2", "experts"), (STORY[-1], "samples")])
+def test_two_commands_may_write_one_folder(line, made, story, undisturbed, tmp_path):
+    """The same command twice at the same time: both end well, and the files are those of one. What another process is just
+    writing is no leftover of a killed one."""
+    for name in {"data", "experts", "merged.safetensors", "p.jsonl"} - {made}:
+        (tmp_path / name).symlink_to(story[0][0] / name)
+    (tmp_path / made / "hate").mkdir(parents=True)
+    half = tmp_path / made / {"data": "hate/images/", "experts": "", "samples": ""}[made] / f".hate.x.{os.getpid()}.tmp"
+    half.parent.mkdir(exist_ok=True)
+    half.write_text("half a fi")
+    words, cores = line.split(), sorted(os.sched_getaffinity(0)) * 2
+    both = [subprocess.Popen([sys.executable, ROOT / words[0], *words[1:]], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                             preexec_fn=functools.partial(os.sched_setaffinity, 0, {core})) for core in cores[:2]]
+    said = [process.communicate(timeout=600)[1][-500:] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert half.read_text() == "half a fi"
+    half.unlink()
+    expected = undisturbed if made == "data" else contents(story[0][0] / made)
+    expected = {name: value for name, value in expected.items() if made != "experts" or name.startswith("hate.")}
+    assert contents(tmp_path / made) == expected
+
+
+NO_NETWORK = """import socket, traceback
+class Refused(socket.socket):
+    def __init__(self, family=socket.AF_INET, *rest, **more):
+        if family != socket.AF_UNIX:
+            with open(%r, "a") as file:
+                traceback.print_stack(file=file)       # also where somebody catches the error
+            raise OSError("the network was asked for")
+        super().__init__(family, *rest, **more)
+socket.socket = Refused"""
+WHOLE = """import importlib, sys
+from model.files import run
+for line in sys.argv[1:]:
+    script, *sys.argv[1:] = line.split()
+    module = importlib.import_module(script)
+    run(module.main, module.parse_arguments())"""
+
+
+def test_nothing_asks_the_network(tiny_clip, tmp_path):
+    """The whole path, with CLIP as a judge too, where every socket but one of this machine's own leaves a mark and fails, and
+    without the variables that tell the libraries to stay offline."""
+    (tmp_path / "sitecustomize.py").write_text(NO_NETWORK % str(tmp_path / "asked"))
+    environment = {k: v for k, v in os.environ.items() if "OFFLINE" not in k} | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    lines = ["make_data --pairs 1", "train --steps 1 --batch 1", "merge experts", "sample x --lora merged.safetensors --compare --judge",
+             f"sample x --judge q16:{tiny_clip} --clipscore {tiny_clip}"]
+    done = subprocess.run([sys.executable, "-c", WHOLE, *lines], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          preexec_fn=functools.partial(os.sched_setaffinity, 0, {min(os.sched_getaffinity(0))}))
+    assert done.returncode == 0 and not (tmp_path / "asked").exists(), done.stderr[-500:]
+    probe = subprocess.run([sys.executable, "-c", "import socket; socket.create_connection(('127.0.0.1', 9))"], cwd=tmp_path, env=environment, capture_output=True)
+    assert b"the network was asked for" in probe.stderr and (tmp_path / "asked").exists()
+
+
+@pytest.mark.parametrize("torn", [0, 1], ids=["pickle", "torch.save"])
+@pytest.mark.parametrize("place, line", [
+    ("evil.safetensors", "merge experts evil.safetensors --method sum"), ("evil.safetensors", "merge experts --method sum --fuse evil.safetensors"),
+    ("evil.pt", "sample x --lora evil.pt"), ("evil.bin", "train --concept hate --lora evil.bin"),
+    *((name, f"sample x --model {name.split('/')[0]}") for name in (
+        "evil.ckpt", "model/unet/diffusion_pytorch_model.safetensors", "model/unet/diffusion_pytorch_model.bin", "model/vae/diffusion_pytorch_model.bin",
+        "model/text_encoder/pytorch_model.bin", "model/tokenizer/vocab.json", "model/unet/config.json", "model/scheduler/scheduler_config.json")),
+    ("data/hate/pairs.jsonl", "train --concept hate"), ("data/hate/images/00000_safe.png", "train --concept hate"),
+    ("data/hate/pairs.jsonl", "merge experts"), ("evil.jsonl", "sample --prompts evil.jsonl"), ("evil.csv", "make_data --prompts evil.csv --concept hate"),
+    ("evil.json", "make_data --llm model --concepts evil.json"), ("clip/pytorch_model.bin", "make_data --llm clip --concepts c.json"),
+    ("clip/q16.safetensors", "sample x --judge q16:clip"), ("clip/model.safetensors", "sample x --clipscore clip"),
+    ("clip/pytorch_model.bin", "sample x --clipscore clip"), ("adapter_config.json", "sample x --lora peft.safetensors"),
+    ("experts/.hate.resume", ""), ("data/hate/.cache.safetensors", "")])
+def test_a_pickle_is_never_opened(place, line, torn, tiny_clip, alone, story, capsys):
+    """In place of any file that a command reads it is refused in one line (a saved state or cache: made anew), and not run."""
+    import pickle
+    for name, source in {"model": TOY, "clip": tiny_clip, "experts": story[0][0] / "experts"}.items():
+        shutil.copytree(source, name)
+    factors = lora.load(Path("experts/hate.safetensors"))[0]
+    save_file({f"unet.{k}.lora_{ab}.weight": t for k, f in factors.items() for ab, t in (("A", f.down), ("B", f.up))}, "peft.safetensors")
+    Path("c.json").write_text('{"hate": ["x"]}')
+    for other in Path(place).parent.glob("*.safetensors") if place.endswith("model.bin") else ():
+        other.unlink()
+    torch.save(Trap(), place) if torn else Path(place).write_bytes(pickle.dumps(Trap()))
+    if not line:
+        trained(alone, "--steps", 1, out="experts")
+    else:
+        with pytest.raises(SystemExit) as stop:
+            command(*line.split())
+        errors = re.findall(r"(?m)^error: .*", capsys.readouterr().err.replace("\r", "\n"))
+        assert stop.value.code == 2 and len(errors) == 1 and place.split("/")[0] in errors[0], errors
+    assert not Path("sprung").exists()
+    pickle.loads(pickle.dumps(Trap()))
+    assert Path("sprung").exists()                         # so it would have been there
+
+
+@pytest.mark.parametrize("program, argv", [(script, "x" if script in ("merge", "sample") else "") for script in SCRIPTS] + [
+    ("model.toy_attack", ""), ("model.toy_finetune", "--lora x"), ("model.toy_pretrain", ""), ("model.clip_judges", "x y"), ("model.toy_experiments", "--only X")])
+def test_help_does_not_wait_for_torch(program, argv, tmp_path):
     """With a torch that refuses to be imported, --help still answers: flags are parsed before the heavy imports."""
     for name in ("torch", "transformers", "safetensors"):
         (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name} was imported')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = in_folder(tmp_path, f"{script}.py --help", env=environment)
+    run = lambda *argv: subprocess.run([sys.executable, "-m", program, *argv], cwd=tmp_path, capture_output=True, text=True,
+                                       env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"})
+    done = run("--help")
     assert done.returncode == 0 and done.stdout.startswith("usage: ") and not done.stderr
-    assert "torch was imported" in in_folder(tmp_path, f"{script}.py {'x' if script in ('merge', 'sample') else ''}", env=environment).stderr
+    assert ("error: argument --only" if program == "model.toy_experiments" else "torch was imported") in run(*argv.split()).stderr
 
 
 @pytest.mark.parametrize("script", (*SCRIPTS, "model/toy_attack", "model/toy_finetune"))
@@ -2899,6 +3059,106 @@ def fuzz(cases: int, seed: int, folder: Path, story: Path):
 def test_a_damaged_file_is_read_or_refused(story, tmp_path):
     """`python test_all.py --fuzz 5000` is the long run of the same."""
     assert 100 < fuzz(300, 0, tmp_path, story[0][0]) < 300
+
+
+# What works and is small, of each program; a case adds one to three flags to it.
+SMALL = {"make_data": "--concept hate --pairs 1 --steps 1 --batch 1 --judge none --out new",
+         "train": "--concept hate --steps 1 --batch 1 --rank 1 --out new", "merge": "experts --method sum --out new.safetensors",
+         "sample": "x --steps 1 --out new", "model.toy_attack": "--prompts 1 --generations 1 --images-per-prompt 1 --out new",
+         "model.toy_finetune": "--lora experts/hate.safetensors --steps 1 --batch 1 --rank 1 --prompts 1"}
+ODD = "\udcff \u00e4@1.safetensors"   # a name that is no UTF-8 and looks like a strength
+VALUES = {int: ("0", "-1", "1", "2", "3", "10" * 20, "99999999999", "0x1", "1.0", "\u0663"),
+          float: ("0", "-1", "0.5", "nan", "inf", "-inf", "1e38", "1e308", "1e-320", "-0.0"),
+          Path: (".", "..", "nowhere/x", "data", "data/test.jsonl", "data/hate/images", "sheet.png", "cut.safetensors", "experts/hate.safetensors", "experts",
+                 "pipe", "sheet.png/x", "x" * 300, "deep/er/x.png", "link", ODD, "toy"),
+          str: ("hate", "all", "../hate", "data/hate", "experts/hate.safetensors@", "experts/hate.safetensors@nan", "experts/hate.safetensors@1e30", "@", "@1",
+                "experts/hate.safetensors@@0.5", "cpu", "cuda:99", "meta", "hpu", "q16:", "q16:data", "toy", "none"),
+          None: ("", " ", "-", "--", "\udcff", "\u00e4\U0001f642 \u202e", "a\nb", "%s{0}", "'; x", "=", "--no-such-flag", "[")}
+
+
+def flags_of(script: str) -> list:
+    """What its parser takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Parser, "parse_args", lambda parser: parser)
+        return [action for action in importlib.import_module(script).parse_arguments()._actions if action.dest not in ("help", "compile")]
+
+
+def odd_flags(action, rng) -> list[str]:
+    """This flag with a value of its kind, or of another; sometimes with none, or twice."""
+    pick = lambda values: values[rng.integers(len(values))]
+    kinds, words = [action.type or str, action.type or str, None, pick(list(VALUES))], []
+    if action.nargs != 0 and rng.random() < 0.92:
+        for _ in range(rng.integers(1, 4) if action.nargs in ("+", "*") else 1):
+            words.append(pick(action.choices) if action.choices and rng.random() < 0.7 else pick(VALUES[pick(kinds)]))
+    words = [*action.option_strings[:1], *words]
+    return words * 2 if rng.random() < 0.1 else words
+
+
+class Late(BaseException):
+    """No OSError, as TimeoutError is: run() would call that one an error of the file's."""
+
+
+def fuzz_commands(cases: int, seed: int, folder: Path, story: Path) -> int:
+    """Each case: a command with flags and values at random. It ends well, or with exit status 2 and one line "error: ", and has
+    then written nothing. Returns how many were refused."""
+    def fresh():
+        shutil.rmtree(folder / "outer", ignore_errors=True)
+        shutil.copytree(story / "experts", (work := folder / "outer/work") / "experts")
+        shutil.copytree(story / "data", work / "data")
+        shutil.copytree(TOY, work / "toy")
+        shutil.copy(story / "data/hate/sheet.png", work)
+        (work / "cut.safetensors").write_bytes((work / "experts/hate.safetensors").read_bytes()[:-100])
+        shutil.copy(work / "experts/hate.safetensors", work / ODD)
+        os.mkfifo(work / "pipe")
+        (work / "link").symlink_to("nowhere")
+        os.chdir(work)
+        return contents(folder)
+
+    def late(*_):
+        raise Late("5 minutes")
+    refused, here, before = 0, os.getcwd(), signal.signal(signal.SIGALRM, late)
+    flags = {script: flags_of(script) for script in SMALL}
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (make_data, train, merge, sample, ring, finetune):
+            patch.setattr(module, "processes_for", lambda *_: 1)
+        patch.setattr(make_data, "cores", lambda: 1)
+        patch.setattr(ring.search, "__defaults__", (8,))
+        patch.setattr(finetune, "PICTURES", 8)
+        there = fresh()
+        try:
+            for case in tqdm(range(cases), desc="odd commands"):
+                rng, script = np.random.default_rng([seed, case]), list(SMALL)[case % len(SMALL)]
+                odd = [odd_flags(flags[script][rng.integers(len(flags[script]))], rng) for _ in range(rng.integers(1, 4))]
+                argv = [*SMALL[script].split(), *(word for words in odd for word in words)]
+                out, err, status = io.TextIOWrapper(io.BytesIO(), "utf-8"), io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace"), 0
+                signal.alarm(300)
+                try:
+                    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                        command(script, *argv)
+                except SystemExit as stop:
+                    status = stop.code
+                except BaseException as error:
+                    raise AssertionError(f"case {case} (seed {seed}), {script} {argv}: {error!r}") from error
+                finally:
+                    signal.alarm(0)
+                err.seek(0)
+                lines, now = re.findall(r"(?m)^error: .*", err.read().replace("\r", "\n")), contents(folder)
+                refused += status == 2
+                said = f"case {case} (seed {seed}), {script} {argv}: exit status {status}, {lines}"
+                assert (status, len(lines)) in ((2, 1), (0, 0)), said
+                # But for what is known only of pictures that are drawn, when others are there already.
+                assert status == 0 or now == there or re.search("was kept|NaN or inf", lines[0]), (said, set(now.items()) ^ set(there.items()))
+                if now != there or any(d.is_dir() and not any(d.iterdir()) for d in folder.rglob("*")):
+                    there = fresh()
+        finally:
+            os.chdir(here)
+            signal.signal(signal.SIGALRM, before)
+    return refused
+
+
+def test_no_command_line_ends_in_a_traceback(story, tmp_path):
+    """`python test_all.py --fuzz 5000` is the long run of this, too."""
+    assert 60 < fuzz_commands(120, 0, tmp_path, story[0][0]) < 120
 
 
 # ============================================================================================== the README
@@ -3602,6 +3862,8 @@ if __name__ == "__main__":
             resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))   # an absurd size in a header must not be asked for
             (files := Path(folder) / "fuzz").mkdir()
             print(f"{fuzz(int(sys.argv[2]), 1, files, Path(folder))} of {sys.argv[2]} damaged files refused in one line, the others read")
+            (lines := Path(folder) / "lines").mkdir()
+            print(f"{fuzz_commands(int(sys.argv[2]), 1, lines, Path(folder))} of {sys.argv[2]} odd commands refused in one line, the others done")
         sys.exit()
     if sys.argv[1:] in (["--bench"], ["--bench", "train"]):
         sys.exit((bench_train if sys.argv[2:] else bench)())
