@@ -2368,7 +2368,7 @@ def test_the_files_say_what_was_done(story, toy):
     log = [json.loads(line) for line in (folder / "experts/hate.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log] == [0, 1, 2] and log[0]["preference"] == pytest.approx(math.log(2), abs=1e-4)
     assert len((folder / "joint.jsonl").read_text().splitlines()) == 7      # as many steps as all experts together
-    experts, metadata = zip(*(lora.load(path) for path in merge.expand([folder / "experts"])))
+    experts, metadata = zip(*(lora.load(path) for path in lora.expand([folder / "experts"])))
     assert [m["concept"] for m in metadata] == sorted(world.CATEGORIES) and len({m["data_hash"] for m in metadata}) == 7
     first = [next(iter(e.values())).down for e in experts]
     assert far(first[0], first[1]) > 0.5
