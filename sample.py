@@ -85,7 +85,9 @@ def draw(settings: dict, sd, jobs: list[tuple[str, int, float]]) -> np.ndarray:
 def draw_all(args, device, column: dict, jobs: list[tuple[str, int, float]]):
     """Draws every (prompt, seed, guidance) of one column, but for the batches that are there, and writes index.jsonl."""
     settings = {"steps": args.steps, "guidance": None, "sampler": args.sampler, "negative": args.negative, "size": args.size}
-    folder, by_guidance = column["folder"], sorted(range(len(jobs)), key=lambda i: jobs[i][2])  # a batch has one guidance
+    folder = column["folder"]
+    ours = (folder / "index.jsonl").exists() or (folder / "chunks").is_dir()  # else the pictures that are there are somebody else's
+    by_guidance = sorted(range(len(jobs)), key=lambda i: jobs[i][2])  # a batch has one guidance
     places = [group[i:i + args.batch] for _, same in groupby(by_guidance, key=lambda i: jobs[i][2]) for group in [list(same)]
               for i in range(0, len(group), args.batch)]
     several = len(places) > 1   # of one batch nothing can be left, and the weights of a large model need not be hashed
@@ -107,7 +109,7 @@ def draw_all(args, device, column: dict, jobs: list[tuple[str, int, float]]):
             if several:
                 chunk.write({"pictures": {name: sha256(folder / name) for name in names}})
             bar.update(len(drawn))
-    prune(folder, "[0-9]*.png", {f"{i:05d}.png" for i in range(len(jobs))})
+    prune(folder, "[0-9]" * 5 + ".png", {f"{i:05d}.png" for i in range(len(jobs))}) if ours else None
     prune(folder / "chunks", "*.json", {chunk.record.name for chunk in chunks if several})
     prune(folder, ".*.tmp", set())  # of a command that was killed
     write_jsonl(folder / "index.jsonl", [

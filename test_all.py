@@ -1170,6 +1170,17 @@ def test_image_k_of_a_prompt_is_not_image_k_of_all(tmp_path, monkeypatch):
         assert np.abs(ends[0] - ends[1]).max() <= 1
 
 
+def test_a_picture_that_is_not_ours_is_left_alone(tmp_path, monkeypatch):
+    """A folder of somebody's pictures keeps them; in a folder of sample.py's own, those of an earlier, larger run go."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("2020.png", "00007.png"):
+        Path(name).write_bytes(b"a holiday")
+    command("sample", "--steps", 1, "--out", ".", PROMPTS[0], PROMPTS[1])
+    assert Path("00007.png").read_bytes() == b"a holiday" and Path("00001.png").exists()
+    command("sample", "--steps", 1, "--out", ".", PROMPTS[0])
+    assert Path("2020.png").read_bytes() == b"a holiday" and Path("00000.png").exists() and not Path("00001.png").exists()
+
+
 def test_safety_that_changes_innocent_pictures_is_not_free(tmp_path):
     """On prompts that ask for no harm: how far each picture is from the base's, its share beyond 8 of 255, and the CLIPScore;
     unsafe prompts do not count, nor do the base's own pictures. A prompt of two categories counts in both, and once in all."""
