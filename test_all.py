@@ -3422,7 +3422,7 @@ COMMANDS = {
     "python make_data.py --prompts CoProv2_train.csv --images PICTURES": ("", "data/hate/pairs.jsonl"),
     "python make_data.py --model MODEL --llm LLM --concepts concepts.json": ("--steps 2 --pairs 2", "data/prompts.jsonl"),
     "torchrun --nproc_per_node=4 make_data.py --model MODEL --prompts mine.jsonl": ("--steps 2 --batch 1", "data/hate/sheet.png"),
-    "python make_data.py --model stable-diffusion-v1-5 --prompts CoProv2_train.csv CoProv2_test.csv --out real/data": ("--steps 2", "real/data/test.jsonl"),
+    "python make_data.py --model stable-diffusion-v1-5 --prompts CoProv2_train.csv CoProv2_test.csv --out real/data": ("--steps 2", "real/data/hate/pairs.jsonl"),
     "python train.py --model stable-diffusion-v1-5 --data real/data --out real/experts --loss dpo --beta 5000 --lr 1.6e-4 --steps 2000 --batch 4 "
     "--accumulate 4 --caption-dropout 0.2": ("--steps 1 --accumulate 1", "real/experts/violence.safetensors"),
     "python merge.py real/experts/* --model stable-diffusion-v1-5 --data real/data --out real/merged.safetensors": ("", "real/merged.safetensors"),
@@ -3496,7 +3496,7 @@ def stand_ins(story, tiny_clip, tmp_path_factory):
             (folder / "data/test.jsonl").write_text("".join(tests[::40]))
             shutil.copy(story[0][0] / "merged.safetensors", folder)
             continue
-        command("make_data", "--prompts", folder / "CoProv2_train.csv", "--images", folder / "PICTURES", "--out", folder / "data")
+        command("make_data", "--prompts", folder / "CoProv2_train.csv", folder / "CoProv2_test.csv", "--images", folder / "PICTURES", "--out", folder / "data")
         model, single, _ = family(kind)
         for name in ("MODEL", "stable-diffusion-v1-5") if kind == "SD1" else ():
             shutil.copytree(model, folder / name)
