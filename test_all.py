@@ -3454,7 +3454,7 @@ ELSEWHERE = {  # ... and those that are not run by a test, and where they are
     "python -m model.toy_experiments --seeds 0 1 2": "test_the_tables_are_of_commands_that_exist has its plan; it takes an hour",
     "python -m model.toy_pretrain --out NEW": "made model/toy, in 1.5 hours",
     "python test_all.py --readme": "check_readme()",
-    **{f"python test_all.py {mode}": "prints the README's table" for mode in ("--bench", "--bench train", "--bench merge 7 50")}}
+    **{f"python test_all.py {mode}": "prints the README's table" for mode in ("--bench", "--bench train", "--bench merge 7 50", "--bench merge 700")}}
 
 
 def blocks_of(readme: str) -> list[tuple[int, str, str]]:
