@@ -61,7 +61,7 @@ from model import toy_finetune as finetune  # noqa: E402
 from model import cache  # noqa: E402
 from model import toy_world as world  # noqa: E402
 from model.calibration import from_prompts  # noqa: E402
-from model.checkpoint import Checkpoint  # noqa: E402
+from model.checkpoint import Checkpoint, model_files  # noqa: E402
 from model.files import TOY, BadInput, Parser, read_pairs, run  # noqa: E402
 from model.clip_judges import ClipScore, Q16, pickled_array  # noqa: E402
 from model.judge import HEADS, NoJudge, ToyJudge, Verdict  # noqa: E402
@@ -528,6 +528,9 @@ def test_a_single_file_is_the_folder_by_other_names(kind):
         assert all(torch.equal(v, expected[k]) and torch.equal(other.state_dict()[k], v) for k, v in one.state_dict().items())
     assert ours.schedule.prediction_type == ("v_prediction" if kind == "SD2-v" else "epsilon") and ours.zero_negative == (kind == "SDXL")
     assert torch.equal(ours.text.tokenize([*PROMPTS, ""]), folder.text.tokenize([*PROMPTS, ""]))     # the padding too
+    for model in family(kind)[:2]:             # where one of these changes, so does the picture: what sample.py drew is stale
+        names = {str(file.relative_to(model if model.is_dir() else model.parent)) for file in model_files(model)}
+        assert names >= {"scheduler/scheduler_config.json", "tokenizer/vocab.json", *(["model_index.json"] if model.is_dir() else [model.name])}
 
 
 @pytest.mark.parametrize("kind", UNETS)

@@ -147,10 +147,11 @@ def train(args, device, name: str, concepts: list[str], path: Path) -> str:
     sums it up. Continues where an interrupted run of the same plan was; a finished expert of the same plan is left alone."""
     pairs = sum(len(read_pairs(args.data, concept)) for concept in concepts)
     sd = load(args.model, device)
-    below, below_names, below_files = args.lora
+    below, names, files = args.lora
+    on_top_of = ",".join(f"{name} ({sha256(file)[:8]})" for name, file in zip(names, files))
     steps, chunks = args.steps * len(concepts), args.accumulate * distributed.WORLD
     plan = {"concept": name, "base_model_hash": args.base_hash, "data_hash": data_hash(args.data, concepts),
-            "prediction_type": sd.schedule.prediction_type, **({"on_top_of": ",".join(f"{name} ({sha256(file)[:8]})" for name, file in zip(below_names, below_files))} if below else {}),
+            "prediction_type": sd.schedule.prediction_type, **({"on_top_of": on_top_of} if below else {}),
             "loss": args.loss, "beta": f"{args.beta:g}", "lr": f"{args.lr:g}", "steps": str(steps),
             "batch": str(args.batch * chunks), "rank": str(args.rank), "seed": str(args.seed),
             **{key: f"{getattr(args, key):g}" for key in ("augment", "caption_dropout", "reuse") if getattr(args, key)}}
