@@ -1,0 +1,143 @@
+"""A command line: its flags, and errors of one line.
+
+Needs:       torch (for one kind of error).
+Gives:       BadInput, run(); PlainParser, Parser, DrawingParser; and types of flags, which refuse
+             what makes no sense: positive, natural, share, rate, number, at_strength.
+"""
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+from model.toy import TOY
+
+LARGEST = 2 ** 32 - 1    # count or seed: what other programs take as a seed
+
+
+class BadInput(Exception):
+    """Something the user gave is wrong. The message names file and value, and says how to fix
+    it."""
+
+
+def whole(text: str, least: int) -> int:
+    if not text.removeprefix("-").isdecimal() or not least <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a whole number from {least} to {LARGEST}; give one")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    return whole(text, 1)
+
+
+def natural(text: str) -> int:
+    return whole(text, 0)
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not abs(value) < 1e38:    # what fp32 can hold
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number; give one such as 0.5")
+    return value
+
+
+def rate(text: str) -> float:
+    if number(text) <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0; give a positive number")
+    return float(text)
+
+
+def share(text: str) -> float:
+    if not 0 <= number(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share; give a number from 0 to 1")
+    return float(text)
+
+
+def at_strength(text: str) -> tuple[Path, float]:
+    """ "style.safetensors@0.5" -> (path, 0.5); without the @, strength 1."""
+    name, at, strength = text.rpartition("@")
+    return (Path(name), number(strength)) if at else (Path(text), 1.0)
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Appends to the help the defaults that it does not say; but for None, False and an empty
+    list."""
+
+    def _get_help_string(self, action):
+        unsaid = action.default and "(default" not in action.help
+        return super()._get_help_string(action) if unsaid else action.help
+
+
+class PlainParser(argparse.ArgumentParser):
+    """argparse with errors of one line, and no flag by half its name."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=Help)
+
+    def error(self, message):
+        sys.exit(complain(message + "; see --help"))
+
+
+class Parser(PlainParser):
+    """With the flags that all scripts take."""
+
+    def __init__(self, description: str):
+        super().__init__(description)
+        self.add_argument("--model", type=Path, default=TOY, help="Stable Diffusion 1, 2 or XL: a "
+                          "diffusers folder or one .safetensors file (default: the embedded toy)")
+        self.add_argument("--seed", type=natural, default=0, help="of everything random (default: "
+                                                                  "0)")
+        self.add_argument("--device", default="auto",
+                          help="torch device; auto is cuda, then mps, then cpu")
+
+
+class DrawingParser(Parser):
+    """With the flags of scripts that draw."""
+
+    def __init__(self, description: str):
+        super().__init__(description)
+        self.add_argument("--steps", type=positive, help="sampling steps (default: toy 10, else "
+                                                         "25)")
+        self.add_argument("--guidance", type=number, help="classifier-free guidance, 1 is none "
+                          "(default: toy 3, else 7.5)")
+        self.add_argument("--negative", default="", help="what guidance steers away from, a prompt")
+        self.add_argument("--size", type=positive,
+                          help="a picture's side in pixels (default: the model's own)")
+        self.add_argument("--batch", type=positive, help="pictures drawn at once "
+                          "(default: 16 up to 256 px, 4 at 512 px, 1 at 1024 px)")
+
+    def parse_args(self, argv=None):
+        """Adds what suits the model where the user says nothing: steps, and usual_guidance."""
+        args = super().parse_args(argv)
+        toy = args.model.resolve() == TOY.resolve()
+        args.steps = args.steps or (10 if toy else 25)
+        args.usual_guidance = 3.0 if toy else 7.5
+        return args
+
+
+def complain(message: str) -> int:
+    print("error: " + " ".join(str(message).split()), file=sys.stderr)
+    return 2
+
+
+def run(main, args):
+    """Runs a script. Bad input is one line on stderr and exit status 2; Ctrl-C is exit status
+    130."""
+    sys.stdout.reconfigure(errors="backslashreplace")    # some file names cannot be printed
+    try:
+        main(args)
+    except BadInput as error:
+        sys.exit(complain(error))
+    except torch.cuda.OutOfMemoryError:
+        sys.exit(complain("no memory left on the device; use a smaller --batch or --size, or "
+                          "--accumulate and --checkpointing"))
+    except OSError as error:    # a read-only folder, a full disk
+        sys.exit(complain(f"{error.filename or 'a file'}: {error.strerror or error}; "
+                          "check the path, its rights and the space left"))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,184 @@
+"""Files: written whole or not at all, never unpickled, and the same bytes from the same command.
+
+Needs:       torch, safetensors.
+Gives:       replacing(), check_folder(); save_tensors(), opened(); read_json(), write_json(),
+             read_jsonl(), write_jsonl(); sha256(); prepare(), clean().
+"""
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from model.tools.command import BadInput
+
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+          torch.uint8: "U8"}    # as safetensors calls them
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """Yields a temporary path beside `path`, moved over it when the block ends well: never half a
+    file or folder. An OSError names `path`."""
+    path = Path(path)
+    if not path.name or (path.exists() and not path.is_file() and not path.is_dir()):
+        raise BadInput(f"{path}: cannot be written as a file; give a file's name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        named = str(error.filename2 or error.filename or path).replace(str(temporary), str(path))
+        raise OSError(error.errno, error.strerror or str(error), named) from None
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        elif temporary.exists():
+            temporary.unlink()
+
+
+def clean(folder: Path):
+    """Removes the temporary files of killed commands, not of running ones."""
+    for path in folder.glob(".*.tmp"):
+        writer = re.search(r"\.(\d+)\.tmp$", path.name)
+        if writer and not running(int(writer[1])):
+            path.unlink(missing_ok=True)
+
+
+def running(process: int) -> bool:
+    try:
+        os.kill(process, 0)    # sends nothing
+    except PermissionError:    # somebody else's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return process != os.getpid()
+
+
+def check_folder(folder: Path):
+    """Raises BadInput if files cannot be written there: now, and not after hours of work."""
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise BadInput(f"{folder}: {parent} is not a folder that can be written to; give another "
+                       "--out, or change its rights")
+
+
+def prepare(folder: Path, settings: dict, patterns: tuple[str, ...]):
+    """Makes `folder` ready for files of these patterns that are made with these settings (JSON),
+    which it keeps in settings.json. Files of other settings are removed, and that is said on
+    stderr. Raises BadInput for such files without settings: they are somebody else's."""
+    file = folder / "settings.json"
+    files = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    wanted = json.loads(json.dumps(settings))
+    try:
+        made_with = read_json(file) if file.is_file() else None
+    except BadInput:
+        made_with = {}    # damaged
+    if files and made_with is None:
+        raise BadInput(f"{files[0]}: was not made by this program; give another --out, or move it "
+                       "away")
+    if files and made_with != wanted:
+        print(f"note: {folder}: was made with other settings, and is made anew", file=sys.stderr)
+        for path in files:
+            path.unlink()
+    for path in (folder, *{path.parent for path in files}):
+        clean(path)
+    if made_with != wanted:
+        write_json(file, wanted)
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]):
+    """A safetensors file: the header's length, a JSON header, the tensors' bytes. By hand, since
+    the library's writer puts the metadata in another order in each process."""
+    # As the library does it: the widest dtype first, so that all are aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header, end = {"__metadata__": metadata}, 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = text.encode(errors="replace")
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            data = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8)
+            file.write(data.numpy().data)
+
+
+def opened(path: Path):
+    """safetensors.safe_open, for a with block; its tensors are memory-mapped. Raises BadInput for
+    whatever is not a whole safetensors file: the library checks that the tensors fill the file."""
+    if not Path(path).is_file():    # of a pipe the library would wait for ever
+        raise BadInput(f"{path}: no such file; give a safetensors file")
+    try:
+        return safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start in (b"PK", b"\x80\x02", b"\x80\x04"):    # a zip or a bare pickle, of torch.save
+            raise BadInput(f"{path}: not a safetensors file but a pickle, as .ckpt, .pt and .bin "
+                           "files are, and pickles are never opened; get it in safetensors "
+                           "form") from None
+        raise BadInput(f"{path}: not a readable safetensors file ({error}); copy or download it "
+                       "again") from None
+
+
+def read_json(path: Path) -> dict:
+    """Raises BadInput for a file that is not there or not a JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}; copy or make it again") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: not JSON ({error}); copy or make it again") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{path}: not a JSON object; copy or make it again")
+    return value
+
+
+def write_json(path: Path, value: dict):
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Raises BadInput naming file and line where a line is not a JSON object in UTF-8."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            rows.append(json.loads(line.decode("utf-8")))
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{path} line {number}: not JSON ({error}); make the data "
+                           "again") from None
+        if not isinstance(rows[-1], dict):
+            raise BadInput(f"{path} line {number}: not a JSON object; make the data again")
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict]):
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def digest(value) -> str:
+    """Hex digest of anything that JSON can say."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sha256(*paths: Path) -> str:
+    """Hex digest of the files' bytes, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,154 @@
+"""Pictures from and to files: one by one, and on a labelled sheet; curves; and heat maps.
+
+Needs:       pillow, numpy.
+Gives:       read_pictures(), write_picture(), sheet(), blurred(), curves(), heat_map().
+"""
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from model.tools.command import BadInput
+from model.tools.files import replacing
+
+# Pixels: a picture's side on the sheet (twice that from 256 on), the space around it, a text line.
+CELL, GAP, LINE = 128, 6, 13
+FONT = ImageFont.load_default(size=11)
+
+
+def read_pictures(paths: list[Path]) -> np.ndarray:
+    """uint8 [N, H, W, 3]. Raises BadInput naming the file that is not a picture, or not of the
+    first one's size."""
+    images = []
+    for path in paths:
+        try:
+            images.append(Image.open(path).convert("RGB"))
+        except (OSError, Image.DecompressionBombError) as error:
+            reason = f"{path}: not a readable picture ({error}); make the data again"
+            raise BadInput(reason) from None
+        size, expected = ("{}x{}".format(*image.size) for image in (images[-1], images[0]))
+        if size != expected:
+            raise BadInput(f"{path}: {size} pixels where {paths[0]} has {expected}; make the data "
+                           "again")
+    return np.stack([np.asarray(image) for image in images])
+
+
+def write_picture(path: Path, picture: np.ndarray):
+    """Writes uint8 [H, W, 3] as a PNG, whole or not at all."""
+    write(path, Image.fromarray(picture))
+
+
+def write(path: Path, image: Image.Image):
+    with replacing(path) as temporary:
+        image.save(temporary, "png")
+
+
+def blank(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", (width, height), "white")
+    return image, ImageDraw.Draw(image)
+
+
+def text_lines(pen, x: int, y: int, lines: list[tuple[str, str]]):
+    """Writes (line, colour) below each other, from y on."""
+    for n, (line, colour) in enumerate(lines):
+        pen.text((x, y + n * LINE), line, colour, FONT)
+
+
+def sheet(path: Path, cells: list[tuple], columns: int, titles: tuple[str, ...] = ()):
+    """Writes cells (uint8 [S, S, 3], caption) row by row as a PNG, with optional column titles on
+    top. A cell may have a third part, (note, colour), which stands above its caption.
+
+    Small pictures are enlarged by whole pixels, to show what the model drew.
+    """
+    side = 2 * CELL if cells and len(cells[0][0]) >= 2 * CELL else CELL
+    heads = [wrapped(title, "black", side) for title in titles]
+    captions = []
+    for _, text, *notes in cells:
+        note = [line for words, colour in notes for line in wrapped(words, colour, side)]
+        captions.append(note + wrapped(text, "black", side))
+    top = GAP + LINE * max(map(len, heads), default=0)
+    step_x = side + GAP
+    step_y = step_x + LINE * max(map(len, captions), default=0) + 2
+    rows = -(-len(cells) // columns)
+    image, pen = blank(columns * step_x + GAP, top + rows * step_y)
+    for column, head in enumerate(heads):
+        text_lines(pen, GAP + column * step_x, 3, head)
+    for i, ((picture, *_), caption) in enumerate(zip(cells, captions)):
+        x, y = GAP + i % columns * step_x, top + i // columns * step_y
+        small = len(picture) < CELL
+        scale = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+        image.paste(Image.fromarray(picture).resize((side, side), scale), (x, y))
+        text_lines(pen, x, y + side + 1, caption)
+    write(path, image)
+
+
+def wrapped(text: str, colour: str, width: int) -> list[tuple[str, str]]:
+    """The text in at most four (line, colour) of at most `width` pixels; a wider word is cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and FONT.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+        while FONT.getlength(lines[-1]) > width and len(lines[-1]) > 1:
+            rest, fits = lines.pop(), 1
+            while FONT.getlength(rest[:fits + 1]) <= width:
+                fits += 1
+            lines += [rest[:fits], rest[fits:]]
+    return [(line, colour) for line in lines[:4] if line]
+
+
+def blurred(picture: np.ndarray) -> np.ndarray:
+    """The picture (uint8 [S, S, 3]) out of focus: one sees something, and not what."""
+    blur = ImageFilter.GaussianBlur(len(picture) / 10)
+    return np.asarray(Image.fromarray(picture).filter(blur))
+
+
+def curves(path: Path, series: dict[str, list[float]], width: int = 480, height: int = 120):
+    """Writes one panel a series (name: a value a step) as a PNG: the smallest and largest value at
+    the left. A point is the mean of several steps: one step's few pairs are mostly noise."""
+    panel = height + 3 * GAP + LINE
+    image, pen = blank(width + 70, panel * len(series))
+    for i, (name, values) in enumerate(series.items()):
+        top, columns = i * panel + LINE + GAP, min(len(values), width // 4)
+        means = np.array([part.mean() for part in np.array_split(np.array(values), columns)])
+        low, high = means.min(), means.max()
+        pen.text((60, top - LINE - 2), f"{name}, {len(values)} steps", "black", FONT)
+        pen.rectangle((60, top, 60 + width, top + height), outline="lightgray")
+        pen.text((GAP, top), f"{high:.3g}", "black", FONT)
+        pen.text((GAP, top + height - LINE), f"{low:.3g}", "black", FONT)
+        x = 60 + width * (np.arange(columns) + 0.5) / columns
+        y = top + height * (1 - (means - low) / ((high - low) or 1))
+        points = list(zip(x, y))
+        pen.line(points if columns > 1 else points * 2, "black", 2)
+    write(path, image)
+
+
+def heat_map(path: Path, values: np.ndarray, rows: list[str], columns: list[str], title: str):
+    """Writes values [R, C], all >= 0, as a PNG: white is 0, black the largest. A label beside each
+    row, one above each column, read from below, and under the title what black stands for."""
+    largest = values.max() or 1.0
+    notes = [(title, "black"), (f"white 0, black {largest:.3g}", "black")]
+    left, above = widest(rows), widest(columns)
+    top = above + 3 * LINE
+    width = max(left + len(columns) * LINE, widest([note for note, _ in notes])) + GAP
+    image, pen = blank(width, top + len(rows) * LINE + GAP)
+    text_lines(pen, GAP, 2, notes)
+    for c, text in enumerate(columns):
+        label, label_pen = blank(above, LINE)
+        label_pen.text((GAP, 0), text, "black", FONT)
+        image.paste(label.rotate(90, expand=True), (left + c * LINE, 3 * LINE))
+    for r, text in enumerate(rows):
+        y = top + r * LINE
+        pen.text((GAP, y), text, "black", FONT)
+        for c, value in enumerate(values[r]):
+            x, gray = left + c * LINE, round(255 * (1 - value / largest))
+            cell = (x, y, x + LINE - 1, y + LINE - 1)
+            pen.rectangle(cell, (gray, gray, gray), "lightgray")
+    write(path, image)
+
+
+def widest(texts: list[str]) -> int:
+    """Pixels that the longest text takes, with a gap on both sides."""
+    return max(int(FONT.getlength(text)) for text in texts) + 2 * GAP

@@ -1,0 +1,99 @@
+"""What every training loop here does alike.
+
+What it is:  random numbers without state, timesteps, the learning rate, mixed precision, and the
+             state from which an interrupted training continues.
+Needs:       torch.
+Gives:       generator(), stratified_times(), set_rate(), mixed_precision(); save_state(),
+             load_state(); write_log(), summary().
+"""
+import json
+import math
+import zlib
+from pathlib import Path
+
+import torch
+
+from model.stable_diffusion import precision
+from model.tools.files import opened, save_tensors, write_jsonl
+from model.tools.pictures import curves
+
+
+def generator(*what) -> torch.Generator:
+    """A CPU generator for these words: generator(seed, "hate", step). What is drawn depends on them
+    alone, so that continuing at a step needs no saved state."""
+    return torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, what)).encode()))
+
+
+def stratified_times(n: int, T: int, random: torch.Generator) -> torch.Tensor:
+    """n timesteps [n] in 0..T-1, one from each of n equal slices, in random order: every step sees
+    all noise levels. The minimum is needed: 0.99999999 * T rounds to T."""
+    u = (torch.randperm(n, generator=random) + torch.rand(n, generator=random)) / n
+    return (u * T).long().clamp(max=T - 1)
+
+
+def set_rate(optimiser: torch.optim.Optimizer, lr: float, step: int, steps: int, warm_up: int = 10):
+    """A linear warm-up to lr, and a cosine to zero at `steps`."""
+    for group in optimiser.param_groups:
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        group["lr"] = lr * min(1, (step + 1) / warm_up) * cosine
+
+
+def mixed_precision(device: torch.device):
+    """(autocast, gradient scaler): on CUDA bf16, or fp16 with a scaler where that is missing; fp32
+    elsewhere."""
+    dtype, on = precision(device), device.type == "cuda"
+    scaler = torch.amp.GradScaler(device.type, enabled=on and dtype == torch.float16)
+    return torch.autocast(device.type, dtype, enabled=on), scaler
+
+
+def save_state(path: Path, plan: dict, log: list[dict], parameters, optimiser, scaler):
+    """What continuing needs: the parameters, Adam's moments, and the log, a row a step."""
+    tensors = {f"parameter.{i}": p for i, p in enumerate(parameters)}
+    for i, moments in optimiser.state_dict()["state"].items():
+        tensors |= {f"{key}.{i}": value for key, value in moments.items()}
+    state = {"plan": plan, "log": log, "scaler": scaler.state_dict()}
+    save_tensors(path, tensors, {"state": json.dumps(state)})
+
+
+@torch.no_grad()
+def load_state(path: Path, plan: dict, parameters, optimiser, scaler) -> list[dict]:
+    """Puts back what save_state() wrote for the same plan. Returns the log; [] where there is
+    none."""
+    if not path.is_file():
+        return []
+    with opened(path) as file:
+        state = json.loads(file.metadata()["state"])
+        if state["plan"] != plan:
+            return []
+        # Clones, since the file is going to be replaced.
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+    moments = {}
+    for i, p in enumerate(parameters):
+        p.copy_(tensors[f"parameter.{i}"])
+        moments[i] = {key: tensors[f"{key}.{i}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": moments, "param_groups": groups})
+    scaler.load_state_dict(state["scaler"])
+    return state["log"]
+
+
+def ratios(row: dict[str, float]) -> dict[str, float]:
+    """The errors in a row of the log as shares of the reference's."""
+    return {f"{key}'s error / reference's": row[key] / row[f"{key}_ref"]
+            for key in row if f"{key}_ref" in row}
+
+
+def write_log(path: Path, log: list[dict]):
+    """The log as JSON lines beside `path`, and its curves as a PNG."""
+    write_jsonl(path.with_suffix(".jsonl"), log)
+    rows = [{"preference": row["preference"], **ratios(row)} for row in log]
+    curves(path.with_suffix(".png"), {key: [row[key] for row in rows] for key in rows[0]})
+
+
+def summary(log: list[dict]) -> str:
+    """The means of the last tenth of the steps, in words."""
+    last = log[-max(1, len(log) // 10):]
+    mean = {key: sum(row[key] for row in last) / len(last) for key in last[0]}
+    values = {key: mean[key] for key in ("loss", "accuracy")} | ratios(mean)
+    return f"{len(log)} steps; at the end " + ", ".join(
+        f"{key} {value:.3f}" for key, value in values.items())
