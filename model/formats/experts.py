@@ -1,0 +1,60 @@
+"""Several LoRA files of one base model, read layer by layer: there may be hundreds of them.
+
+Gives:       Experts.
+"""
+from collections.abc import Iterator
+from pathlib import Path
+
+from model.formats.lora_file import Factors, LoRAFile
+from model.tools.command import BadInput
+
+AT_A_TIME = 8    # layers of all experts that memory holds
+
+
+class Experts:
+    """The files, open for reading, sorted by name, so that nothing depends on the order in which
+    they are listed. names: of all adapted layers. labels: the files' names; metadata: the first
+    file's.
+
+    Raises BadInput unless there is one weight, or one for each file; and unless all files are of
+    one base model, each shares a layer with the first, and a layer's shape is the same in all.
+    """
+
+    def __init__(self, paths: list[Path], weights: list[float]):
+        weights = weights * (len(paths) if len(weights) == 1 else 1)
+        if len(weights) != len(paths):
+            raise BadInput(f"--weights: {len(weights)} numbers for {len(paths)} experts; give one "
+                           "each, or one for all")
+        pairs = sorted(zip(paths, weights), key=lambda pair: (pair[0].name, pair[0]))
+        self.files, self.weights = [LoRAFile(path) for path, _ in pairs], [w for _, w in pairs]
+        self.labels, self.metadata = [path.stem for path, _ in pairs], self.files[0].metadata
+        self.shapes = {}    # {layer: (the file that has it first, (O, I))}
+        for file in self.files:
+            self._add(file)
+        self.names = list(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def _add(self, file: LoRAFile):
+        first = self.files[0]
+        if file.metadata.get("base_model_hash") != first.metadata.get("base_model_hash"):
+            raise BadInput(f"{file.path}: was trained on another base model than {first.path}; "
+                           "merge experts that start from one model")
+        if not file.shapes.keys() & first.shapes.keys():
+            raise BadInput(f"{file.path}: adapts other layers than {first.path}, not one is "
+                           "shared; merge experts of one model")
+        for name, (_, *shape) in file.shapes.items():
+            other, known = self.shapes.setdefault(name, (file, shape))
+            if shape != known:
+                raise BadInput(f"{file.path}: {name} is for a layer of shape {shape}, in "
+                               f"{other.path} of {known}; merge experts of one model")
+
+    def layers(self) -> Iterator[tuple[str, dict[int, Factors]]]:
+        """(layer, {expert: Factors, times its weight}) of the experts that adapt the layer."""
+        for k in range(0, len(self.names), AT_A_TIME):
+            names = self.names[k:k + AT_A_TIME]
+            loras = [file.read(names) for file in self.files]
+            for name in names:
+                parts = {i: lora[name] for i, lora in enumerate(loras) if name in lora}
+                yield name, {i: f._replace(up=self.weights[i] * f.up) for i, f in parts.items()}

@@ -1,0 +1,73 @@
+"""Does a LoRA belong to this network? Asked before anything is put together.
+
+Needs:       torch; a network, on the meta device too, where nothing but names and shapes exists.
+Gives:       layers(), fitting(), match(); fuse(), which writes a checkpoint with a LoRA in it.
+
+Letters: O, I a layer's output and input width (of a convolution: times the kernel's area).
+"""
+import math
+import sys
+from pathlib import Path
+
+from torch import nn
+
+from model.formats.checkpoint import Checkpoint
+from model.formats.lora_file import FAMILIES, Factors, flat, prompt_width
+from model.stable_diffusion import skeleton
+from model.tools.command import BadInput
+
+
+def layers(network: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """{flat name: (name, layer)} of all that a LoRA can adapt."""
+    return {flat(name): (name, module) for name, module in network.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d))}
+
+
+def fitting(network: nn.Module, shapes: dict[str, tuple[int, int]], what: str) -> list[str]:
+    """The names of those layers {flat name: (O, I)} that the network (a meta one will do) has.
+
+    Raises BadInput, naming `what`, if one has another shape there, and if the network has none of
+    them: such a LoRA would load "successfully" and do nothing.
+    """
+    known = layers(network)
+    names = [name for name in shapes if name in known]
+    for name in names:
+        out, *rest = known[name][1].weight.shape
+        if tuple(shapes[name]) != (out, math.prod(rest)):
+            widths = {key: layer.weight.shape[1] for key, (_, layer) in known.items()}
+            theirs, ours = family({key: shape[1] for key, shape in shapes.items()}), family(widths)
+            raise BadInput(f"{what}: {name} is for a layer of shape {list(shapes[name])}, this "
+                           f"model's is {[out, math.prod(rest)]}: a LoRA for {theirs}, and this "
+                           f"model is {ours}; use a LoRA made for this model")
+    if not names:
+        raise BadInput(f"{what} adapts {len(shapes)} layers, none of which this model has "
+                       f"({next(iter(shapes), 'it is empty')}); use a LoRA made for this model")
+    return names
+
+
+def family(widths: dict[str, int]) -> str:
+    return FAMILIES.get(prompt_width(widths), ("another model",))[0]
+
+
+def match(network: nn.Module, lora: dict[str, Factors], what: str) -> dict[str, Factors]:
+    """The part of a LoRA that is for layers of this network, with a note on stderr that counts and
+    names the rest. Raises BadInput as fitting() does."""
+    shapes = {name: (len(f.up), f.down.shape[1]) for name, f in lora.items()}
+    names, known = fitting(network, shapes, what), layers(network)
+    rest = [name for name in lora if name not in known]
+    if rest:
+        print(f"note: {what}: {len(rest)} of {len(lora)} layers are not in this model and are left "
+              f"out: {', '.join(rest[:3])}{' ...' if rest[3:] else ''}", file=sys.stderr)
+    # A linear layer and a 1x1 convolution are one thing, and some files have the other one.
+    return {name: lora[name]._replace(kernel=tuple(known[name][1].weight.shape[2:]))
+            for name in names}
+
+
+def fuse(model: Path, lora: dict[str, Factors], what: str, out: Path) -> int:
+    """Copies a checkpoint to the folder `out`, with W + delta W, added in fp32, in its layers.
+    Returns how many changed. Raises BadInput as fitting() does."""
+    network = skeleton(model)
+    fused, known = match(network, lora, what), layers(network)
+    factors = {f"{known[key][0]}.weight": f for key, f in fused.items()}
+    return Checkpoint(model).rewrite(
+        out, lambda name: factors[name].delta() if name in factors else None)

@@ -1,0 +1,203 @@
+"""What single-file checkpoints call their tensors, as a table of rules, and the configs they lack.
+
+What it is:  the first Stable Diffusion code (LDM, CompVis) numbered its layers through; diffusers
+             folders, and the modules of this project, name them by level. Same tensors, same
+             arithmetic, other names.
+Needs:       nothing but Python.
+Gives:       CONFIGS, the published ones; FAMILIES, where each part of SD 1, SD 2 and SDXL lies in a
+             file; family_of() it; place(), a key -> where its tensor belongs here; unet_name(),
+             which LoRA files need too, and original_name(), its inverse for SDXL.
+
+Letters: L = layers_per_block + 1, the layers that the numbering counts to a level (the down- or
+upsampling is one of them); n a layer's number, b = n // L its level, j = n % L its place there.
+"""
+import re
+
+# The published configs, as far as they differ from the defaults in unet.py and vae.py.
+_VAE = dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4,
+            scaling_factor=0.18215)
+_CLIP_L = dict(architectures=["CLIPTextModel"], hidden_size=768, intermediate_size=3072,
+               num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu",
+               vocab_size=49408, projection_dim=768)
+_OPEN_CLIP_H = dict(_CLIP_L, hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
+                    num_attention_heads=16, hidden_act="gelu", projection_dim=512)
+_OPEN_CLIP_G = dict(_CLIP_L, architectures=["CLIPTextModelWithProjection"], hidden_size=1280,
+                    intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+                    hidden_act="gelu", projection_dim=1280)
+_SCHEDULER = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
+                  beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
+                  set_alpha_to_one=False)
+_SDXL_UNET = dict(
+    sample_size=128, cross_attention_dim=2048, block_out_channels=[320, 640, 1280],
+    attention_head_dim=[5, 10, 20], transformer_layers_per_block=[1, 2, 10],
+    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816)
+CONFIGS = {
+    "SD 1": dict(unet=dict(sample_size=64, cross_attention_dim=768), vae=_VAE,
+                 text_encoder=_CLIP_L, scheduler=_SCHEDULER),
+    # 768 px and v; loading turns it to 512 px and noise if that is what the weights predict.
+    "SD 2": dict(unet=dict(sample_size=96, cross_attention_dim=1024, use_linear_projection=True,
+                           attention_head_dim=[5, 10, 20, 20]), vae=_VAE,
+                 text_encoder=_OPEN_CLIP_H,
+                 scheduler=dict(_SCHEDULER, prediction_type="v_prediction")),
+    "SDXL": dict(unet=_SDXL_UNET, vae=dict(_VAE, scaling_factor=0.13025), text_encoder=_CLIP_L,
+                 text_encoder_2=_OPEN_CLIP_G,
+                 scheduler=dict(_SCHEDULER, timestep_spacing="leading"))}
+
+UNET, VAE = "model.diffusion_model.", "first_stage_model."
+# family: {part: (prefix in the file, who wrote that text encoder)}
+FAMILIES = {
+    "SD 1": {"text_encoder": ("cond_stage_model.transformer.", "CLIP")},
+    "SD 2": {"text_encoder": ("cond_stage_model.model.", "OpenCLIP")},
+    "SDXL": {"text_encoder": ("conditioner.embedders.0.transformer.", "CLIP"),
+             "text_encoder_2": ("conditioner.embedders.1.model.", "OpenCLIP")}}
+
+# In a file, and rightly unused. Whatever is neither here nor in a part stops the loading, by name.
+UNUSED = re.compile("|".join((
+    r"model_ema\..*",                       # a running mean of the UNet's weights
+    r"(betas|alphas_cumprod.*|sqrt_.*|log_one_minus.*|posterior_.*|logvar|lvlb_weights)",
+    r"denoiser\.sigmas",                    # both computed
+    r"(global_step|v_pred|ztsnr)",          # notes; the last two are read elsewhere
+    r"first_stage_model\.loss\..*",         # from the VAE's training
+    r"embedding_manager\..*",               # from a textual inversion's training
+    r".*position_ids", r".*logit_scale",    # 0, 1, 2, ...; CLIP's own temperature
+    # SD 1 and 2 read no pooled state, and SDXL that of its second encoder alone:
+    r"cond_stage_model\.(model|transformer)\.text_projection(\.weight)?",
+    r"conditioner\.embedders\.0\.transformer\.text_projection(\.weight)?")))
+
+# The start of a UNet name in a file, and ours. A dot stands for a dot or, in LoRA files, for an
+# underscore. The first rule that fits counts.
+BLOCKS = (
+    (r"time_embed.0", "time_embedding.linear_1"), (r"time_embed.2", "time_embedding.linear_2"),
+    (r"label_emb.0.0", "add_embedding.linear_1"), (r"label_emb.0.2", "add_embedding.linear_2"),
+    (r"input_blocks.0.0", "conv_in"), (r"out.0(?!\d)", "conv_norm_out"),
+    (r"out.2(?!\d)", "conv_out"),
+    (r"input_blocks.(\d+).0.op", "down_blocks.{b}.downsamplers.0.conv"),
+    (r"input_blocks.(\d+).0", "down_blocks.{b}.resnets.{j}"),
+    (r"input_blocks.(\d+).1", "down_blocks.{b}.attentions.{j}"),
+    (r"middle_block.0", "mid_block.resnets.0"), (r"middle_block.1", "mid_block.attentions.0"),
+    (r"middle_block.2", "mid_block.resnets.1"),
+    # An upsampling comes last in its block: place 1, or 2 where there is an attention.
+    (r"output_blocks.(\d+).[12].conv", "up_blocks.{b}.upsamplers.0.conv"),
+    (r"output_blocks.(\d+).0", "up_blocks.{b}.resnets.{j}"),
+    (r"output_blocks.(\d+).1", "up_blocks.{b}.attentions.{j}"))
+RESNET = (("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("out_layers.0", "norm2"),
+          ("out_layers.3", "conv2"), ("emb_layers.1", "time_emb_proj"),
+          ("skip_connection", "conv_shortcut"))
+
+
+def unet_name(key: str, L: int = 3) -> str:
+    """A UNet key (prefix taken off) or a LoRA's module name -> our name, the start of it with dots;
+    any other name comes back as it was. L is 3 in every published Stable Diffusion."""
+    for pattern, block in BLOCKS:
+        match = re.match(pattern, key)
+        if not match:
+            continue
+        n = int(match[1]) if match.lastindex else 0
+        n -= pattern.startswith("input")    # number 0 is conv_in
+        inner = key[match.end():]
+        if "resnets" in block:
+            for original, ours in RESNET:
+                inner = re.sub(rf"^(.){original}(?!\d)", rf"\1{ours}", inner)
+        return block.format(b=n // L, j=n % L) + inner
+    return key
+
+
+# SDXL's blocks, flat: {ours: original}. Numbers that no block has do no harm: nobody asks for them.
+ORIGINALS = ["time_embed_0", "time_embed_2", "label_emb_0_0", "label_emb_0_2", "out_2",
+             "input_blocks_3_0_op", "input_blocks_6_0_op", "output_blocks_2_2_conv",
+             "output_blocks_5_2_conv", "middle_block_0", "middle_block_1", "middle_block_2"]
+ORIGINALS += [f"{side}_blocks_{n}_{i}" for side in ("input", "output") for n in range(9)
+              for i in (0, 1)]
+SDXL_BLOCKS = {unet_name(original).replace(".", "_"): original for original in ORIGINALS}
+
+
+def original_name(name: str) -> str:
+    """Our flat name of an SDXL layer -> the original one, which kohya's scripts alone know:
+    "down_blocks_1_attentions_0_proj_in" -> "input_blocks_4_1_proj_in"."""
+    for ours, original in SDXL_BLOCKS.items():
+        if not (name + "_").startswith(ours + "_"):
+            continue
+        inner = name[len(ours):]
+        if "resnets" in ours:
+            for old, new in RESNET:
+                inner = inner.replace(new, old.replace(".", "_"))
+        return original + inner
+    return name
+
+
+VAE_NAMES = (
+    (r"^encoder\.down\.", "encoder.down_blocks."), (r"\.block\.(\d+)", r".resnets.\1"),
+    (r"\.(down|up)sample\.", r".\1samplers.0."), (r"mid\.block_1", "mid_block.resnets.0"),
+    (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1", "mid_block.attentions.0"),
+    (r"attentions\.0\.norm", "attentions.0.group_norm"),
+    (r"attentions\.0\.proj_out", "attentions.0.to_out.0"),
+    (r"attentions\.0\.([qkv])\b", r"attentions.0.to_\1"),
+    (r"nin_shortcut", "conv_shortcut"), (r"\bnorm_out", "conv_norm_out"))
+OLD_ATTENTION = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+OPEN_CLIP_NAMES = (
+    (r"^transformer\.resblocks\.", "encoder.layers."), (r"\.ln_([12])\.", r".layer_norm\1."),
+    (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."),
+    (r"\.attn\.in_proj_", ".self_attn.{qkv}_proj."), (r"\.attn\.", ".self_attn."),
+    (r"^ln_final\.", "final_layer_norm."), (r"^text_projection$", "text_projection.weight"),
+    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
+    (r"^token_embedding\.", "embeddings.token_embedding."))
+
+
+def renamed(key: str, rules) -> str:
+    for pattern, name in rules:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def vae_name(key: str, levels: int) -> str:
+    """A VAE key (prefix taken off) -> our name."""
+    up = re.match(r"decoder\.up\.(\d+)", key)
+    if up:    # numbered like the encoder here, by size; ours by the order in which it runs
+        key = f"decoder.up_blocks.{levels - 1 - int(up[1])}" + key[up.end():]
+    return old_vae_name(renamed(key, VAE_NAMES))
+
+
+def old_vae_name(key: str) -> str:
+    """The VAE's attention as diffusers folders called it until 2023."""
+    for old, new in OLD_ATTENTION:
+        key = key.replace(f"mid_block.attentions.0.{old}.", f"mid_block.attentions.0.{new}.")
+    return key
+
+
+def family_of(keys: list[str]) -> str | None:
+    """Which of FAMILIES a file with these keys is, by its text encoders."""
+    lines = "\n" + "\n".join(keys)
+    for name, encoders in FAMILIES.items():
+        if all("\n" + prefix in lines for prefix, _ in encoders.values()):
+            return name
+
+
+def place(key: str, family: str, L: int, levels: int, text_layers: int):
+    """(part, our names) of a key in a single file: three names of OpenCLIP's in_proj, which holds
+    q, k and v on top of each other, and none of a key that is rightly unused.
+
+    Raises KeyError for a key that belongs to no part. levels: the VAE's. text_layers: SD 2 reads
+    the last but one layer of its text encoder, so that folders do not hold the last one, which
+    files do: it is left out.
+    """
+    if UNUSED.fullmatch(key):
+        return None, []
+    if key.startswith(UNET):
+        return "unet", [unet_name(key[len(UNET):], L)]
+    if key.startswith(VAE):
+        return "vae", [vae_name(key[len(VAE):], levels)]
+    for part, (prefix, writer) in FAMILIES[family].items():
+        if not key.startswith(prefix):
+            continue
+        name = key[len(prefix):].removeprefix("text_model.")
+        if writer == "CLIP":
+            return part, [name]
+        name = renamed(name, OPEN_CLIP_NAMES)
+        layer = re.match(r"encoder\.layers\.(\d+)\.", name)
+        if family == "SD 2" and layer and int(layer[1]) >= text_layers:
+            return None, []
+        return part, [name.replace("{qkv}", x) for x in "qkv"] if "{qkv}" in name else [name]
+    raise KeyError(key)
