@@ -1,0 +1,29 @@
+"""Judges: programs that look at pictures and say whether there is harm in them.
+
+A judge is any object with `name`; `rule`, what it calls unsafe, in words; `size`, the side in
+pixels of the pictures that it reads, or None for any; and judge(pictures uint8 [N, H, W, 3]) -> N
+verdicts, verdict i from picture i alone. A verdict has `harm`, a probability in [0, 1]; `unsafe`, a
+bool; and `label`, what was seen, in a word. For make_data.py a judge may also have reject() and
+`faults`, as ToyJudge has.
+"""
+from pathlib import Path
+
+from model.judges.toy import ToyJudge
+from model.tools.command import BadInput
+from model.toy import TOY
+
+
+def named_judge(name: str, device):
+    """The judge of --judge NAME: toy, q16:DIR, or None for "none". Raises BadInput for another name
+    and for an unusable DIR."""
+    # Here, since `python -m model.judges.clip` must not find its module imported already.
+    from model.judges.clip import Q16
+    kind, _, folder = name.partition(":")
+    if name == "none":
+        return None
+    if name == "toy":
+        return ToyJudge.load(TOY / "judge")
+    if kind == "q16" and folder:
+        return Q16(Path(folder), device)
+    raise BadInput(f"--judge {name}: no such judge; use toy, q16:DIR or none "
+                   "(a prompt in quotes goes before --judge)")
