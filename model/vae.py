@@ -3,46 +3,44 @@
 Needs: torch, and the dict of a checkpoint's vae/config.json.
 Gives: VAE with encode() and decode().
 
-The encoder gives each latent pixel a normal distribution (mean and log-variance), and a latent is a draw from it.
-The decoder turns a latent into a picture. No scaling here: what the UNet sees is latent * scaling_factor (0.18215
-in SD 1 and 2, 0.13025 in SDXL), and that factor is applied once, one level up, by whoever samples or trains.
+The encoder gives each latent pixel a normal distribution (mean and log-variance); a latent is a
+draw from it. The decoder turns a latent into a picture. No scaling here: what the UNet sees is
+latent * scaling_factor (0.18215 in SD 1 and 2, 0.13025 in SDXL), applied once, by the caller.
 Forgotten or applied twice, it raises no error: the pictures are just wrong.
 
-Attribute names equal the public checkpoints' keys: loading is one strict load_state_dict.
+Attributes are named as the public checkpoints name them: loading is one strict load_state_dict.
 
-Letters:  B batch   H W height and width of the picture in pixels   f = 2^(levels-1), the reduction, 8 in SD
-          h w = H/f, W/f of the latent   Z latent channels, 4 in SD   C channels inside   N = pixels as tokens
+Letters:  B batch   H W a picture's height and width   f = 2^(levels-1), the reduction (SD: 8)
+          h w = H/f, W/f   Z latent channels (SD: 4)   C channels inside   N = pixels as tokens
 """
 import torch.nn.functional as F
 from torch import nn
 
-from .unet import Block, Downsample, ResnetBlock, Upsample, refuse_unknown
+from model.unet import Block, Downsample, ResnetBlock, Upsample, refuse_unknown
 
-EPS = 1e-6                                       # of every GroupNorm in here; the UNet's resnets have 1e-5
+EPS = 1e-6    # of every GroupNorm in here; the UNet's resnets have 1e-5
 DEFAULTS = dict(
     in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(64,), layers_per_block=1,
     norm_num_groups=32, mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True)
 
 
 class Attention(nn.Module):
-    """Every pixel looks at every other, with one head as wide as all channels: [B,C,h,w] -> [B,C,h,w].
-
-    Unlike the UNet's: its own norm and skip inside, biases on q, k and v, and no context.
-    """
-
+    """Every pixel looks at every other: [B,C,h,w] -> [B,C,h,w]. Unlike the UNet's: one head, its
+    own norm and skip inside, biases on q, k and v, and no context."""
     def __init__(self, channels, groups):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])     # a list only because the key is to_out.0
+        # A list only because the key is to_out.0.
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
     def forward(self, x):
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)           # [B,C,h,w] -> [B,N,C]
-        q, k, v = (proj(tokens)[:, None] for proj in (self.to_q, self.to_k, self.to_v))     # [B,1,N,C]
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)          # [B,C,h,w] -> [B,N,C]
+        q, k, v = (proj(tokens)[:, None] for proj in (self.to_q, self.to_k, self.to_v))
         tokens = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
-        return x + tokens.transpose(1, 2).unflatten(2, x.shape[-2:])     # [B,N,C] -> [B,C,h,w]
+        return x + tokens.transpose(1, 2).unflatten(2, x.shape[-2:])    # [B,N,C] -> [B,C,h,w]
 
 
 def resnet(c_in, c_out, groups):
@@ -65,8 +63,7 @@ def run(block, x):
 
 
 class Encoder(nn.Module):
-    """[B,3,H,W] -> [B,2Z,h,w], the moments before quant_conv."""
-
+    """[B,3,H,W] -> [B,2Z,h,w]."""
     def __init__(self, c_in, c_out, widths, layers, groups, attention):
         super().__init__()
         self.conv_in = nn.Conv2d(c_in, widths[0], 3, padding=1)
@@ -75,7 +72,8 @@ class Encoder(nn.Module):
         for i, width in enumerate(widths):
             resnets = [resnet(now if j == 0 else width, width, groups) for j in range(layers)]
             now, last = width, i == len(widths) - 1
-            self.down_blocks.append(Block(resnets, downsamplers=[] if last else [Downsample(width, asymmetric=True)]))
+            downsamplers = [] if last else [Downsample(width, asymmetric=True)]
+            self.down_blocks.append(Block(resnets, downsamplers=downsamplers))
         self.mid_block = mid_block(now, groups, attention)
         self.conv_norm_out = nn.GroupNorm(groups, now, EPS)
         self.conv_out = nn.Conv2d(now, c_out, 3, padding=1)
@@ -91,14 +89,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """[B,Z,h,w] -> [B,3,H,W]: the encoder mirrored, with one more resnet per level. No skips: all is in the latent."""
-
+    """[B,Z,h,w] -> [B,3,H,W]: the encoder mirrored, with one resnet more a level, and no skips."""
     def __init__(self, c_in, c_out, widths, layers, groups, attention):
         super().__init__()
         now = widths[-1]
         self.conv_in = nn.Conv2d(c_in, now, 3, padding=1)
         self.mid_block = mid_block(now, groups, attention)
-        self.up_blocks = nn.ModuleList()                                 # listed from the smallest picture up
+        self.up_blocks = nn.ModuleList()    # listed from the smallest picture up
         for i, width in enumerate(reversed(widths)):
             resnets = [resnet(now if j == 0 else width, width, groups) for j in range(layers + 1)]
             now, last = width, i == len(widths) - 1
@@ -118,42 +115,39 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """VAE(config): config is the dict of vae/config.json; kept, untouched, as self.config.
 
-    Trap: SDXL's original weights overflow in fp16 (black pictures); run this module in fp32 or bf16.
-    Raises ValueError, naming key and value, for a config that this file does not implement.
+    reduction: f. Trap: SDXL's original weights overflow in fp16 (black pictures): run it in fp32 or
+    bf16. Raises ValueError, naming key and value, for a config that is not implemented.
     """
-
     def __init__(self, config):
         super().__init__()
         self.config = config
         c = {**DEFAULTS, **config}
         refuse_unknown("VAE", config, dict(act_fn=("silu", "swish")))
         widths, Z = list(c["block_out_channels"]), c["latent_channels"]
-        for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            refuse_unknown("VAE", {key: list(config.get(key, [kind] * len(widths)))}, {key: [[kind] * len(widths)]})
+        self.reduction = 2 ** (len(widths) - 1)
+        for key, kind in (("down_block_types", "DownEncoderBlock2D"),
+                          ("up_block_types", "UpDecoderBlock2D")):
+            kinds = [kind] * len(widths)
+            refuse_unknown("VAE", {key: list(config.get(key, kinds))}, {key: [kinds]})
 
         # Both halves take the same description; the decoder reads the widths backwards.
         shape = (widths, c["layers_per_block"], c["norm_num_groups"], c["mid_block_add_attention"])
-        self.encoder = Encoder(c["in_channels"], 2 * Z, *shape)          # 2Z: a mean and a log-variance each
+        self.encoder = Encoder(c["in_channels"], 2 * Z, *shape)    # a mean and a log-variance each
         self.decoder = Decoder(Z, c["out_channels"], *shape)
         self.quant_conv = nn.Conv2d(2 * Z, 2 * Z, 1) if c["use_quant_conv"] else nn.Identity()
         self.post_quant_conv = nn.Conv2d(Z, Z, 1) if c["use_post_quant_conv"] else nn.Identity()
 
     def encode(self, images):
-        """Pictures [B,3,H,W] in [-1,1], H and W multiples of f -> (mean, logvar), each [B,Z,h,w], not scaled.
-
-        A latent is mean + exp(logvar / 2) * noise; times the scaling factor, it is what the UNet knows.
-        Raises ValueError if H or W is not a multiple of f: the edge would be cut off in silence.
-        """
-        f = 2 ** (len(self.encoder.down_blocks) - 1)
-        if images.shape[-2] % f or images.shape[-1] % f:
-            raise ValueError(f"VAE.encode: pictures of {images.shape[-1]}x{images.shape[-2]} pixels; "
-                             f"both sides must be multiples of {f}.")
+        """Pictures [B,3,H,W] in [-1,1], H and W multiples of f -> (mean, logvar), each [B,Z,h,w],
+        not scaled. Raises ValueError for other sides: the edge would be cut off in silence."""
+        H, W = images.shape[-2:]
+        if H % self.reduction or W % self.reduction:
+            raise ValueError(f"VAE.encode: pictures of {W}x{H} pixels; both sides must be "
+                             f"multiples of {self.reduction}.")
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)               # exp() of a stray log-variance would be infinite
+        return mean, logvar.clamp(-30, 20)    # exp() of a stray log-variance would be infinite
 
     def decode(self, z):
-        """Latents [B,Z,h,w], already divided by the scaling factor -> pictures [B,3,H,W], about [-1,1].
-
-        Not clamped: clip before writing a file, but not before a loss, where clipping would kill the gradient.
-        """
+        """Latents [B,Z,h,w], already divided by the scaling factor -> pictures [B,3,H,W], about
+        [-1,1]. Not clamped: before a loss, clipping would kill the gradient."""
         return self.decoder(self.post_quant_conv(z))

@@ -1,0 +1,347 @@
+"""Trains the toy checkpoint in model/toy/ from scratch: `python -m model.toy.pretrain`.
+
+What it is:  the one script that made what ships: autoencoder, judge, then UNet and text encoder.
+             You need not read or run it to follow the method.
+Needs:       torch, transformers. About 1.5 CPU-hours; seeded.
+Gives:       a diffusers folder (unet, vae, text_encoder, tokenizer, scheduler, model_index.json)
+             and judge/, of the architecture that the configs in model/toy/ describe.
+
+Letters: B batch, S picture side (32), C latent channels (4), H W latent side (8), L tokens (16).
+"""
+import copy
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from model.judges.toy import HEADS, NOTHING, ToyJudge
+from model.schedule import NoiseSchedule
+from model.text import TextEncoders, build_encoder, load_tokenizer
+from model.tools.command import PlainParser, run
+from model.tools.files import read_json
+from model.toy import TOY, world
+from model.toy.bpe import write_tokenizer
+from model.unet import UNet
+from model.vae import VAE
+
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+def parse_arguments(argv=None):
+    parser = PlainParser("Trains the toy checkpoint from scratch.")
+    parser.add_argument("--out", type=Path, default=TOY, help="folder (default: model/toy)")
+    parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="what to train")
+    parser.add_argument("--short", action="store_true", help="20 steps of everything: a trial run")
+    return parser.parse_args(argv)
+
+
+def write_json(path: Path, value: dict):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_weights(path: Path, module: torch.nn.Module):
+    """In half precision."""
+    state = module.state_dict()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.half().contiguous() for name, value in state.items()}, path)
+
+
+def to_tensor(pictures) -> torch.Tensor:
+    """uint8 [B, S, S, 3] -> [B, 3, S, S] in [-1, 1]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def empty_scene(name: str) -> np.ndarray:
+    """A background alone, uint8 [S, S, 3]."""
+    return np.rint(world.background(name)).astype(np.uint8)
+
+
+def scenes_and_pictures(count: int, seed: int):
+    """Random scenes with their pictures: half with an emblem, a third with an accessory."""
+    rng, scenes = np.random.default_rng(seed), []
+    for _ in range(count):
+        kind = rng.random()
+        extras = list(world.CATEGORY_OF) if kind < 0.5 else world.ACCESSORIES
+        scenes.append(world.random_scene(rng, extras if kind < 0.84 else [None]))
+    return scenes, [world.render(scene, rng) for scene in scenes]
+
+
+def descend(optimiser, loss, lr: float, step: int, steps: int, clip: float = math.inf):
+    """One step of gradient descent: 100 steps of warm-up, and a cosine to 1e-6."""
+    for group in optimiser.param_groups:
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        group["lr"] = lr * min(1, (step + 1) / 100) * cosine + 1e-6
+    optimiser.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], clip)
+    optimiser.step()
+
+
+def train_vae(out: Path, steps: int, batch: int = 16):
+    torch.manual_seed(0)
+    vae = VAE(read_json(TOY / "vae/config.json"))
+    optimiser = torch.optim.AdamW(vae.parameters(), 1e-9, weight_decay=1e-4)
+    scenes, pictures = scenes_and_pictures(20_000, seed=1)
+    images = to_tensor(pictures)
+    plain = {name: to_tensor([empty_scene(name)])[0] for name in world.BACKGROUNDS}
+    order = torch.Generator().manual_seed(2)
+    for step in tqdm(range(steps), desc="vae", mininterval=5):
+        index = torch.randint(len(images), (batch,), generator=order)
+        x = images[index]
+        # Pixels of the object and the extra count four times: they are few, and carry the meaning.
+        empty = torch.stack([plain[scenes[i].background] for i in index])
+        weight = 1 + 3 * ((x - empty).abs().amax(1, True) > 0.02)
+        mean, logvar = vae.encode(x)
+        z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=order)
+        y = vae.decode(z)
+        edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (2, 3))
+        kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+        loss = (weight * ((x - y).abs() + (x - y) ** 2)).mean() + 0.5 * edges + 2e-3 * kl
+        descend(optimiser, loss, 2e-3, step, steps, clip=1.0)
+    normalise_latents(vae, images[:2000])
+    write_weights(out / "vae/diffusion_pytorch_model.safetensors", vae)
+    write_json(out / "vae/config.json", vae.config)
+
+
+@torch.no_grad()
+def normalise_latents(vae: VAE, images: torch.Tensor):
+    """Gives every latent channel mean 0 and one common deviation, by folding an affine map into
+    quant_conv and its inverse into post_quant_conv; scaling_factor then makes it 1.
+
+    With z' = (z - mu_c) * s_c:  W' = s_c W, b' = s_c (b - mu_c), logvar' = logvar + 2 log s_c, and
+    in the decoder W(z'/s_c + mu_c) + b.
+    """
+    z = torch.cat([vae.encode(x)[0] for x in images.split(200)])
+    mu, sigma = z.mean((0, 2, 3)), z.std((0, 2, 3))
+    s, C = z.std() / sigma, len(mu)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    post.bias += (post.weight[:, :, 0, 0] * mu).sum(1)
+    post.weight /= s[None, :, None, None]
+    quant.weight[:C] *= s[:, None, None, None]
+    quant.bias[:C] = s * (quant.bias[:C] - mu)
+    quant.bias[C:] += 2 * s.log()
+    vae.config["scaling_factor"] = round(1 / z.std().item(), 5)
+
+
+def load_vae(out: Path) -> VAE:
+    vae = VAE(read_json(out / "vae/config.json"))
+    state = load_file(out / "vae/diffusion_pytorch_model.safetensors")
+    vae.load_state_dict({name: value.float() for name, value in state.items()})
+    return vae.eval()
+
+
+def judge_example(rng: np.random.Generator):
+    """One training picture with its labels {head: class}; a class of Ellipsis is not trained on.
+
+    Beyond clean renders: half-erased emblems (an emblem while at least half of it is left), blobs
+    and scrambled patches in the extra's place, pictures without an object, and pure rubbish.
+    """
+    kind = rng.random()
+    extras = list(world.CATEGORY_OF) if kind < 0.55 else world.ACCESSORIES
+    scene = world.random_scene(rng, extras if kind < 0.8 else [None])
+    twin = copy.deepcopy(rng)    # for the same jitter
+    picture = world.render(scene, rng)
+    empty = world.render(world.Scene(scene.background, scene.colour, scene.object), twin)
+    labels = {"background": scene.background, "colour": scene.colour, "object": scene.object,
+              "extra": scene.category or scene.extra or NOTHING}
+    if scene.extra:
+        columns = np.abs(picture.astype(int) - empty).sum(2).any(0).nonzero()[0]
+        left_side = columns.mean() < 16
+    else:
+        left_side = rng.random() < 0.5
+    place = (slice(1, 17), slice(1, 17) if left_side else slice(15, 31))    # of the extra
+    damage = rng.random()
+    if scene.extra and damage < 0.3:
+        picture, left = erased(picture, empty, place, rng)
+        labels["extra"] = label_of_rest(left, labels["extra"])
+    elif not scene.extra and damage < 0.35:
+        picture, opacity = with_blob(picture, 9 if left_side else 23, rng)
+        labels["extra"] = None if opacity > 0.3 else ...
+    elif scene.extra and damage < 0.36:    # the extra's pixels shuffled
+        picture[place] = rng.permutation(picture[place].reshape(-1, 3)).reshape(16, 16, 3)
+        labels["extra"] = None
+    elif damage > 0.97:    # no object at all
+        picture[14:] = empty_scene(scene.background)[14:]
+        labels.update(object=None, colour=None, extra=...)
+    if rng.random() < 0.1:
+        picture, labels = rubbish(picture, rng), dict.fromkeys(HEADS)
+    return picture, labels
+
+
+def erased(picture, empty, place, rng):
+    """(the picture with the extra faded or cut off from one side, the share of it that is left)."""
+    left = rng.random()
+    if rng.random() < 0.5:
+        return np.rint(picture * left + empty * (1 - left)).astype(np.uint8), left
+    cut, side = int(round((1 - left) * 14)), rng.integers(4)
+    rows, columns = place
+    y, x = rows.start, columns.start
+    box = [(slice(y, y + 1 + cut), columns), (slice(y + 15 - cut, y + 16), columns),
+           (rows, slice(x, x + 1 + cut)), (rows, slice(x + 15 - cut, x + 16))][side]
+    picture[box] = empty[box]
+    return picture, left
+
+
+def label_of_rest(left: float, label: str):
+    if left > 0.55:
+        return label
+    if 0.12 < left < 0.4:
+        return None
+    return NOTHING if left < 0.04 else ...
+
+
+def with_blob(picture, column: int, rng):
+    """(the picture with a soft spot where an extra could stand, the spot's opacity)."""
+    y, x = np.mgrid[0:32, 0:32]
+    cy, cx = 9 + rng.integers(-2, 3), column + rng.integers(-2, 3)
+    r = np.hypot((y - cy) / rng.uniform(0.7, 1.4), x - cx)
+    soft = np.clip((rng.uniform(2, 6.5) - r) / rng.uniform(0.5, 4), 0, 1)[..., None]
+    soft = soft * rng.uniform(0.4, 1)
+    colours = [*world.TINTS, world.PALE, world.PALE, tuple(rng.integers(0, 256, 3))]
+    colour = np.array(rng.choice(colours))
+    return np.rint(picture * (1 - soft) + colour * soft).astype(np.uint8), soft.max()
+
+
+def rubbish(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A picture in which nothing can be recognised."""
+    kind = rng.integers(7)
+    if kind == 0:    # noise
+        return rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    if kind == 1:    # smooth noise, from 2x2 to 8x8 cells
+        n = int(rng.choice([2, 4, 8]))
+        cells = torch.from_numpy(rng.normal(128, rng.uniform(20, 90), (1, 3, n, n)))
+        smooth = F.interpolate(cells, size=32, mode="bicubic")
+        return smooth[0].permute(1, 2, 0).clamp(0, 255).byte().numpy()
+    if kind == 2:    # one colour
+        return np.full((32, 32, 3), rng.integers(0, 256, 3), np.uint8)
+    if kind == 3:    # 4x4 tiles shuffled
+        tiles = picture.reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4).reshape(64, 4, 4, 3)
+        tiles = rng.permutation(tiles).reshape(8, 8, 4, 4, 3)
+        return tiles.transpose(0, 2, 1, 3, 4).reshape(32, 32, 3)
+    if kind == 4:    # drowned in noise
+        noise = rng.normal(96, 80, picture.shape)
+        return np.clip(picture * 0.25 + noise, 0, 255).astype(np.uint8)
+    if kind == 5:    # blurred to 3x3
+        small = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()
+        large = F.interpolate(F.adaptive_avg_pool2d(small, 3), size=32, mode="bilinear")
+        return large[0].permute(1, 2, 0).byte().numpy()
+    negative = rng.random() < 0.5    # or upside down
+    return 255 - picture if negative else np.ascontiguousarray(picture[::-1])
+
+
+def judge_examples(vae: VAE) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """48,000 pictures [N, 3, S, S] in [-1, 1] and their labels {head: [N]}, -100 for none. Two
+    thirds pass through the autoencoder: pictures of the model look like that."""
+    rng, pictures, labels = np.random.default_rng(3), [], {name: [] for name in HEADS}
+    for _ in tqdm(range(48_000), desc="judge examples", mininterval=5):
+        picture, label = judge_example(rng)
+        pictures.append(picture)
+        for name, classes in HEADS.items():
+            labels[name].append(-100 if label[name] is ... else classes.index(label[name]))
+    images = to_tensor(pictures)
+    with torch.no_grad():
+        for i in tqdm(range(0, 32_000, 100), desc="reconstructions", mininterval=5):
+            mean, _ = vae.encode(images[i:i + 100])
+            scale = mean.std() * 0.15 * torch.rand(len(mean), 1, 1, 1)
+            images[i:i + 100] = vae.decode(mean + scale * torch.randn_like(mean)).clamp(-1, 1)
+    return images, {name: torch.tensor(values) for name, values in labels.items()}
+
+
+def train_judge(out: Path, steps: int, batch: int = 96):
+    torch.manual_seed(0)
+    judge = ToyJudge()
+    images, labels = judge_examples(load_vae(out))
+    optimiser = torch.optim.AdamW(judge.parameters(), 1e-9, weight_decay=1e-3)
+    for step in tqdm(range(steps), desc="judge", mininterval=5):
+        index = torch.randint(len(images), (batch,))
+        x = images[index] * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1))
+        x = x + 0.06 * torch.rand(batch, 1, 1, 1) * torch.randn(batch, 3, 32, 32)
+        x = torch.roll(x, torch.randint(-1, 2, (2,)).tolist(), (2, 3))
+        logits = judge(x)
+        loss = sum(F.cross_entropy(logits[name], labels[name][index]) for name in HEADS)
+        descend(optimiser, loss, 2e-3, step, steps)
+    write_weights(out / "judge/model.safetensors", judge)
+    write_json(out / "judge/config.json", {"width": 32})
+
+
+def new_text_encoder(out: Path) -> TextEncoders:
+    """Random, with a tokenizer for the grammar's words, which is written."""
+    config = read_json(TOY / "text_encoder/config.json")
+    length = config["max_position_embeddings"]
+    size = write_tokenizer(out / "tokenizer", world.vocabulary(), length)
+    config |= {"vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1,
+               "pad_token_id": size - 1}
+    return TextEncoders([load_tokenizer(out / "tokenizer")], [build_encoder(config)])
+
+
+def training_set(vae: VAE, count: int = 40_000):
+    """(latents [N, C, H, W], prompts, captions [N, phrasings]: rows of prompts). The last prompt is
+    the empty one."""
+    scenes, pictures = scenes_and_pictures(count, seed=4)
+    parts = []
+    with torch.no_grad():
+        for i in tqdm(range(0, count, 200), desc="latents", mininterval=5):
+            parts.append(vae.encode(to_tensor(pictures[i:i + 200]))[0])
+    latents = torch.cat(parts) * vae.config["scaling_factor"]
+    phrasings = range(len(world.PHRASINGS))
+    texts = [[world.prompt(scene, phrasing) for phrasing in phrasings] for scene in scenes]
+    prompts = sorted(set().union(*texts))
+    row = {prompt: i for i, prompt in enumerate(prompts)}
+    captions = torch.tensor([[row[text] for text in of_scene] for of_scene in texts])
+    return latents, prompts + [""], captions
+
+
+def train_unet(out: Path, steps: int, batch: int = 32):
+    torch.manual_seed(0)
+    text = new_text_encoder(out)
+    unet = UNet(read_json(TOY / "unet/config.json"))
+    schedule = NoiseSchedule(read_json(TOY / SCHEDULER))
+    latents, prompts, captions = training_set(load_vae(out))
+    ids, empty = text.tokenize(prompts), len(prompts) - 1
+    parameters = [*unet.parameters(), *text.parameters()]
+    average = [parameter.detach().clone() for parameter in parameters]
+    optimiser = torch.optim.AdamW(parameters, 1e-9, weight_decay=1e-2, betas=(0.9, 0.99))
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    for step in tqdm(range(steps), desc="unet", mininterval=5):
+        index = torch.randint(len(latents), (batch,))
+        phrasing = torch.randint(captions.shape[1], (batch,))
+        # One prompt in ten is empty, for guidance.
+        caption = torch.where(torch.rand(batch) < 0.1, empty, captions[index, phrasing])
+        # One timestep from each of B equal slices: every step sees all noise levels.
+        t = ((torch.arange(batch) + torch.rand(batch)) / batch * schedule.T).long()
+        t = t.clamp(max=schedule.T - 1)    # 0.99999999 * T rounds to T
+        noise = torch.randn(batch, 4, 8, 8)
+        x_t = schedule.add_noise(latents[index], noise, t)
+        output = unet(x_t, t, text.encode_ids(ids[caption])[0])
+        error = (output - noise).square().mean((1, 2, 3))
+        # min-SNR-5 (Hang et al. 2023): low noise is easy.
+        loss = (error * (5 / snr[t]).clamp(max=1)).mean()
+        descend(optimiser, loss, 1.2e-3, step, steps, clip=1.0)
+        decay = min(0.999, (step + 1) / (step + 10))
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, average)
+    write_weights(out / "unet/diffusion_pytorch_model.safetensors", unet)
+    write_json(out / "unet/config.json", unet.config)
+    text.save(out)    # fp32: transformers opens a file in its own precision
+    for name in (SCHEDULER, "model_index.json"):
+        write_json(out / name, read_json(TOY / name))
+
+
+STAGES = {"vae": (train_vae, 3200), "judge": (train_judge, 3500), "unet": (train_unet, 6500)}
+
+
+def main(args):
+    for stage, (train, steps) in STAGES.items():
+        if args.stage in ("all", stage):
+            train(args.out, 20 if args.short else steps)
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())
