@@ -1,313 +1,278 @@
-"""Step 2 of 4: one LoRA expert per harm category. `python train.py --concept hate` -> experts/hate.safetensors
+"""Step 2 of 4: one LoRA expert per harm category. `python train.py --concept hate`
 
-What it is:  preference optimisation of a LoRA on the UNet's attention, on the pairs of make_data.py. The
-             policy is the UNet with the LoRA, the reference the same UNet with the LoRA switched off.
-Needs:       data/<concept>/, a Stable Diffusion (default: the embedded toy).
-Gives:       experts/<concept>.safetensors, .jsonl (the log) and .png (its curves); --joint: joint.safetensors, the
-             paper's baseline, one LoRA on all the data.
-Interrupted: the same command continues, from experts/.<concept>.resume, and the expert is the same to the bit (on a CPU).
-Many GPUs:   torchrun --nproc_per_node=N train.py ...: a step then has N * --batch * --accumulate pairs.
+What it is:  preference optimisation of a LoRA on the UNet's attention, on the pairs of
+             make_data.py. The policy is the UNet with the LoRA, the reference the same UNet with
+             the LoRA switched off.
+Needs:       data/<concept>/latents.safetensors; the UNet of a Stable Diffusion (default: toy).
+Gives:       experts/<concept>.safetensors, .jsonl (the log) and .png (its curves); with --joint
+             joint.safetensors, the paper's baseline, one LoRA on all the data.
+Interrupted: the same command continues at the last saved step, and gives the same expert, on a CPU
+             to the bit: all that is random comes from generator(seed, name, step).
+Many GPUs:   torchrun --nproc_per_node=N train.py ...; a step has N * --batch * --accumulate pairs.
 
-Letters: P pairs, B pairs in a step, F views of a picture (1, or 2 with its mirror image), C H W a latent's shape, L tokens, D context width.
+Letters: P pairs, B of them in a step, C H W a latent's shape, L tokens, D context width, n inputs
+of a loss.
 """
+import math
+import pkgutil
 from functools import partial
 from pathlib import Path
 
-from model.files import BadInput, Parser, run
+import torch
+from tqdm import tqdm
+
+import lora
+from dpo import LOSSES, Loss
+from model.data.pairs import read_latents
+from model.formats.checkpoint import encoder_files, unet_files
+from model.formats.lora_file import LoRAFile, save
+from model.stable_diffusion import load_denoiser, pick_device
+from model.tools import processes
+from model.tools.command import BadInput, Parser, natural, positive, rate, run, share
+from model.tools.files import check_folder, clean, sha256
+from model.tools.training import (generator, load_state, mixed_precision, save_state, set_rate,
+                                  stratified_times, summary, write_log)
+
+SAVE_EVERY = 50    # steps: what a power cut can cost
 
 
-def parse_arguments():
+def loss_named(name: str) -> Loss:
+    """A loss of dpo.py by its name, or any other by its dotted name."""
+    try:
+        loss = LOSSES[name] if name in LOSSES else pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError):
+        loss = None
+    if not isinstance(loss, Loss):
+        raise BadInput(f"--loss {name}: there is no such loss; use {' or '.join(LOSSES)}, or the "
+                       "dotted name of a dpo.Loss, such as model.lab.losses.duo")
+    return loss
+
+
+def parse_arguments(argv=None):
     parser = Parser("Trains one LoRA expert for each concept, by preference optimisation.")
-    parser.add_argument("--concept", default="all", help="a folder under --data, or all of them, one expert each (default: all)")
-    parser.add_argument("--joint", action="store_true", help="train one LoRA on all concepts instead, for as many steps as all experts together")
-    parser.add_argument("--data", type=Path, default=Path("data"), help="what make_data.py wrote (default: data)")
-    parser.add_argument("--lora", nargs="+", default=[], metavar="FILE[@STRENGTH]", help="LoRAs to train on top of: fused into the frozen model first, strength 1 unless given (default: none)")
-    parser.add_argument("--out", type=Path, default=None, help="folder for the experts (default: experts; with --joint: the current folder)")
-    parser.add_argument("--loss", choices=["safety", "dpo", "dpo+safe", "duo", "sdpo"], default="safety", help="safety: DPO with guard, anchor and preservation; dpo: as published; dpo+safe: on the safe prompt too; duo: and the prior on pure noise is kept; sdpo: the loser cannot raise the winner's error, to first order (default: safety)")
-    parser.add_argument("--beta", type=float, default=100.0, help="strength of the preference, on the MEAN squared error (default: 100; published: 5000)")
-    parser.add_argument("--steps", type=int, default=220, help="optimiser steps for each concept (default: 220)")
-    parser.add_argument("--batch", type=int, default=8, help="pairs that one process takes through the UNet at once (default: 8)")
-    parser.add_argument("--accumulate", type=int, default=1, metavar="N", help="batches in a step: N times the pairs in the memory of one batch (default: 1)")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate of AdamW, cosine to zero (default: 0.002; released for SD 1.5: 1e-5 times the 16 pairs of a step, 1.6e-4, constant)")
-    parser.add_argument("--rank", type=int, default=4, help="LoRA rank (default: 4)")
-    parser.add_argument("--augment", action="store_true", help="mirror each pair half of the time, and draw its latents from the VAE's posterior instead of taking the mean (default: off)")
-    parser.add_argument("--caption-dropout", type=float, default=0.0, metavar="P", help="share of pairs, 0 to 1, whose prompt is the empty one in a step; works against --loss safety, which preserves the empty prompt (default: 0; released: 0.2)")
-    parser.add_argument("--reuse", type=int, default=0, metavar="K", help="draw timestep and noise only K times for each pair, and compute the reference's errors once, before the first step; 0: anew in every step (default: 0)")
-    parser.add_argument("--checkpointing", action="store_true", help="compute activations twice instead of keeping them: less memory, a slower step (default: off)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet: minutes at the start, for faster steps (default: off)")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--concept", default="all", help="a folder of --data, or all, one expert each")
+    add("--joint", action="store_true", help="train one LoRA on all concepts instead, for as many "
+        "steps as all experts together")
+    add("--data", type=Path, default=Path("data"), help="what make_data.py wrote")
+    add("--out", type=Path,
+        help="folder to write (default: experts; with --joint the current folder)")
+    add("--loss", default="safety", help="safety: DPO with guard, anchor and preservation; dpo: as "
+        "published; or a dotted name: model.lab.losses.duo, model.lab.losses.sdpo")
+    add("--beta", type=rate, default=100.0, help="strength of the preference, on the MEAN squared "
+        "error; published: 5000")
+    add("--steps", type=positive, default=220, help="optimiser steps for each concept")
+    add("--batch", type=positive, default=8, 
+        help="pairs that one process takes through the UNet at once")
+    add("--accumulate", type=positive, default=1, help="batches in a step: so many times the "
+        "pairs, in the memory of one batch")
+    add("--lr", type=rate, default=2e-3, help="peak learning rate of AdamW, cosine to zero; "
+        "published for SD 1.5: 1e-5 times the 16 pairs of a step, constant")
+    add("--rank", type=positive, default=4, help="LoRA rank")
+    add("--caption-dropout", type=share, default=0.0, help="share of pairs whose prompts are empty "
+        "in a step; published: 0.2 (default: 0)")
+    add("--reuse", type=natural, default=0, help="draw timestep and noise only so many times for "
+        "each pair, and ask the reference once, before the first step; 0 draws anew in every step "
+        "(default: 0)")
+    add("--checkpointing", action="store_true", help="compute activations twice instead of keeping "
+        "them: less memory, a slower step")
+    add("--compile", action="store_true", help="torch.compile the UNet: a slow start, fast steps")
+    return parser.parse_args(argv)
 
 
-ARGS = parse_arguments() if __name__ == "__main__" else None  # before the heavy imports: --help answers at once
-
-import contextlib  # noqa: E402
-import math  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-import zlib  # noqa: E402
-
-import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-import dpo  # noqa: E402
-import lora  # noqa: E402
-from model import distributed  # noqa: E402
-from model.cache import cached, data_hash, read_tensors, write_tensors  # noqa: E402
-from model.files import check_folder, prune, read_pairs, sha256, stopping, write_jsonl  # noqa: E402
-from model.pictures import curves  # noqa: E402
-from model.stable_diffusion import load, pick_device, precision, skeleton, unet_files  # noqa: E402
-from model.workers import processes_for, slot, spread  # noqa: E402
-
-SAVE_EVERY = 120  # seconds between two saved states: what a power cut can cost
+def pairs_of_step(P: int, B: int, step: int, *seed) -> torch.Tensor:
+    """The pairs [B] of a step. Epochs, each a permutation of all P pairs, are laid end to end and
+    cut into steps: every pair comes once before any comes again."""
+    first, last = step * B // P, ((step + 1) * B - 1) // P
+    order = torch.cat([torch.randperm(P, generator=generator(*seed, "epoch", epoch))
+                       for epoch in range(first, last + 1)])
+    return order[step * B - first * P:][:B]
 
 
-# --------------------------------------------------------------------------------------------------- one step
-def autocast(device: torch.device):
-    """(context manager, gradient scaler): bf16 on CUDA, fp16 with a scaler where bf16 is missing, fp32 elsewhere."""
-    if device.type != "cuda":
-        return contextlib.nullcontext(), torch.amp.GradScaler(enabled=False)
-    dtype = precision(device)
-    return torch.autocast("cuda", dtype), torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+def draw_noise(pairs: torch.Tensor, shape, T: int, dropout: float,
+               random: torch.Generator) -> dict[str, torch.Tensor]:
+    """All that is random about these pairs [B], drawn ONCE for each pair, so that winner and loser
+    differ in their content alone. Processes and --accumulate share a step out: it is drawn whole,
+    and then cut."""
+    B = len(pairs)
+    quarter = int(B / 4 + torch.rand((), generator=random))    # of a single pair: 1 in 4 steps
+    return {"pair": pairs, "t": stratified_times(B, T, random),
+            "noise": torch.randn(B, *shape, generator=random),
+            "quarter": torch.randperm(B, generator=random) < quarter,
+            "dropped": torch.rand(B, generator=random) < dropout}
 
 
-def draw_step(args, cache, T: int, index, generator) -> dict[str, torch.Tensor]:
-    """All that is random in a step on the pairs `index` [B], drawn ONCE for each pair, so that winner and loser differ in
-    their content alone. Whoever shares a step out (processes, accumulation) draws all of it, and then takes a slice."""
-    B, shape = len(index), cache["winner"].shape[2:]
-    # Stratified timesteps, one from each of B equal slices: every step sees all noise levels.
-    u = (torch.randperm(B, generator=generator) + torch.rand(B, generator=generator)) / B
-    step = {"index": index, "t": (u * T).long(), "noise": torch.randn(B, *shape, generator=generator),
-            "empty": torch.arange(B) < B // 4 if B >= 4 else torch.rand(B, generator=generator) < 0.25, "flip": torch.zeros(B, dtype=torch.long)}
-    if args.augment:
-        step["flip"] = torch.randint(2, (B,), generator=generator)
-        step["spread"] = torch.randn(B, *shape, generator=generator)
-    if args.caption_dropout:
-        step["dropped"] = torch.rand(B, generator=generator) < args.caption_dropout
-    return step
+def noised(tensors, draw, picture: str, schedule):
+    """(x_t [B, C, H, W], t [B], target [B, C, H, W]): the winner or loser of each pair with noise,
+    or the "noise" alone, and what the UNet should say to it."""
+    t, noise = draw["t"], draw["noise"]
+    if picture == "noise":
+        last = torch.full_like(t, schedule.T - 1)
+        return noise, last, schedule.target(torch.zeros_like(noise), noise, last)
+    x0 = tensors[picture][draw["pair"]]
+    return schedule.add_noise(x0, noise, t), t, schedule.target(x0, noise, t)
 
 
-def errors(sd, cache, step: dict[str, torch.Tensor], loss: str) -> tuple[torch.Tensor, ...]:
-    """(L_w, L_l, more): denoising errors [B] of the winners and losers of a step as draw_step() gives it, as the LoRA switch
-    stands, and what dpo.loss() wants besides for the loss of this name.
-
-    One batch of (winner | unsafe prompt), (loser | unsafe prompt) and
-        safety    (winner | safe prompt): an output [B, C, H, W] that must stay. For the pairs that step["empty"] marks, a
-                  quarter of them, the prompt is EMPTY: guidance subtracts what the model draws without a
-                  prompt from every picture, so that this must stay as well
-        duo       (pure noise | empty prompt) at the last timestep, an output that must stay
-        dpo+safe  (winner | safe prompt), (loser | safe prompt): two errors more
-    """
-    index, t, noise, flip = step["index"], step["t"], step["noise"], step["flip"]
-
-    def latents(side):
-        x0 = cache[side][index, flip]
-        return x0 + cache[side + "_std"][index, flip] * step["spread"] if "spread" in step else x0
-    winner, loser, unsafe, safe = latents("winner"), latents("loser"), cache["unsafe"][index], cache["safe"][index]
-    if "dropped" in step:
-        unsafe[step["dropped"]] = safe[step["dropped"]] = cache["empty"]
-    if loss == "safety":
-        safe[step["empty"]] = cache["empty"]
-    x0 = [winner, loser] + {"safety": [winner], "dpo+safe": [winner, loser]}.get(loss, [])
-    context, parts = [unsafe, unsafe, safe, safe][:len(x0)], len(x0)
-    x0, noise, t = (x.to(sd.device) for x in (torch.cat(x0), noise.repeat(parts, 1, 1, 1), t.repeat(parts)))
-    x_t, times = sd.schedule.add_noise(x0, noise, t), t
-    if loss == "duo":
-        B = len(index)
-        context.append(cache["empty"].expand(B, -1, -1))
-        x_t, times = torch.cat([x_t, noise[:B]]), torch.cat([t, torch.full_like(t[:B], sd.schedule.T - 1)])
-    output = sd.predict(x_t, times, torch.cat(context).to(sd.device)).float()
-    noised, target = output[:len(x0)], sd.schedule.target(x0, noise, t)
-    error = dpo.squared_error(noised, target).chunk(parts)                                 # [B] of each part
-    if loss in ("safety", "duo"):
-        return *error[:2], output[-len(index):]                                            # the last part is what must stay
-    if loss == "sdpo":
-        return *error, dpo.winner_safe(*(noised - target).chunk(2))
-    return error
+def contexts(tensors, draw, prompt: str) -> torch.Tensor:
+    """The states [B, L, D] of the pairs' prompts: unsafe, safe, empty, or "safe or empty"."""
+    kind, _, sometimes_empty = prompt.partition(" or ")
+    if kind == "empty":
+        return tensors["empty"].expand(len(draw["pair"]), -1, -1)
+    empty = draw["dropped"] | draw["quarter"] if sometimes_empty else draw["dropped"]
+    return torch.where(empty[:, None, None], tensors["empty"], tensors[kind][draw["pair"]])
 
 
-@torch.no_grad()
-def fixed_steps(args, sd, cache, generator, cast) -> dict[str, torch.Tensor]:
-    """--reuse: K draws for each pair, and in "ref0", "ref1", ... the reference's errors() on them, which are constants:
-    they are computed here once, and a step costs the policy's passes alone. Entry k * P + i is draw k of pair i."""
-    P, table = len(cache["safe"]), []
-    for _ in range(args.reuse):
-        # Shuffled, so that a pair may get any slice of t; then back in the pairs' order, for entry k * P + i.
-        step = draw_step(args, cache, sd.schedule.T, torch.randperm(P, generator=generator), generator)
-        table.append({key: value[step["index"].argsort()] for key, value in step.items()})
-    table = {key: torch.cat([step[key] for step in table]) for key in table[0]}
-    with lora.switched_off(sd.unet), cast:
-        parts = [errors(sd, cache, {key: v[i:i + args.batch] for key, v in table.items()}, args.loss) for i in range(0, args.reuse * P, args.batch)]
-    return table | {f"ref{i}": torch.cat(part).cpu() for i, part in enumerate(zip(*parts))}
+class Trainer:
+    """An expert in the making: the UNet with its LoRA, the optimiser, and the log, a row a step."""
+
+    def __init__(self, args, device: torch.device, name: str, tensors: dict[str, torch.Tensor]):
+        self.args, self.tensors, self.loss, self.log = args, tensors, loss_named(args.loss), []
+        self.seed, self.shape = (args.seed, name), tensors["winner"].shape[1:]
+        self.denoiser = load_denoiser(args.model, device)
+        unet = self.denoiser.unet
+        # Every expert has its own LoRA initialisation.
+        fresh = lora.init(unet, args.rank, args.rank, generator(*self.seed, "lora"))
+        self.parameters = lora.inject(unet, fresh)
+        unet.checkpointing = args.checkpointing
+        if device.type == "cuda":
+            unet.to(memory_format=torch.channels_last)
+        if args.compile:
+            unet.compile()
+        self.optimiser = torch.optim.AdamW(self.parameters, args.lr, weight_decay=1e-2,
+                                           fused=device.type == "cuda")
+        self.cast, self.scaler = mixed_precision(device)
+        self.fixed = self.draw_fixed() if args.reuse else None
+
+    def ask(self, draw) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """(outputs, targets): for each input of the loss [B, C, H, W], as the LoRA is switched."""
+        asked = [name.split("|") for name in self.loss.inputs]
+        schedule = self.denoiser.schedule
+        parts = [noised(self.tensors, draw, picture, schedule) for picture, _ in asked]
+        context = torch.cat([contexts(self.tensors, draw, prompt) for _, prompt in asked])
+        x_t, t, target = (torch.cat(part).to(self.denoiser.device) for part in zip(*parts))
+        with self.cast:
+            output = self.denoiser.predict(x_t, t, context.to(self.denoiser.device))
+        return output.float().chunk(len(asked)), target.chunk(len(asked))
+
+    def ask_reference(self, draw) -> list[torch.Tensor]:
+        if "reference" in draw:
+            return draw["reference"].to(self.denoiser.device).unbind(1)
+        with torch.no_grad(), lora.switched_off(self.denoiser.unet):
+            return self.ask(draw)[0]
+
+    def draw(self, pairs: torch.Tensor, *what) -> dict[str, torch.Tensor]:
+        return draw_noise(pairs, self.shape, self.denoiser.schedule.T, self.args.caption_dropout,
+                          generator(*self.seed, *what))
+
+    def draw_fixed(self) -> dict[str, torch.Tensor]:
+        """--reuse K: K draws for each pair with the reference's outputs "reference" [K P, n, C, H,
+        W], which are constants. Entry k P + i is draw k of pair i."""
+        P, draws = len(self.tensors["winner"]), []
+        for k in range(self.args.reuse):
+            # Shuffled: any pair may get any slice of t.
+            shuffled = torch.randperm(P, generator=generator(*self.seed, "reuse", k))
+            draw = self.draw(shuffled, "fixed", k)
+            draws.append({key: value[shuffled.argsort()] for key, value in draw.items()})
+        fixed = {key: torch.cat([draw[key] for draw in draws]) for key in draws[0]}
+        parts = cut(fixed, self.args.batch)
+        answers = [torch.stack(self.ask_reference(part), 1).cpu()
+                   for part in tqdm(parts, desc="reference", leave=False)]
+        return {**fixed, "reference": torch.cat(answers)}
+
+    def draw_step(self, step: int, B: int) -> dict[str, torch.Tensor]:
+        P = len(self.tensors["winner"])
+        pairs = pairs_of_step(P, B, step, *self.seed)
+        if not self.fixed:
+            return self.draw(pairs, step)
+        k = torch.randint(self.args.reuse, (B,), generator=generator(*self.seed, step))
+        return {key: value[k * P + pairs] for key, value in self.fixed.items()}
+
+    def take_step(self, step: int, steps: int) -> dict[str, float]:
+        """One optimiser step. Returns its row of the log."""
+        set_rate(self.optimiser, self.args.lr, step, steps)
+        number = self.args.accumulate * processes.WORLD    # of parts
+        parts = cut(self.draw_step(step, self.args.batch * number), self.args.batch)
+        sums = 0
+        for part in parts[processes.RANK::processes.WORLD]:
+            reference = self.ask_reference(part)
+            policy, target = self.ask(part)
+            loss, values = self.loss.function(policy, reference, target, self.args.beta)
+            self.scaler.scale(loss / number).backward()    # the sum over parts is the step's mean
+            sums = sums + torch.stack([loss.detach(), *values.values()]) / number
+        processes.add_up([sums, *(p.grad for p in self.parameters)])
+        row = dict(zip(("loss", *values), sums.tolist()))
+        if not math.isfinite(row["loss"]):
+            self.denoiser.finite(reference[0], "the reference")    # of a damaged checkpoint?
+            raise BadInput(f"{self.seed[1]}: the loss is {row['loss']} at step {step}; use a lower "
+                           f"--lr ({self.args.lr:g}) or --beta ({self.args.beta:g})")
+        self.scaler.unscale_(self.optimiser)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)    # of the sum: all clip alike
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.log.append({"step": step, **row})
+        return self.log[-1]
 
 
-# ----------------------------------------------------------------------------------------------- one expert
-def train(args, device, name: str, concepts: list[str], path: Path) -> str:
-    """Trains one LoRA on the pairs of `concepts` and writes it to `path`, with its log and curves. Returns a line that
-    sums it up. Continues where an interrupted run of the same plan was; a finished expert of the same plan is left alone."""
-    pairs = sum(len(read_pairs(args.data, concept)) for concept in concepts)
-    sd = load(args.model, device)
-    below, names, files = args.lora
-    on_top_of = ",".join(f"{name} ({sha256(file)[:8]})" for name, file in zip(names, files))
-    steps, chunks = args.steps * len(concepts), args.accumulate * distributed.WORLD
-    plan = {"concept": name, "base_model_hash": args.base_hash, "data_hash": data_hash(args.data, concepts),
-            "prediction_type": sd.schedule.prediction_type, **({"on_top_of": on_top_of} if below else {}),
-            "loss": args.loss, "beta": f"{args.beta:g}", "lr": f"{args.lr:g}", "steps": str(steps),
-            "batch": str(args.batch * chunks), "rank": str(args.rank), "seed": str(args.seed),
-            **{key: f"{getattr(args, key):g}" for key in ("augment", "caption_dropout", "reuse") if getattr(args, key)}}
-    resume = path.with_name(f".{path.stem}.resume")
-    if path.is_file() and {k: v for k, v in lora.load(path)[1].items() if not k.startswith(("ss_", "modelspec."))} == plan:
-        resume.unlink(missing_ok=True)
-        return f"{path}: already trained with these settings on these pairs; delete it to train it again"
+def cut(draw: dict[str, torch.Tensor], size: int) -> list[dict[str, torch.Tensor]]:
+    """A draw in parts of `size` pairs."""
+    parts = zip(*(value.split(size) for value in draw.values()))
+    return [dict(zip(draw, part)) for part in parts]
+
+
+def train(args, device: torch.device, _, job: tuple[str, list[str], Path]) -> str:
+    """job: (name, concepts, path). Trains one LoRA on the pairs of the concepts and writes it to
+    the path. Returns a line that sums it up. A finished expert of the same plan is left alone."""
+    name, concepts, path = job
+    tensors, steps = read_latents(args.data, concepts, args.encoders), args.steps * len(concepts)
+    plan = {"concept": name, "base_model_hash": args.base_hash, "encoders_hash": args.encoders,
+            "data_hash": sha256(*(args.data / c / "latents.safetensors" for c in concepts)),
+            "steps": str(steps), "batch": str(args.batch * args.accumulate * processes.WORLD)}
+    plan |= {key: str(getattr(args, key))
+             for key in ("loss", "beta", "lr", "rank", "seed", "caption_dropout", "reuse")}
+    if path.is_file() and plan.items() <= LoRAFile(path).metadata.items():
+        return f"{path}: already trained so on these pairs; delete it to train it again"
     check_folder(path.parent)
-    if below:
-        lora.fuse(sd.unet, below)             # base and reference are now the user's model: frozen weights + LoRA
-    cache = cached(sd, args.data, concepts, args.augment)
-    sd.vae = sd.text = torch.nn.Module()      # from here on the UNet runs and nothing else: their memory is free again
-    seed = zlib.crc32(f"{args.seed} {name}".encode())  # every expert has its own LoRA initialisation
-    parameters = lora.inject(sd.unet, lora.init(sd.unet, args.rank, args.rank, seed))
-    # Safe with a LoRA that is switched: it stands as in the forward pass when the backward pass computes a layer again.
-    sd.unet.checkpointing = args.checkpointing
-    if device.type == "cuda":
-        sd.unet.to(memory_format=torch.channels_last)
-    if args.compile:
-        sd.unet.compile()
-    optimiser = torch.optim.AdamW(parameters, args.lr, weight_decay=1e-2, fused=device.type == "cuda")
-    cast, scaler = autocast(device)
-    generator = torch.Generator().manual_seed(seed)
-    table = fixed_steps(args, sd, cache, generator, cast) if args.reuse else None
-    order, log = torch.empty(0, dtype=torch.long), []
-
-    def save():
-        state = {f"{i}.{key}": t for i, part in optimiser.state_dict()["state"].items() for key, t in part.items()}
-        write_tensors(resume, {**state, **{f"parameter.{i}": p for i, p in enumerate(parameters)}, "order": order,
-                               "generator": generator.get_state()}, plan=plan, log=log, scaler=scaler.state_dict())
-
-    if found := read_tensors(resume, plan=plan):
-        tensors, about = found
-        log, order = about["log"], tensors.pop("order")
-        generator.set_state(tensors.pop("generator"))
-        scaler.load_state_dict(about["scaler"])
-        with torch.no_grad():
-            for i, p in enumerate(parameters):
-                p.copy_(tensors.pop(f"parameter.{i}"))
-        state = {i: {} for i in range(len(parameters))}
-        for key, t in tensors.items():
-            i, _, field = key.partition(".")
-            state[int(i)][field] = t
-        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
-    distributed.wait()                                               # until every process has read it
-    prune(path.parent, f".{path.stem}.*.tmp", set()) if distributed.RANK == 0 else None        # of a run that was killed
-
-    bar = tqdm(range(len(log), steps), desc=f"{name:>16}", position=slot(), leave=False, mininterval=0.5, initial=len(log),
-               total=steps, disable=distributed.RANK > 0)
-    saved = time.monotonic()
-    with stopping() as asked:
-        for step in bar:
-            for group in optimiser.param_groups:  # ten steps of warm-up, then a cosine to zero
-                group["lr"] = args.lr * min(1, (step + 1) / 10) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-            while len(order) < args.batch * chunks:        # every pair once before any pair again
-                order = torch.cat([order, torch.randperm(pairs, generator=generator)])
-            index, order = order[:args.batch * chunks], order[args.batch * chunks:]
-            if table:
-                entry = index + pairs * torch.randint(args.reuse, index.shape, generator=generator)
-                whole = {key: value[entry] for key, value in table.items()}
-            else:
-                whole = draw_step(args, cache, sd.schedule.T, index, generator)
-
-            values = {"stop": float(asked())}
-            for chunk in range(distributed.RANK, chunks, distributed.WORLD):
-                part = {key: value[chunk * args.batch:(chunk + 1) * args.batch] for key, value in whole.items()}
-                if table:
-                    reference = [part[f"ref{i}"].to(device) for i in range(sum(key.startswith("ref") for key in part))]
-                else:
-                    with torch.no_grad(), lora.switched_off(sd.unet), cast:
-                        reference = errors(sd, cache, part, args.loss)
-                with cast:
-                    policy = errors(sd, cache, part, args.loss)
-                loss, metrics = dpo.loss(args.loss, policy, reference, args.beta)
-                scaler.scale(loss / chunks).backward()     # the sum over chunks is the mean over the step's pairs
-                for key, value in {"loss": loss.item(), **metrics}.items():
-                    values[key] = values.get(key, 0.0) + value / chunks
-            total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-            distributed.add_up([total])
-            distributed.add_up([p.grad for p in parameters])
-            values = dict(zip(values, total.tolist()))
-            stop = values.pop("stop")
-            if not math.isfinite(values["loss"]):
-                sd.finite(reference[0], "the reference's error")      # damaged weights are no matter of the settings
-                raise BadInput(f"{name}: the loss is {values['loss']} at step {step}; lower --lr ({args.lr:g}) or --beta ({args.beta:g})")
-            scaler.unscale_(optimiser)
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)       # of the sum: every process clips alike
-            scaler.step(optimiser)
-            scaler.update()
-            optimiser.zero_grad(set_to_none=True)
-
-            log.append({"step": step, **values})
-            bar.set_postfix({"loss": f"{values['loss']:.3f}", **{key: f"{values[key]:.3f}" for key in ("preference", "accuracy", "margin")},
-                             **{key: f"{values[key] / values[key + '_ref']:.2f}" for key in ("winner", "loser")},
-                             "images/s": f"{2 * len(index) * (bar.format_dict['rate'] or 0):.0f}"}, refresh=False)
-            if stop or time.monotonic() - saved > SAVE_EVERY:
-                if distributed.RANK == 0:
-                    save()
-                saved = time.monotonic()
-            if stop:                          # every process knows it in the same step, whichever was asked
-                bar.close()
-                if distributed.RANK == 0:
-                    print(f"note: {name}: stopped after step {step + 1} of {steps}; the same command continues", file=sys.stderr)
-                raise SystemExit(130)
-    if not all(p.isfinite().all() for p in parameters):
-        raise BadInput(f"{name}: the last step left weights that are not finite; lower --lr ({args.lr:g}) or --beta ({args.beta:g})")
-
-    last = log[-max(1, steps // 10):]
-    mean = {key: sum(row[key] for row in last) / len(last) for key in last[0]}
-    if distributed.RANK == 0:
-        write_jsonl(path.with_suffix(".jsonl"), log)
-        relative = {f"{side}'s error / reference's": [row[side] / row[side + "_ref"] for row in log] for side in ("winner", "loser")}
-        curves(path.with_suffix(".png"), {"preference": [row["preference"] for row in log], **relative})
-        lora.save(path, lora.extract(sd.unet), plan)                  # last: where an expert is, all is
-        resume.unlink(missing_ok=True)
-        if mean["winner"] > 1.05 * mean["winner_ref"]:
-            print(f"note: {name}: the winner's error rose to {mean['winner'] / mean['winner_ref']:.2f} times the reference's, which spoils "
-                  "pictures; --loss safety guards against it, and a lower --lr helps", file=sys.stderr)
-    return (f"{path}: {pairs} pairs, {steps} steps; at the end loss {mean['loss']:.3f}, accuracy {mean['accuracy']:.2f}, "
-            f"winner {mean['winner'] / mean['winner_ref']:.2f} and loser {mean['loser'] / mean['loser_ref']:.2f} times the "
-            "reference's error")
+    trainer = Trainer(args, device, name, tensors)
+    state = path.with_name(f".{path.stem}.resume")
+    trained = trainer.parameters, trainer.optimiser, trainer.scaler
+    trainer.log = load_state(state, plan, *trained)
+    processes.wait()    # until every process has read it
+    bar = tqdm(range(len(trainer.log), steps), initial=len(trainer.log), total=steps, leave=False,
+               desc=f"{name:>16}", position=processes.slot(), disable=processes.RANK > 0)
+    for step in bar:
+        row = trainer.take_step(step, steps)
+        bar.set_postfix({key: f"{row[key]:.3f}" for key in ("loss", "preference", "accuracy")},
+                        refresh=False)
+        if (step + 1) % SAVE_EVERY == 0 and processes.RANK == 0:
+            save_state(state, plan, trainer.log, *trained)
+    if processes.RANK == 0:
+        write_log(path, trainer.log)
+        prediction = trainer.denoiser.schedule.prediction_type
+        save(path, lora.extract(trainer.denoiser.unet), {**plan, "prediction_type": prediction})
+        state.unlink(missing_ok=True)
+        clean(path.parent)
+    return f"{path}: {summary(trainer.log)}"
 
 
 def main(args):
-    for flag in ("steps", "batch", "rank", "accumulate"):
-        if getattr(args, flag) < 1:
-            raise BadInput(f"--{flag} {getattr(args, flag)} is too small; use 1 or more")
-    if not 0 <= args.lr < 1e38:
-        raise BadInput(f"--lr {args.lr:g} is no learning rate; use a small number above 0")
-    if args.reuse < 0:
-        raise BadInput(f"--reuse {args.reuse} is negative; use 0 (off) or a few, such as 8")
-    if not 0 <= args.caption_dropout <= 1:
-        raise BadInput(f"--caption-dropout {args.caption_dropout:g} is not a share; use 0 to 1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, also while the workers work and this process waits
-    device = distributed.start(pick_device(distributed.local_device(args.device)))
-    found = sorted(p.parent.name for p in args.data.glob("*/pairs.jsonl"))
+    device = pick_device(processes.local_device(args.device))
+    processes.start(device)
+    found = sorted(file.parent.name for file in args.data.glob("*/pairs.jsonl"))
     if args.concept == "all" and not found:
         raise BadInput(f"{args.data}: no concept has pairs yet; run python make_data.py")
     concepts = found if args.concept == "all" else [args.concept]
-    args.lora = lora.read(args.lora, skeleton(args.model))     # one LoRA (or None), names, files; once for all experts
     args.base_hash = sha256(*unet_files(args.model))
-    jobs = [(concept, [concept], (args.out or Path("experts")) / f"{concept}.safetensors") for concept in concepts]
+    args.encoders = sha256(*encoder_files(args.model))
+    folder = args.out or Path("" if args.joint else "experts")
+    jobs = [(concept, [concept], folder / f"{concept}.safetensors") for concept in concepts]
     if args.joint:
-        jobs = [("joint", concepts, (args.out or Path()) / "joint.safetensors")]
-    processes = 1 if distributed.WORLD > 1 else processes_for(device, unet_files(args.model))
-    for line in spread(None, partial(train_job, args, device), jobs, processes):
-        if distributed.RANK == 0:
+        jobs = [("joint", concepts, folder / "joint.safetensors")]
+    number = processes.processes_for(device, unet_files(args.model))
+    for line in processes.spread(None, partial(train, args, device), jobs, number):
+        if processes.RANK == 0:
             tqdm.write(line)
 
 
-def train_job(args, device, _, job) -> str:
-    try:
-        return train(args, device, *job)
-    except torch.cuda.OutOfMemoryError:
-        raise BadInput(f"{job[0]}: no memory left for {args.batch} pairs at once; use a smaller --batch (and --accumulate), or --checkpointing") from None
-
-
 if __name__ == "__main__":
-    run(main, ARGS)
+    run(main, parse_arguments())
