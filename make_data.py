@@ -24,7 +24,7 @@ from model.data.pairs import complete, current, list_pairs, paths_of, read_squar
 from model.data.sources import Source, source_of
 from model.formats.checkpoint import encoder_files, model_files, unet_files
 from model.judges import named_judge
-from model.stable_diffusion import at_once, check_size, load, pick_device, picture_size
+from model.stable_diffusion import at_once, check_drawing, load, pick_device, picture_size
 from model.tools import processes
 from model.tools.command import DrawingParser, positive, run
 from model.tools.files import digest, prepare, sha256, write_jsonl
@@ -121,7 +121,7 @@ def main(args):
     device = pick_device(processes.local_device(args.device))
     processes.start(device)
     size = args.size or picture_size(args.model)
-    check_size(args.model, size)
+    check_drawing(args.model, size, args.steps)
     args.batch = args.batch or at_once(size)
     args.size = size if args.images else args.size
     drawn_by_toy = args.model.resolve() == TOY.resolve() and not args.images

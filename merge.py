@@ -49,36 +49,30 @@ from model.formats.experts import Experts
 from model.formats.fit import fitting, fuse, layers
 from model.formats.lora_file import Factors, expand, save
 from model.stable_diffusion import Denoiser, at_once, load_denoiser, pick_device
-from model.tools.command import BadInput, Parser, number, positive, run, share
+from model.tools.command import BadInput, Parser, number, portion, positive, run
 from model.tools.files import check_folder, sha256
-from model.tools.pictures import heat_map
 from model.tools.processes import processes_for
 from model.tools.training import generator, stratified_times
 
 DENSITY = {"ties": 0.2, "dare": 0.5}    # where the user does not say; TIES' is the published one
 LARGEST_RANK = 128                      # of ties and dare, likewise
 CALIBRATION_PAIRS = 24                  # of each expert
-# {flag: methods}
-READERS = {"density": DENSITY, "no_rescale": ["co-merge"], "report": ["co-merge"]}
+READERS = {"density": DENSITY, "no_rescale": ["co-merge"]}    # of flags
 
 
 def parse_arguments(argv=None):
     parser = Parser("Merges LoRA experts into one LoRA.")
     add = parser.add_argument
     add("experts", nargs="+", type=Path, help="LoRA files, or a folder of them")
-    add("--method", choices=RULES, default="co-merge", help="the rule; random deals rows out, a "
-                                                            "control")
+    add("--method", choices=RULES, default="co-merge", help="random deals rows out, a control")
     add("--weights", type=number, nargs="+", default=[1.0],
         help="one factor for each expert, or one for all (default: 1)")
     add("--rank", type=positive, help="re-compress each layer to this rank (default: the sum of "
         f"the experts' ranks, exact; ties and dare: that, but at most {LARGEST_RANK})")
-    add("--density", type=share, help="share of entries that ties and dare keep of each delta W "
+    add("--density", type=portion, help="share of entries that ties and dare keep of each delta W "
         "(default: ties 0.2, as published; dare 0.5)")
-    add("--no-rescale", action="store_true", help="co-merge: leave the kept rows as strong as "
-                                                  "they are")
+    add("--no-rescale", action="store_true", help="co-merge: keep the rows as strong as they are")
     add("--data", type=Path, default=Path("data"), help="co-merge: what make_data.py wrote")
-    add("--report", type=Path, metavar="FILE.png",
-        help="co-merge: draw the share of rows that each expert keeps in each layer")
     add("--fuse", type=Path, metavar="MODEL", help="write a whole aligned checkpoint instead: a "
         "copy of this diffusers folder or single file, with the merged LoRA in its weights")
     add("--out", type=Path, help="LoRA file to write; with --fuse the folder "
@@ -88,6 +82,7 @@ def parse_arguments(argv=None):
 
 class Activity(NamedTuple):
     """What Co-Merge knows of a layer: sums over the rows x of its inputs. c: the expert of x."""
+    experts: torch.Tensor   # [n]     which of all experts these are
     own: torch.Tensor       # [n, O]  mean |d_i(x)_j| over the x with c = i
     shared: torch.Tensor    # [n, O]  sum over all x of d_c(x)_j d_i(x)_j
     energy: torch.Tensor    # [O]     sum over all x of d_c(x)_j^2
@@ -139,8 +134,7 @@ def dare(parts: list[Factors], layer: Layer) -> Factors:
 
 
 def keep_rows(parts: list[Factors], owner: torch.Tensor) -> Factors:
-    """The masked concatenation (README, eq. 8): row j of delta W from parts[owner[j]]. owner
-    [O]."""
+    """The masked concatenation (README, eq. 8): row j of delta W is that of parts[owner[j]]."""
     masked = [f._replace(up=f.up * (owner == i)[:, None]) for i, f in enumerate(parts)]
     return lora.stack(masked, [1.0] * len(parts))
 
@@ -192,7 +186,7 @@ class Meter:
 
     def activity(self) -> Activity:
         mean = self.own.cpu() / torch.tensor(self.heard)[:, None]
-        return Activity(mean, self.shared.cpu(), self.energy.cpu())
+        return Activity(torch.tensor(list(self.place)), mean, self.shared.cpu(), self.energy.cpu())
 
 
 @torch.no_grad()
@@ -200,14 +194,12 @@ def measure(denoiser: Denoiser, parts, inputs) -> dict[str, Activity]:
     """{layer: Activity}. ONE pass of the base UNet scores all experts, since x does not depend on
     the expert: it is what the base UNet meets, an approximation of what the merged one will meet.
 
-    parts: (layer, {expert: Factors}), as Experts.layers() yields them. inputs: (expert, x_t, t,
-    context).
-    """
+    parts: (layer, {expert: Factors}) as of Experts.layers(). inputs: as of calibration()."""
     known, device = layers(denoiser.unet), denoiser.device
     meters = {name: Meter(of_layer, device) for name, of_layer in parts}
     for name, meter in meters.items():
         known[name][1].register_forward_pre_hook(meter.listen)
-    for expert, *batch in inputs:
+    for expert, *batch in tqdm(inputs, desc="calibrating"):
         for meter in meters.values():
             meter.expert = expert
         output = denoiser.predict(*(tensor.to(device) for tensor in batch))
@@ -219,7 +211,7 @@ def calibration(args, concepts: list[str], encoders: str, denoiser: Denoiser):
     """Yields (expert, x_t, t, context), the inputs that each expert was trained to change: its
     unsafe prompts, on the unsafe and on the safe picture, which is where sampling starts out and
     where it should end; all noise levels equally often."""
-    for expert, concept in enumerate(tqdm(concepts, desc="calibrating")):
+    for expert, concept in enumerate(concepts):
         tensors = read_latents(args.data, [concept], encoders)
         x0 = torch.cat([tensors[side][:CALIBRATION_PAIRS] for side in ("winner", "loser")])
         context = tensors["unsafe"][:CALIBRATION_PAIRS].repeat(2, 1, 1)
@@ -250,32 +242,28 @@ def calibrate(args, experts: Experts) -> dict[str, Activity]:
 
 def merge(args, experts: Experts, activity: dict[str, Activity]):
     """The merged LoRA, and the energy |delta W|^2 kept by and before re-compression, summed."""
-    merged, energy = {}, torch.zeros(2)
+    merged, energy = {}, torch.zeros(2, dtype=torch.float64)
     density = args.density or DENSITY.get(args.method)
-    rank = args.rank or (LARGEST_RANK if args.method in DENSITY else None)
     for name, parts in tqdm(experts.layers(), total=len(experts.names), desc="merging"):
         layer = Layer(len(experts), density, generator(args.seed, name), activity.get(name),
                       not args.no_rescale)
         # Of a single expert there is nothing to merge: not even its alpha is touched.
         f = RULES[args.method](list(parts.values()), layer) if len(experts) > 1 else parts[0]
-        if rank and rank < len(f.down):
+        rank = args.rank or min(LARGEST_RANK, sum(len(part.down) for part in parts.values()))
+        if (args.rank or args.method in DENSITY) and rank < len(f.down):
             f, *kept = lora.compress(f, rank)
-            energy += torch.tensor(kept)
+            energy += torch.tensor(kept)    # by compression, and before
         merged[name] = f
     return merged, energy
 
 
-def print_rows(experts: Experts, activity: dict[str, Activity], picture: Path | None):
-    """Which share of the rows each expert keeps: their means, and a heat map of all layers."""
-    shares = []
-    for name, parts in experts.layers():
-        owner = torch.tensor(list(parts))[activity[name].owner]
-        shares.append(torch.bincount(owner, minlength=len(experts)) / len(owner))
-    for label, mean in zip(experts.labels, torch.stack(shares).mean(0).tolist()):
-        print(f"{label:>20} keeps {mean:6.1%} of a layer's rows")
-    if picture:
-        heat_map(picture, torch.stack(shares).numpy(), experts.names, experts.labels,
-                 "share of a layer's rows that each expert keeps")
+def print_rows(labels: list[str], activity: dict[str, Activity]):
+    """Which share of a layer's rows each expert keeps, on average."""
+    shares = torch.zeros(len(labels))
+    for a in activity.values():
+        shares.index_add_(0, a.experts[a.owner], torch.ones(len(a.owner)) / len(a.owner))
+    for label, total in zip(labels, shares.tolist()):
+        print(f"{label:>20} keeps {total / len(activity):6.1%} of a layer's rows")
 
 
 def main(args):
@@ -288,7 +276,7 @@ def main(args):
     activity = {}
     if args.method == "co-merge" and len(experts) > 1:
         activity = calibrate(args, experts)
-        print_rows(experts, activity, args.report)
+        print_rows(experts.labels, activity)
     torch.set_num_threads(1)    # the same bytes from any number of cores
     merged, (kept, energy) = merge(args, experts, activity)
     if energy:
@@ -301,9 +289,10 @@ def main(args):
         return
     out, inherited = args.out or Path("merged.safetensors"), ("base_model_hash", "prediction_type")
     metadata = {key: experts.metadata[key] for key in inherited if key in experts.metadata}
-    for key in ("method", "rank", "density", "no_rescale", "seed", "weights"):
+    metadata |= {"concept": labels, "weights": ",".join(f"{w:g}" for w in experts.weights)}
+    for key in ("method", "rank", "density", "no_rescale", "seed"):
         metadata[key] = str(getattr(args, key))
-    save(out, merged, {**metadata, "concept": labels})
+    save(out, merged, metadata)
     print(f"{out}: {len(experts)} experts merged by {args.method}, rank "
           f"{max(len(f.down) for f in merged.values())}")
 

@@ -35,7 +35,8 @@ from model.judges import named_judge
 from model.judges.clip import ClipScore
 from model.judges.grid import grid
 from model.judges.table import measure, report
-from model.stable_diffusion import at_once, check_size, load, pick_device, picture_size, skeleton
+from model.stable_diffusion import (at_once, check_drawing, load, pick_device, picture_size,
+                                    skeleton)
 from model.tools.command import BadInput, DrawingParser, at_strength, positive, run
 from model.tools.files import prepare, sha256, write_jsonl
 from model.tools.pictures import write_picture
@@ -169,7 +170,7 @@ def main(args):
     if args.compare and not args.lora:
         raise BadInput("--compare needs something to compare with the base model; give --lora FILE")
     device, size = pick_device(args.device), args.size or picture_size(args.model)
-    check_size(args.model, size)
+    check_drawing(args.model, size, args.steps, args.sampler)
     args.batch = args.batch or at_once(size)
     judge = named_judge(args.judge, device)
     if judge and judge.size not in (None, size):
@@ -179,10 +180,10 @@ def main(args):
     columns = columns_of(args)
     requests = [request for request in requests for _ in range(args.images_per_prompt)]
     jobs = jobs_of(args, requests)
-    for made in ("judge.json", "compare.png"):    # of pictures that may change now
-        (args.out / made).unlink(missing_ok=True)
     for column in columns:
         draw_column(args, device, column, jobs)
+    for made in ("judge.json", "compare.png"):    # of pictures that may have changed
+        (args.out / made).unlink(missing_ok=True)
     folders = {column.label: column.folder for column in columns}
     verdicts = {}
     if judge or clip:

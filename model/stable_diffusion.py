@@ -1,8 +1,8 @@
 """One Stable Diffusion in memory: load it, read prompts, draw pictures, turn pictures into latents.
 
 Needs:  torch, and a checkpoint: a diffusers folder or a single .safetensors file.
-Gives:  load_denoiser() for what training reads, load() for all; picture_size(), check_size() and
-        skeleton(), which read no weights; pick_device(), precision(), at_once().
+Gives:  load_denoiser() for what training reads, load() for all; picture_size(), check_drawing()
+        and skeleton(), which read no weights; pick_device(), precision(), at_once().
 
 Where the families differ, besides their UNet's config and their text encoders (unet.py, text.py):
     SD 1.x, base 2.x   predict noise             SD 2.x at 768 px   predicts v (schedule.py)
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model.formats.checkpoint import Checkpoint
-from model.schedule import NoiseSchedule, sample
+from model.schedule import SAMPLERS, NoiseSchedule, sample
 from model.text import TextEncoders
 from model.tools.command import BadInput
 from model.unet import UNet
@@ -239,10 +239,13 @@ def picture_size(path: Path) -> int:
         return trained_size(Checkpoint(path))
 
 
-def check_size(path: Path, size: int):
-    """Raises BadInput for a side, in pixels, that the model's VAE cannot make."""
+def check_drawing(path: Path, size: int, steps: int, sampler: str = "dpm++"):
+    """Raises BadInput for a side, in pixels, that the model's VAE cannot make, and for more steps
+    than its schedule has: now, and not when the pictures of other settings are gone."""
     with naming(path):
-        reduction = Checkpoint(path).skeleton("vae", VAE).reduction
+        checkpoint = Checkpoint(path)
+        reduction = checkpoint.skeleton("vae", VAE).reduction
+        SAMPLERS[sampler][0](NoiseSchedule(checkpoint.config("scheduler")), steps)
     if size < 1 or size % reduction:
         raise BadInput(f"--size {size} is not a positive multiple of {reduction}, this model's "
                        "reduction; use one that is")

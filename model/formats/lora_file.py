@@ -205,6 +205,7 @@ def save(path: Path, lora: dict[str, Factors], metadata: dict[str, str]):
 
     SDXL's layers have their original names, the only ones that kohya reads. One alpha for the whole
     file, since diffusers drops others: what a layer's own alpha says beyond it goes into `up`.
+    Raises BadInput for numbers that are not finite.
     """
     width = prompt_width({name: f.down.shape[1] for name, f in lora.items()})
     if any("transformer_blocks_1_" in name for name in lora):    # SD 1 and 2 have one, number 0
@@ -214,6 +215,9 @@ def save(path: Path, lora: dict[str, Factors], metadata: dict[str, str]):
     for name, f in lora.items():
         key = "lora_unet_" + (original_name(name) if width == 2048 else name)
         up = f.up.float() * (f.alpha / alpha)
+        if not (up.isfinite().all() and f.down.isfinite().all()):
+            raise BadInput(f"{path}: {name} would hold NaN or infinity; lower --lr, --beta or "
+                           "--weights")
         tensors[f"{key}.lora_down.weight"] = f.down.float().reshape(len(f.down), -1, *f.kernel)
         tensors[f"{key}.lora_up.weight"] = up.reshape(*up.shape, *[1] * len(f.kernel))
         tensors[f"{key}.alpha"] = torch.tensor(alpha)

@@ -2,7 +2,7 @@
 
 Needs:       torch (for one kind of error).
 Gives:       BadInput, run(); PlainParser, Parser, DrawingParser; and types of flags, which refuse
-             what makes no sense: positive, natural, share, rate, number, at_strength.
+             what makes no sense: positive, natural, share, portion, rate, number, at_strength.
 """
 import argparse
 import math
@@ -55,6 +55,12 @@ def rate(text: str) -> float:
 def share(text: str) -> float:
     if not 0 <= number(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share; give a number from 0 to 1")
+    return float(text)
+
+
+def portion(text: str) -> float:
+    if share(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text} leaves nothing; give a number above 0, up to 1")
     return float(text)
 
 

@@ -1,7 +1,7 @@
-"""Pictures from and to files: one by one, and on a labelled sheet; curves; and heat maps.
+"""Pictures from and to files: one by one, and on a labelled sheet; curves.
 
 Needs:       pillow, numpy.
-Gives:       read_pictures(), write_picture(), sheet(), blurred(), curves(), heat_map().
+Gives:       read_pictures(), write_picture(), sheet(), blurred(), curves().
 """
 from pathlib import Path
 
@@ -123,32 +123,3 @@ def curves(path: Path, series: dict[str, list[float]], width: int = 480, height:
         points = list(zip(x, y))
         pen.line(points if columns > 1 else points * 2, "black", 2)
     write(path, image)
-
-
-def heat_map(path: Path, values: np.ndarray, rows: list[str], columns: list[str], title: str):
-    """Writes values [R, C], all >= 0, as a PNG: white is 0, black the largest. A label beside each
-    row, one above each column, read from below, and under the title what black stands for."""
-    largest = values.max() or 1.0
-    notes = [(title, "black"), (f"white 0, black {largest:.3g}", "black")]
-    left, above = widest(rows), widest(columns)
-    top = above + 3 * LINE
-    width = max(left + len(columns) * LINE, widest([note for note, _ in notes])) + GAP
-    image, pen = blank(width, top + len(rows) * LINE + GAP)
-    text_lines(pen, GAP, 2, notes)
-    for c, text in enumerate(columns):
-        label, label_pen = blank(above, LINE)
-        label_pen.text((GAP, 0), text, "black", FONT)
-        image.paste(label.rotate(90, expand=True), (left + c * LINE, 3 * LINE))
-    for r, text in enumerate(rows):
-        y = top + r * LINE
-        pen.text((GAP, y), text, "black", FONT)
-        for c, value in enumerate(values[r]):
-            x, gray = left + c * LINE, round(255 * (1 - value / largest))
-            cell = (x, y, x + LINE - 1, y + LINE - 1)
-            pen.rectangle(cell, (gray, gray, gray), "lightgray")
-    write(path, image)
-
-
-def widest(texts: list[str]) -> int:
-    """Pixels that the longest text takes, with a gap on both sides."""
-    return max(int(FONT.getlength(text)) for text in texts) + 2 * GAP
