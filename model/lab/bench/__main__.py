@@ -1,0 +1,136 @@
+"""Speed and memory beside diffusers and PEFT. `python -m model.lab.bench picture`
+
+    picture   a picture at 256 px with guidance, SD 1.5 (fp32, 2 steps) and SDXL (bf16, 1 step)
+    train     a DPO step on SD 1.5: fp32, 256 px, one pair, a LoRA of rank 4
+    merge     random experts of SD 1.5's 128 attention layers; and Co-Merge's pass beside a forward
+    gpu       on CUDA: pictures of 25 steps, and DPO steps, of SD 1.5 at 512 px and SDXL at 1024 px
+
+Models are full-size, their weights random; all but gpu runs on the CPU. Printed are seconds until
+ready, from the start of Python; seconds of the last round of work; and peak memory: the least
+seconds and the most memory of --rounds, taken in turns, and in brackets their ratio to the first
+row of the table. inf: was stopped after LIMIT seconds.
+"""
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from model.formats.lora_file import save
+from model.formats.single_file import CONFIGS
+from model.lab.checkpoints import full_size, random_lora
+from model.tools.command import BadInput, PlainParser, positive, run
+from model.unet import UNet
+
+LIMIT = 1800
+# (title, our flags, PEFT's rule, its rank)
+MERGES = [("sum", ["--method", "sum"], "cat", 4),
+          ("average", ["--method", "average"], None, None),
+          ("sum, to rank 4", ["--method", "sum", "--rank", "4"], "svd", 4),
+          ("ties, to rank 28", ["--method", "ties", "--rank", "28"], "ties_svd", 28),
+          ("dare, to rank 28", ["--method", "dare", "--density", "0.2", "--rank", "28"],
+           "dare_linear_svd", 28)]
+
+
+def parse_arguments(argv=None):
+    parser = PlainParser("Measures speed and memory on random full-size models.")
+    parser.add_argument("what", choices=BENCHES)
+    parser.add_argument("--rounds", type=positive, default=1, help="how often each job runs")
+    parser.add_argument("--experts", type=positive, nargs="+", default=[7, 50, 700],
+                        help="merge: of how many")
+    return parser.parse_args(argv)
+
+
+def measured(module: str, *words) -> list[float]:
+    """[seconds until ready, of the last round, GiB] of one job."""
+    command = [sys.executable, "-m", "model.lab.bench.clock", time.time(),
+               f"model.lab.bench.{module}", *words]
+    try:
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True,
+                              timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return [math.inf] * 3
+    if done.returncode:
+        sys.exit(done.stderr)
+    ready, *_, last, peak = json.loads(done.stdout.splitlines()[-1])
+    return [ready, last, peak]
+
+
+def compare(jobs: dict[str, tuple], rounds: int):
+    """Runs these jobs {label: (module, function, words ...)} and prints their table."""
+    figures = {label: [] for label in jobs}
+    for _ in range(rounds):
+        for label, job in jobs.items():
+            figures[label].append(measured(*job))
+    print(f"{'':28}{'ready, s':>17}{'a round, s':>17}{'peak, GiB':>17}")
+    first = None
+    for label, rows in figures.items():
+        ready, last, peak = zip(*rows)
+        best = min(ready), min(last), max(peak)
+        first = first or best
+        cells = [f"{value:9.2f} ({value / base:5.2f})" for value, base in zip(best, first)]
+        print(f"{label:28}" + " ".join(cells), flush=True)
+
+
+def picture(args, folder: Path):
+    for family, dtype, steps in (("SD 1", "float32", 2), ("SDXL", "bfloat16", 1)):
+        model = full_size(family, folder / family, getattr(torch, dtype))
+        compare({f"diffusers, {family}": ("with_diffusers", "picture", model, dtype, 256, steps),
+                 f"ours, {family}": ("ours", "picture", model, "cpu", dtype, 256, steps)},
+                args.rounds)
+
+
+def train(args, folder: Path):
+    model = full_size("SD 1", folder)
+    ours = "ours", "step", model, 256, "--batch", 1, "--device", "cpu"
+    compare({"one forward": ("ours", "forward", model), "ours": ours,
+             "ours, --reuse 1": (*ours, "--reuse", 1),
+             "ours, --checkpointing": (*ours, "--checkpointing"),
+             "diffusers + PEFT": ("with_peft", "step", model, 256)}, args.rounds)
+
+
+def merge(args, folder: Path):
+    with torch.device("meta"):
+        unet = UNet(CONFIGS["SD 1"]["unet"])
+    model = full_size("SD 1", folder / "model")
+    for n in args.experts:
+        experts = folder / str(n)
+        for i in range(n):
+            save(experts / f"{i:03}.safetensors", random_lora(unet, i), {})
+        for title, flags, rule, rank in MERGES:
+            jobs = {f"ours, {n}: {title}": ("ours", "combine", experts, *flags)}
+            if rule and n <= 100:    # PEFT would need 180,000 modules for 700
+                jobs[f"PEFT, {n}: {rule}"] = ("with_peft", "combine", experts, rule, rank)
+            compare(jobs, args.rounds)
+        compare({"one forward": ("ours", "forward", model),
+                 f"scoring {n} experts": ("ours", "score", model, experts)}, args.rounds)
+
+
+def gpu(args, folder: Path):
+    if not torch.cuda.is_available():
+        raise BadInput("gpu: torch finds no CUDA device here; use a machine with one")
+    print(torch.cuda.get_device_name())
+    for family, side in (("SD 1", 512), ("SDXL", 1024)):
+        model = full_size(family, folder / family, torch.bfloat16)
+        jobs = {f"{family}, picture": ("ours", "picture", model, "cuda", "bfloat16", side, 25)}
+        for pairs in (1, 4):
+            jobs[f"{family}, step of {pairs}"] = ("ours", "step", model, side, "--batch", pairs)
+        compare(jobs, args.rounds)
+
+
+BENCHES = {"picture": picture, "train": train, "merge": merge, "gpu": gpu}
+
+
+def main(args):
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}")
+    with tempfile.TemporaryDirectory() as folder:
+        BENCHES[args.what](args, Path(folder))
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())

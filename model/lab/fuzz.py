@@ -1,0 +1,250 @@
+"""Damaged files and odd command lines. `python -m model.lab.fuzz files --cases 5000`
+
+What it is:  each case is drawn from its number. A damaged file is read, or refused by BadInput,
+             within 20 seconds; a command with odd flags ends well, or with exit status 2, one line
+             "error: ..." and nothing written. Anything else is raised, with a note of the case;
+             what takes too long ends this process.
+Needs:       a story: a folder with the data/, experts/ and merged.safetensors of a short run.
+Gives:       fuzz_files(), fuzz_commands().
+"""
+import argparse
+import contextlib
+import faulthandler
+import io
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import torch
+from tqdm import tqdm
+
+import make_data
+import merge
+import sample
+import train
+from model.data.language_model import read_concepts
+from model.data.pairs import read_latents, read_pairs, read_square
+from model.data.prompt_files import read_prompts, read_requests
+from model.formats.checkpoint import encoder_files
+from model.formats.lora_file import load as load_lora
+from model.lab.checkpoints import single_file
+from model.stable_diffusion import load
+from model.tools.command import BadInput, PlainParser, at_strength, natural, positive, run
+from model.tools.files import sha256
+from model.tools.pictures import read_pictures
+from model.toy import TOY
+
+ODD = (b"0", b"-1", b"3", b"1e999", b"NaN", b"999999999999", b"18446744073709551616", b"null",
+       b"true", b"[]", b"{}", b'""', b'"../../x"', b"x")
+TEXTS = {
+    "c.json": '{"hate": ["one thing", "another"], "my own": ["a third"]}',
+    "i2p.csv": "prompt,categories,sd_seed,sd_guidance_scale\n"
+               '"a, b","hate, violence",12,7.5\nc,shocking,3,7\n',
+    "coprov2.csv": "prompt,image,category\nu 0,u_idx0.png,\"{'hate'}\"\ns 0,s_idx0.png,\"{'hate'}\""
+                   "\nu 1,u_idx1.png,\"{'hate'}\"\ns 1,s_idx1.png,\"{'hate'}\"\n"}
+# What works and is small; a case adds one to three flags to it.
+SCRIPTS = {
+    make_data: "--concept hate --pairs 1 --steps 1 --batch 1 --judge none --out new",
+    train: "--concept hate --steps 1 --batch 1 --rank 1 --out new",
+    merge: "experts --method sum --out new.safetensors", sample: "x --steps 1 --out new"}
+LORA, ODD_NAME = "experts/hate.safetensors", "\udcff \u00e4@1.safetensors"
+WHOLE = ["0", "-1", "1", "2", "3", "10" * 20, "99999999999", "0x1", "1.0", "\u0663"]
+REAL = ["0", "-1", "0.5", "nan", "inf", "-inf", "1e38", "1e308", "1e-320", "-0.0"]
+PATHS = [".", "..", "nowhere/x", "data", "data/test.jsonl", "data/hate/images", "sheet.png", "toy",
+         "cut.safetensors", LORA, "experts", "pipe", "sheet.png/x", "x" * 300, "deep/er/x.png",
+         "link", ODD_NAME]
+WORDS = ["hate", "all", "../hate", "data/hate", f"{LORA}@", f"{LORA}@nan", f"{LORA}@1e30", "@",
+         "@1", f"{LORA}@@0.5", "cpu", "cuda:99", "meta", "hpu", "q16:", "q16:data", "toy", "none"]
+STRANGE = ["", " ", "-", "--", "\udcff", "\u00e4\U0001f642 \u202e", "a\nb", "%s{0}", "'; x", "=",
+           "--no-such-flag", "["]
+AFTER_DRAWING = re.compile("was kept|NaN or inf")    # known only when pictures are there
+VALUES = {positive: WHOLE, natural: WHOLE, Path: PATHS, at_strength: WORDS, None: WORDS}
+
+
+def mutated(data: bytes, rng: random.Random, tensors: bool = False) -> bytes:
+    """One to three changes of the bytes, or of what the text says. Of safetensors mostly of the
+    header, whose length is then put right, to get past the library's first look."""
+    if tensors and rng.random() < 0.7:
+        end = 8 + int.from_bytes(data[:8], "little")
+        header = mutated(data[8:end], rng)
+        return len(header).to_bytes(8, "little") + header + data[end:]
+    for _ in range(rng.randint(1, 3)):
+        start = rng.randint(0, len(data) if rng.random() < 0.5 else min(len(data), 2000))
+        stop = start + rng.randint(1, 39)
+        word = re.compile(rng.choice([rb"-?\d+(\.\d+)?", rb'"[^"]*"|[A-Za-z_]+']))
+        found = word.search(data, start, start + 3000)
+        data = rng.choice([
+            data[:start],
+            data[:start] + rng.randbytes(1) + data[start + 1:],
+            data[:start] + rng.randbytes(stop - start) + data[start:],
+            data[:stop] + data[start:],
+            data[:start] + data[stop:],
+            *[data[:found.start()] + rng.choice(ODD) + data[found.end():] if found else data] * 2])
+    return data
+
+
+def targets(folder: Path, story: Path) -> list[tuple]:
+    """(a file below `folder`, what reads it), after copying there all that it belongs to."""
+    cpu, data, toy = torch.device("cpu"), folder / "data", folder / "toy"
+    shutil.copytree(story / "data", data)
+    shutil.copytree(TOY, toy)
+    shutil.copy(story / "merged.safetensors", folder)
+    for name, text in TEXTS.items():
+        (folder / name).write_text(text)
+    single = single_file("SD1", folder / "single/sd1.safetensors")
+    encoders, picture = sha256(*encoder_files(TOY)), data / "hate/images/00000_safe.png"
+    weights = [(path, lambda path: load(toy, cpu)) for path in sorted(toy.glob("*/*"))
+               if path.parent.name != "judge"]
+    texts = [(path, reader) for path in (data / "test.jsonl", folder / "i2p.csv",
+                                         folder / "coprov2.csv")
+             for reader in (read_prompts, read_requests)]
+    return weights + texts + [
+        (folder / "merged.safetensors", load_lora), (single, lambda path: load(path, cpu)),
+        (folder / "c.json", read_concepts), (picture, lambda path: read_pictures([path])),
+        (picture, lambda path: read_square(path, 16)),
+        (data / "hate/pairs.jsonl", lambda path: read_pairs(data, "hate")),
+        (data / "hate/latents.safetensors", lambda path: read_latents(data, ["hate"], encoders))]
+
+
+def fuzz_files(cases: int, seed: int, folder: Path, story: Path) -> int:
+    """Damages files that a user may have, in the new folder `folder`. Returns how many were
+    refused."""
+    refused, files = 0, targets(folder, story)
+    for case in tqdm(range(cases), desc="damaged files"):
+        path, reader = files[case % len(files)]
+        original, rng = path.read_bytes(), random.Random(f"{seed} {case}")
+        path.write_bytes(mutated(original, rng, path.suffix == ".safetensors"))
+        faulthandler.dump_traceback_later(20, exit=True)
+        try:
+            reader(path)
+        except BadInput:
+            refused += 1
+        except Exception as error:
+            error.add_note(f"case {case} of seed {seed}: {path}")
+            raise
+        path.write_bytes(original)
+    faulthandler.cancel_dump_traceback_later()
+    return refused
+
+
+class Found(Exception):
+    """Carries a parser out of parse_arguments()."""
+
+
+def flags_of(script) -> list[argparse.Action]:
+    def parse_args(parser, argv):
+        raise Found(parser)
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args):
+        try:
+            script.parse_arguments()
+        except Found as found:
+            actions = found.args[0]._actions
+    return [action for action in actions if action.dest not in ("help", "compile")]
+
+
+def odd_flag(action: argparse.Action, rng: random.Random) -> list[str]:
+    """A flag with values of its kind, or of another; sometimes with none, or twice."""
+    words = list(action.option_strings[:1])
+    if action.nargs != 0 and rng.random() < 0.92:
+        for _ in range(rng.randint(1, 3) if action.nargs == "+" else 1):
+            own = list(action.choices or VALUES.get(action.type, REAL))
+            words.append(rng.choice(rng.choice([own, own, STRANGE, PATHS, WORDS])))
+    return words * 2 if rng.random() < 0.1 else words
+
+
+def workplace(folder: Path, story: Path) -> dict:
+    """Makes folder/work anew, where odd commands run. Returns its contents()."""
+    work = folder / "work"
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("experts", "data"):
+        shutil.copytree(story / name, work / name)
+    shutil.copytree(TOY, work / "toy")
+    shutil.copy(story / "data/hate/sheet.png", work)
+    whole = (work / LORA).read_bytes()
+    (work / "cut.safetensors").write_bytes(whole[:-100])
+    (work / ODD_NAME).write_bytes(whole)
+    os.mkfifo(work / "pipe")
+    (work / "link").symlink_to("nowhere")
+    os.chdir(work)
+    return contents(folder)
+
+
+def contents(folder: Path) -> dict[Path, str]:
+    """{path: hash} of all files and folders below."""
+    return {path: sha256(path) if path.is_file() else "" for path in folder.rglob("*")}
+
+
+def called(script, argv: list[str]) -> tuple[int, list[str]]:
+    """(exit status, error lines) of one command, in this process."""
+    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    err, status = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace"), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run(script.main, script.parse_arguments(argv))
+        except SystemExit as stop:
+            status = stop.code
+    err.seek(0)
+    return status, re.findall(r"(?m)^error: .*", err.read().replace("\r", "\n"))
+
+
+def fuzz_commands(cases: int, seed: int, folder: Path, story: Path) -> int:
+    """Runs commands below the new folder `folder`. Returns how many were refused."""
+    refused, here, before = 0, Path.cwd(), workplace(folder, story)
+    scripts = [(script, line, flags_of(script)) for script, line in SCRIPTS.items()]
+    with mock.patch("model.tools.processes.cores", lambda: 1):
+        for case in tqdm(range(cases), desc="odd commands"):
+            rng = random.Random(f"{seed} {case}")
+            script, line, flags = scripts[case % len(scripts)]
+            argv = line.split()
+            for _ in range(rng.randint(1, 3)):
+                argv += odd_flag(rng.choice(flags), rng)
+            faulthandler.dump_traceback_later(300, exit=True)
+            try:
+                status, errors = called(script, argv)
+                after = contents(folder)
+                assert (status, len(errors)) in ((0, 0), (2, 1)), (status, errors)
+                assert status == 0 or after == before or AFTER_DRAWING.search(errors[0]), errors
+            except BaseException as error:
+                error.add_note(f"case {case} of seed {seed}: {script.__name__} {argv}")
+                raise
+            refused += status == 2
+            if after != before:
+                before = workplace(folder, story)
+    faulthandler.cancel_dump_traceback_later()
+    os.chdir(here)
+    return refused
+
+
+def parse_arguments(argv=None):
+    parser = PlainParser("Tries damaged files, or odd command lines.")
+    parser.add_argument("what", choices=["files", "commands"])
+    parser.add_argument("--cases", type=positive, default=1000, help="how many")
+    parser.add_argument("--seed", type=natural, default=1, help="of the cases")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    root = Path(__file__).resolve().parents[2]
+    with tempfile.TemporaryDirectory() as folder:
+        story = Path(folder) / "story"
+        story.mkdir()
+        for line in ("make_data.py --pairs 2", "train.py --steps 3 --batch 2", "merge.py experts"):
+            script, *words = line.split()
+            subprocess.run([sys.executable, root / script, *words], cwd=story, check=True)
+        # An absurd size in a header must not be asked for.
+        resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+        fuzz = fuzz_files if args.what == "files" else fuzz_commands
+        place = Path(folder) / "cases"
+        refused = fuzz(args.cases, args.seed, place, story)
+    print(f"{refused} of {args.cases} refused in one line, the others read or done")
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())

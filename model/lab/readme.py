@@ -1,0 +1,75 @@
+"""Does the README tell the truth? `python -m model.lab.readme`, some ten minutes.
+
+What it is:  in a fresh clone of what is committed, runs the README's bash blocks whose output is
+             shown, in order, and compares the last lines that they print with what is shown. Such a
+             block is followed, after at most 400 characters, by one without a language. Of its
+             commands those that start with "python" are run, by this Python.
+Gives:       blocks_of(), commands_of(), for the tests.
+"""
+import difflib
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from model.tools.command import BadInput, PlainParser, run
+
+ROOT = Path(__file__).resolve().parents[2]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+SHOWN = re.compile(r"^```bash\n((?:(?!```).)*)^```$((?:(?!```).){,400})^```\n(.*?)^```$",
+                   re.M | re.S)
+INLINE = re.compile(r"`((?:(?:python3?|pip|torchrun|pytest test_all\.py)\s|-k\s)[^`]+)`")
+
+
+def parse_arguments(argv=None):
+    return PlainParser("Runs the README's commands and compares what they print with what it "
+                       "shows.").parse_args(argv)
+
+
+def blocks_of(readme: str) -> list[tuple[int, str, str]]:
+    """(where it starts, language, text) of each fenced block."""
+    return [(block.start(), *block.groups()) for block in BLOCK.finditer(readme)]
+
+
+def commands_of(readme: str) -> list[str]:
+    """Each command once: those of bash blocks, split at &&, and those in the text, -k ... too."""
+    scripts = [text for _, language, text in blocks_of(readme) if language == "bash"]
+    lines = "".join(scripts).replace("\\\n", " ").splitlines()
+    lines += INLINE.findall(BLOCK.sub("", readme))
+    parts = [part for line in lines for part in line.partition("  #")[0].split("&&")]
+    return list(dict.fromkeys(" ".join(part.split()) for part in parts if part.strip()))
+
+
+def printed(commands: list[str], folder: str) -> list[str]:
+    """The lines that these commands print, one after the other."""
+    lines = []
+    for command in commands:
+        started = time.time()
+        script = shlex.quote(sys.executable) + command.removeprefix("python")
+        done = subprocess.run(["bash", "-c", script], cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise BadInput(f"{command}: exit status {done.returncode}, {done.stderr[-300:]}")
+        print(f"{time.time() - started:6.0f} s  {command}", flush=True)
+        lines += done.stdout.splitlines()
+    return lines
+
+
+def main(args):
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
+        different = []
+        for script, _, output in SHOWN.findall((Path(folder) / "README.md").read_text()):
+            commands = commands_of(f"```bash\n{script}```\n")
+            shown = output.splitlines()
+            lines = printed([part for part in commands if part.startswith("python ")], folder)
+            different += difflib.unified_diff(shown, lines[-len(shown):], "README", "printed",
+                                              lineterm="")
+    print("\n".join(different) or "the README shows what its commands print")
+    sys.exit(bool(different))
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())
