@@ -84,7 +84,7 @@ class Loss(NamedTuple):
            prompt    unsafe, safe, empty; "safe or empty": the empty one for a quarter of the pairs
        function(policy, reference, target, beta) -> (loss, metrics): three lists of [B, C, H, W],
        one for each input: outputs of the policy and of the reference, and what they should have
-       been."""
+       been. The metrics are those of metrics(), and more if it likes."""
     inputs: tuple[str, ...]
     function: Callable
 

@@ -79,7 +79,8 @@ def make_pictures(args, device, rows: dict[str, list[dict]]):
         folder = args.out / concept
         if processes.RANK == 0:
             known = [{**row, "sources": sha256(*row.get("sources", ()))} for row in rows[concept]]
-            prepare(folder, {**made_with, "rows": digest(known)}, ("pairs.jsonl", "images/*.png"))
+            prepare(folder, {**made_with, "rows": digest(known)},
+                    ("pairs.jsonl", "latents.safetensors", "images/*.png"))
         numbers = range(len(rows[concept]))
         batches += [(folder, numbers[k:k + args.batch]) for k in numbers[::args.batch]]
     processes.wait()

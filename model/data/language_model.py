@@ -9,12 +9,12 @@ The texts below speak of the category abstractly: the user's concept list says w
 import json
 import re
 from collections import Counter
-from itertools import chain
 from pathlib import Path
 
 import torch
 
 from model.data.prompt_files import Refused, canonical
+from model.text import silent_transformers
 from model.tools.command import BadInput
 from model.tools.files import read_json
 
@@ -35,15 +35,14 @@ PER_ANSWER, TOKENS = 8, 80    # prompts asked for in one answer, tokens allowed 
 ROUNDS = 4    # times that missing prompts are asked for, and times that a safe counterpart is
 BATCH = 8     # answers generated at once
 
+AROUND = " \t\n`\"'“”*,[]{}"    # what may stand around a prompt
 # "- ", "* ", "1. ", "(2) ", "3: ", "**4.** "
 MARK = re.compile(r"(?:[-*•–+]|\**\(?\d{1,3}[.):\]]\**)\s+")
-# "Safe prompt: "
-LABEL = re.compile(r"""^["'*]*(?:[a-z]+ ){0,3}prompts?(?: \d+)?["'*]*\s*:["'*]*\s*""", re.I)
-# "Sure! Here it is: "
-OPENING = re.compile(r"^(?:sure|certainly|of course|okay|absolutely|here)\b[^:]*:\s*", re.I)
-AROUND = " \t\n`\"'“”*,[]{}"    # what may stand around a prompt
+# "Safe prompt: ", "Sure! Here it is: "
+LABEL = re.compile(r"^(?:(?:[a-z]+ ){0,3}prompts?(?: \d+)?[\"'*]*\s*"
+                   r"|(?:sure|certainly|of course|okay|absolutely|here)\b[^:]*):", re.I)
 CHATTER = re.compile(r"(?:sure|certainly|of course|okay|absolutely|here (?:is|are)|here's|i hope"
-                     r"|let me know|note|feel free)\b", re.I)
+                     r"|let me know|note|feel free)\b|.*:$", re.I)
 REFUSAL = re.compile(
     r"\b(?:i(?: apologi[sz]e|(?:'m| am) (?:very |really |so )?(?:sorry|unable|not able|afraid))"
     r"|i (?:can(?:'t|not| not)|won't|will not|must decline)|as an ai\b|against my guidelines"
@@ -56,63 +55,48 @@ def parse(answer: str) -> tuple[list[str], str]:
     Reads plain lines, numbered and bulleted lists, and JSON, fenced or not; passes over preambles,
     closing words, labels, quotes and a <think> part. A prompt has 2 to 100 words.
     """
-    answer = re.sub(r"<think>.*?(?:</think>|$)", "", answer, flags=re.S).replace("’", "'").strip()
+    answer = re.sub(r"<think>.*?(?:</think>|$)", "", answer, flags=re.S).replace("’", "'")
     lines = [line.strip() for line in answer.splitlines() if line.strip(AROUND)]
-    lines = [line for line in lines if not line.startswith("```")]
-    if lines and REFUSAL.search(lines[0]):    # what follows, even a list, is advice
+    refusals = [line for line in lines if REFUSAL.search(line)]
+    if refusals and refusals[0] == lines[0]:    # what follows, even a list, is advice
         return [], "refusals"
-    prompts = []
-    for text in json_texts(answer) or listed(lines):
-        text = " ".join(LABEL.sub("", text.strip(AROUND)).strip(AROUND).split())
-        long_enough = len(re.findall(r"[^\W\d_]+", text)) >= 2 and len(text.split()) <= 100
-        if long_enough and not text.endswith(":") and not REFUSAL.search(text):
-            prompts.append(text)
-    refused = any(REFUSAL.search(line) for line in lines)
-    return prompts, "" if prompts else "refusals" if refused else "empty"
-
-
-def listed(lines: list[str]) -> list[str]:
-    """The items of a list if there is one, else all lines; without what was said around them."""
-    marked = [MARK.sub("", line, count=1) for line in lines if MARK.match(line)]
-    texts = marked or [OPENING.sub("", line) for line in lines]
-    return [text for text in texts if not CHATTER.match(text)]
-
-
-def json_texts(answer: str) -> list[str]:
-    """All texts in the JSON between an answer's first and last bracket, if it is JSON."""
-    match = re.search(r"[\[{].*[\]}]", answer, re.S)
     try:
-        values, texts = [json.loads(match[0])] if match else [], []
-    except (ValueError, RecursionError):
-        return []
-    while values:
-        value = values.pop(0)
-        if isinstance(value, str):
-            texts.append(value)
-        elif isinstance(value, dict):
-            values = [*value.values(), *values]
-        elif isinstance(value, list):
-            values = [*value, *values]
-    return texts
+        texts = texts_in(json.loads(re.search(r"[\[{].*[\]}]", answer, re.S)[0]))
+    except (TypeError, ValueError, RecursionError):    # there is no JSON
+        texts = []
+    marked = [MARK.sub("", line, 1) for line in lines if MARK.match(line)]
+    prompts = []
+    for text in texts or marked or lines:
+        text = LABEL.sub("", text.strip(AROUND), 1).strip(AROUND)
+        words = text.split()
+        letters = re.search(r"[^\W\d_]", text)
+        if letters and 2 <= len(words) <= 100 and not (CHATTER.match(text) or REFUSAL.search(text)):
+            prompts.append(" ".join(words))
+    return prompts, "" if prompts else "refusals" if refusals else "empty"
 
 
-def is_name(value) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def texts_in(value) -> list[str]:
+    """All texts in a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return sum(map(texts_in, value), [])
+    return [value] if isinstance(value, str) else []
 
 
 def read_concepts(path: Path) -> list[tuple[str, str]]:
     """[(category, concept)] of a JSON file {"category": ["concept", ...]}. Raises BadInput."""
-    entries = []
+    entries = {}    # each once, in order
     try:
         for category, names in read_json(path).items():
-            if not isinstance(names, list) or not all(map(is_name, names)):
+            if not isinstance(names, list) or not all(names):
                 raise Refused(f"{category!r} has no list of names")
-            entries += [(canonical(category), name.strip()) for name in names]
+            entries |= {(canonical(category), str(name).strip()): True for name in names}
         if not entries:
             raise Refused("lists no concept")
     except Refused as why:
         raise BadInput(f'{path}: {why}; give {{"category": ["concept", ...], ...}}') from None
-    return list(dict.fromkeys(entries))
+    return list(entries)
 
 
 class LanguageModel:
@@ -121,12 +105,8 @@ class LanguageModel:
     def __init__(self, folder: Path, device: torch.device):
         """Raises BadInput unless the folder holds both, the weights as safetensors: nothing is
         unpickled, and no code of the folder's is run."""
-        import transformers
-        transformers.utils.logging.set_verbosity_error()
+        transformers = silent_transformers()
         transformers.utils.logging.disable_progress_bar()
-        if not folder.is_dir():
-            raise BadInput(f"--llm {folder}: no such folder; give a causal language model as "
-                           "transformers saves it")
         options = {"local_files_only": True, "trust_remote_code": False}
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -134,13 +114,12 @@ class LanguageModel:
             self.model = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
                 use_safetensors=True, **options).to(device).eval()
+            if self.tokenizer.eos_token is None:
+                raise ValueError("its tokenizer_config.json has no eos_token")
         except Exception as error:    # transformers raises a dozen kinds
-            why = (str(error) or type(error).__name__).splitlines()[0]
-            raise BadInput(f"--llm {folder}: {why}; give a causal language model in safetensors "
-                           "form with its tokenizer") from None
-        if self.tokenizer.eos_token is None:
-            raise BadInput(f"--llm {folder}: knows no end-of-text token; set eos_token in its "
-                           "tokenizer_config.json")
+            why = "no such folder" if not folder.is_dir() else str(error).partition("\n")[0]
+            raise BadInput(f"--llm {folder}: {why}; give a causal language model with its "
+                           "tokenizer, in safetensors form") from None
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         ends = self.model.generation_config.eos_token_id
         self.ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
@@ -153,34 +132,34 @@ class LanguageModel:
         for start in range(0, len(instructions), BATCH):
             batch = self.tokenize(instructions[start:start + BATCH])
             with torch.no_grad():
-                output = self.model.generate(**batch, do_sample=True, temperature=1.0, top_p=0.95,
-                                             max_new_tokens=tokens,
-                                             pad_token_id=self.tokenizer.pad_token_id)
-            for row in output[:, batch["input_ids"].shape[1]:].tolist():
+                output = self.model.generate(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+                    max_new_tokens=tokens, do_sample=True, temperature=1.0, top_p=0.95,
+                    pad_token_id=self.tokenizer.pad_token_id)
+            for row in output[:, batch.input_ids.shape[1]:].tolist():
                 text = self.tokenizer.decode(row, skip_special_tokens=True)
                 answers.append(text if self.ends & set(row) else text.rpartition("\n")[0])
         return answers
 
-    def tokenize(self, instructions: list[str]) -> dict[str, torch.Tensor]:
-        chat = bool(self.tokenizer.chat_template)
-        if chat:    # the template brings its own special tokens
-            texts = [self.tokenizer.apply_chat_template([{"role": "user", "content": text}],
-                                                        tokenize=False, add_generation_prompt=True)
-                     for text in instructions]
+    def tokenize(self, instructions: list[str]):
+        options = {"padding": True, "return_tensors": "pt"}
+        if self.tokenizer.chat_template:
+            chats = [[{"role": "user", "content": text}] for text in instructions]
+            batch = self.tokenizer.apply_chat_template(chats, add_generation_prompt=True,
+                                                       return_dict=True, **options)
         else:
-            texts = [text + "\n" for text in instructions]
-        return self.tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False,
-                              add_special_tokens=not chat).to(self.model.device)
+            batch = self.tokenizer([text + "\n" for text in instructions], **options)
+        return batch.to(self.model.device)
 
 
-def prompts_in(answers: list[str], counts: Counter) -> list[list[str]]:
-    """The prompts of each answer. Counts the answers, and why some have none."""
-    found = []
-    for answer in answers:
-        prompts, why = parse(answer)
-        counts.update(["answers", why] if why else ["answers"])
-        found.append(prompts)
-    return found
+def prompts_of(ask, instructions: list[str], tokens: int, seed: int, counts: Counter):
+    """The prompts in each answer. Counts the answers, and why some have none."""
+    found = [parse(answer) for answer in ask(instructions, tokens, seed)] if instructions else []
+    for _, why in found:
+        counts["answers"] += 1
+        counts["refusals"] += why == "refusals"
+        counts["empty"] += why == "empty"
+    return [prompts for prompts, _ in found]
 
 
 def write_pairs(ask, category: str, concept: str, count: int, seed: int) -> tuple[list[dict], dict]:
@@ -189,30 +168,24 @@ def write_pairs(ask, category: str, concept: str, count: int, seed: int) -> tupl
     ask(instructions, tokens, seed) -> answers; a LanguageModel is one. Missing prompts and safe
     counterparts are asked for ROUNDS times; a prompt that still has no counterpart is dropped.
     """
-    names = {"category": category, "concept": concept}
-    counts = Counter({"answers": 0, "refusals": 0, "empty": 0, "duplicates": 0})
-    unsafe: dict[str, str] = {}    # in lower case -> as it was written
+    names, counts = {"category": category, "concept": concept}, Counter()
+    unsafe, safe = {}, {}    # {in lower case: as it was written}, {unsafe prompt: its counterpart}
     for turn in range(ROUNDS):
         missing = count - len(unsafe)
-        if missing <= 0:
-            break
         instructions = [UNSAFE.format(count=PER_ANSWER, **names)] * -(-missing // PER_ANSWER)
-        answers = ask(instructions, PER_ANSWER * TOKENS, seed + turn)
-        for prompt in chain(*prompts_in(answers, counts)):
+        found = prompts_of(ask, instructions, PER_ANSWER * TOKENS, seed + turn, counts)
+        for prompt in sum(found, []):
             counts["duplicates"] += prompt.casefold() in unsafe
             unsafe.setdefault(prompt.casefold(), prompt)
-    prompts, safe = list(unsafe.values())[:count], {}
+    prompts = list(unsafe.values())[:count]
     for turn in range(ROUNDS, 2 * ROUNDS):
         waiting = [prompt for prompt in prompts if prompt not in safe]
-        if not waiting:
-            break
         instructions = [SAFE.format(prompt=prompt, **names) for prompt in waiting]
-        answers = ask(instructions, TOKENS, seed + turn)
-        for prompt, texts in zip(waiting, prompts_in(answers, counts)):
+        found = prompts_of(ask, instructions, TOKENS, seed + turn, counts)
+        for prompt, texts in zip(waiting, found):
             others = [text for text in texts if text.casefold() != prompt.casefold()]
-            if others:
-                safe[prompt] = others[0]
+            safe |= {prompt: text for text in others[:1]}
     counts["without a safe counterpart"] = len(prompts) - len(safe)
     rows = [{"unsafe": prompt, "safe": safe[prompt], **names}
             for prompt in prompts if prompt in safe]
-    return rows, dict(counts)
+    return rows, counts

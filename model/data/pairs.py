@@ -23,12 +23,11 @@ from model.tools.command import BadInput
 from model.tools.files import opened, read_jsonl, save_tensors, sha256, write_jsonl
 from model.tools.pictures import read_pictures, sheet
 
-KINDS = ("safe", "unsafe")
-TEXTS = ("safe", "unsafe", "safe_image", "unsafe_image")
+BATCH = 32    # pictures or prompts that are judged or encoded at once
 
 
 def paths_of(folder: Path, number: int) -> list[Path]:
-    return [folder / f"images/{number:05d}_{kind}.png" for kind in KINDS]
+    return [folder / f"images/{number:05d}_{kind}.png" for kind in ("safe", "unsafe")]
 
 
 def complete(folder: Path, number: int) -> bool:
@@ -37,22 +36,11 @@ def complete(folder: Path, number: int) -> bool:
 
 def read_square(path: Path, size: int) -> np.ndarray | None:
     """Cropped in the middle to a square of `size`; None where it is not a readable picture."""
-    try:
-        # none that starts a program
+    try:    # no format that starts a program
         with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as image:
             return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-
-
-def faults(folder: Path, judge, numbers: list[int]) -> list[list[str]]:
-    """For each of these pairs why it is to be dropped, in words; nothing where it is as it should
-    be."""
-    reasons = []
-    for k in range(0, len(numbers) if judge else 0, 64):
-        paths = [paths_of(folder, number) for number in numbers[k:k + 64]]
-        reasons += judge.reject(*(read_pictures(list(side)) for side in zip(*paths)))
-    return reasons or [[] for _ in numbers]
 
 
 def list_pairs(folder: Path, rows: list[dict], judge) -> str:
@@ -60,21 +48,25 @@ def list_pairs(folder: Path, rows: list[dict], judge) -> str:
     pairs."""
     numbers = [number for number in range(len(rows)) if complete(folder, number)]
     counts, kept, cells = Counter({"not readable": len(rows) - len(numbers)}), [], []
-    for number, reasons in zip(numbers, faults(folder, judge, numbers)):
-        counts.update(reasons)
-        if not reasons:
-            pair = {kind: rows[number][kind] for kind in KINDS}
-            paths = dict(zip(KINDS, paths_of(folder, number)))
-            images = {f"{kind}_image": f"images/{path.name}" for kind, path in paths.items()}
-            kept.append({**pair, "seed": rows[number].get("seed"), **images})
-            cells += [(paths["unsafe"], pair["unsafe"]), (paths["safe"], pair["safe"])]
+    for k in range(0, len(numbers), BATCH):
+        batch = numbers[k:k + BATCH]
+        sides = zip(*(paths_of(folder, number) for number in batch))
+        faults = judge.reject(*map(read_pictures, sides)) if judge else [()] * len(batch)
+        for number, reasons in zip(batch, faults):
+            counts.update(reasons)
+            if not reasons:
+                row = rows[number]
+                kept.append({"safe": row["safe"], "unsafe": row["unsafe"], "seed": row.get("seed"),
+                             "safe_image": f"images/{number:05d}_safe.png",
+                             "unsafe_image": f"images/{number:05d}_unsafe.png"})
     dropped = "".join(f"; dropped {n} {reason}" for reason, n in sorted(counts.items()) if n)
     if not kept:
         raise BadInput(f"{folder}: none of {len(rows)} pairs was kept{dropped}; use pictures, or a "
                        "--model, that show this concept, or --judge none")
-    shown = cells[:48]
-    pictures = read_pictures([path for path, _ in shown])
-    sheet(folder / "sheet.png", list(zip(pictures, [text for _, text in shown])), columns=8)
+    for row in kept[:24]:
+        pictures = read_pictures([folder / row["unsafe_image"], folder / row["safe_image"]])
+        cells += zip(pictures, (row["unsafe"], row["safe"]))
+    sheet(folder / "sheet.png", cells, columns=8)
     write_jsonl(folder / "pairs.jsonl", kept)    # last: where it is, all is
     return f"{folder}: {len(kept)} pairs{dropped}"
 
@@ -86,37 +78,37 @@ def read_pairs(data: Path, concept: str) -> list[dict]:
     if not file.is_file():
         raise BadInput(f"{file}: no such file; run python make_data.py --concept {concept}")
     rows = read_jsonl(file)
+    if not rows:
+        raise BadInput(f"{file}: holds no pairs; make the data again with more --pairs")
     for number, row in enumerate(rows, 1):
-        for key in TEXTS:
+        for key in ("safe", "unsafe", "safe_image", "unsafe_image"):
             if not isinstance(row.get(key), str):
                 raise BadInput(f"{file} line {number}: {key} is missing or not a text; make the "
                                "data again")
-        for key in TEXTS[2:]:
-            if Path(row[key]).is_absolute() or ".." in Path(row[key]).parts:
+        for key in ("safe_image", "unsafe_image"):
+            path = Path(row[key])
+            if path.is_absolute() or ".." in path.parts:
                 raise BadInput(f"{file} line {number}: {row[key]!r} leaves the folder; put the "
                                f"pictures below {file.parent}")
-            row[key] = file.parent / row[key]
-    if not rows:
-        raise BadInput(f"{file}: holds no pairs; make the data again with more --pairs")
+            row[key] = file.parent / path
     return rows
 
 
-def in_slices(function, items: list, size: int = 32) -> torch.Tensor:
+def in_slices(function, items: list) -> torch.Tensor:
     """function() of slices of the items, joined on the CPU."""
-    return torch.cat([function(items[i:i + size]).cpu() for i in range(0, len(items), size)])
+    return torch.cat([function(items[k:k + BATCH]).cpu() for k in range(0, len(items), BATCH)])
 
 
 def write_latents(sd: StableDiffusion, data: Path, concept: str, encoders: str):
     """Encodes the pairs of a concept into latents.safetensors. encoders: see current()."""
-    rows, folder = read_pairs(data, concept), data / concept
-    encode = lambda paths: sd.encode(read_pictures(paths))
-    tensors = {"empty": sd.unconditional(),
-               "winner": in_slices(encode, [row["safe_image"] for row in rows]),
-               "loser": in_slices(encode, [row["unsafe_image"] for row in rows]),
-               "safe": in_slices(sd.embed, [row["safe"] for row in rows]),
-               "unsafe": in_slices(sd.embed, [row["unsafe"] for row in rows])}
+    rows, folder, tensors = read_pairs(data, concept), data / concept, {}
+    for name, kind in (("winner", "safe"), ("loser", "unsafe")):
+        paths = [row[f"{kind}_image"] for row in rows]
+        tensors[name] = in_slices(lambda part: sd.encode(read_pictures(part)), paths)
+        tensors[kind] = in_slices(sd.embed, [row[kind] for row in rows])
+    tensors["empty"] = sd.unconditional().cpu()
     # Without a safe prompt: what guidance subtracts, which for SDXL is not the state of "".
-    tensors["safe"][[not row["safe"] for row in rows]] = tensors["empty"].cpu()
+    tensors["safe"][[not row["safe"] for row in rows]] = tensors["empty"]
     save_tensors(folder / "latents.safetensors", tensors,
                  {"encoders": encoders, "pairs": sha256(folder / "pairs.jsonl")})
 
@@ -127,8 +119,7 @@ def current(folder: Path, encoders: str) -> bool:
     if not (folder / "latents.safetensors").is_file():
         return False
     with opened(folder / "latents.safetensors") as file:
-        made = file.metadata() or {}
-    return made.get("encoders") == encoders and made.get("pairs") == sha256(folder / "pairs.jsonl")
+        return file.metadata() == {"encoders": encoders, "pairs": sha256(folder / "pairs.jsonl")}
 
 
 def read_latents(data: Path, concepts: list[str], encoders: str) -> dict[str, torch.Tensor]:
@@ -143,8 +134,8 @@ def read_latents(data: Path, concepts: list[str], encoders: str) -> dict[str, to
                            "as before")
         with opened(path) as file:
             part = {name: file.get_tensor(name) for name in file.keys()}
-        sizes = {name: len(part.get(name, ())) for name in ("winner", "loser", "safe", "unsafe")}
-        if set(sizes.values()) != {len(rows)} or "empty" not in part:
+        sizes = {name: len(tensor) for name, tensor in part.items() if name != "empty"}
+        if set(sizes.values()) != {len(rows)}:
             raise BadInput(f"{path}: holds {sizes} for {len(rows)} pairs; delete it, and run "
                            "python make_data.py again")
         parts.append(part)

@@ -1,10 +1,11 @@
 """Where prompts come from: the toy's grammar, files, or a language model. Each gives a Source.
 
 Needs:       what language_model.py needs; of the toy its grammar alone.
-Gives:       from_grammar(), from_files(), from_language_model(), for make_data.py.
+Gives:       source_of() for make_data.py; from_grammar(), from_files(), from_language_model().
 """
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,17 +29,23 @@ class Source(NamedTuple):
     notes: list[str]
 
 
+def chosen(concept: str, names, where) -> list[str]:
+    """The names that --concept means. Raises BadInput if there are none."""
+    names = list(dict.fromkeys(names))
+    if concept not in ("all", *names):
+        raise BadInput(f"--concept {concept}: is not in {where}; use all or one of "
+                       + ", ".join(names))
+    return names if concept == "all" else [concept]
+
+
 def from_grammar(concept: str, pairs: int | None, seed: int) -> Source:
     """Pairs of the toy world, 160 a concept unless said; two concepts' seeds are 100,000 apart."""
-    concepts = list(world.CATEGORIES)
-    if concept not in ("all", *concepts):
-        raise BadInput(f"--concept {concept} is unknown; use all or one of {', '.join(concepts)}")
-    rows = {}
-    for index, name in enumerate(concepts):
-        if concept in ("all", name):
-            prompts = world.training_pairs(name, pairs or 160, seed)
-            rows[name] = [{"unsafe": unsafe, "safe": safe, "seed": (seed + index + 1) * 100_000 + i}
-                          for i, (unsafe, safe) in enumerate(prompts)]
+    concepts, rows = list(world.CATEGORIES), {}
+    for name in chosen(concept, concepts, "the toy's grammar"):
+        first = (seed + concepts.index(name) + 1) * 100_000
+        prompts = world.training_pairs(name, pairs or 160, seed)
+        rows[name] = [{"unsafe": unsafe, "safe": safe, "seed": first + i}
+                      for i, (unsafe, safe) in enumerate(prompts)]
     return Source(rows, world.test_prompts(24, seed), [])
 
 
@@ -48,32 +55,32 @@ def from_files(files: list[Path], images: Path | None, out: Path, concept: str, 
     trained on are left out: by these pairs or, without any, by those in `out`. Raises BadInput."""
     found = [read_prompts(file, images, None if concept == "all" else concept) for file in files]
     notes = ["\n  ".join([f"{file}:", *prompts.report()]) for file, prompts in zip(files, found)]
-    everything, given = [pair for prompts in found for pair in prompts.pairs], {}
+    everything = [pair for prompts in found for pair in prompts.pairs]
+    given, rows = defaultdict(set), Counter()
     for prompts in found:
+        rows += prompts.test_rows
         for prompt, categories in prompts.tests.items():
-            given.setdefault(prompt, set()).update(categories)
+            given[prompt] |= categories
     training, tests = split(everything, given, seed)
     if not everything:
-        for file in out.glob("*/pairs.jsonl"):
-            for row in read_jsonl(file):
-                tests.pop(str(row.get("unsafe")), None)
-                tests.pop(str(row.get("safe")), None)
+        for row in chain(*map(read_jsonl, out.glob("*/pairs.jsonl"))):
+            for side in ("unsafe", "safe"):
+                tests.pop(str(row.get(side)), None)
+    about = (f"held out with {len(everything) - len(training):,} pairs: a tenth of each category, "
+             "none of fewer than 10 prompts")
     if given:
-        rows = sum((prompts.test_rows for prompts in found), Counter())
-        repeats = sum(rows[prompt] for prompt in given.keys() - tests.keys())
-        about = f"; {repeats:,} rows left out, which repeat a training prompt"
-    else:
-        about = f", held out with {len(everything) - len(training):,} pairs"
-        if len(everything) == len(training):
-            about += ", since a tenth of fewer than 10 prompts is none"
-    notes.append(f"test: {len(tests):,} prompts{about}")
-    return Source(rows_of(training, concept, pairs, seed), rows_to_test(tests), notes)
+        repeats = rows.total() - sum(rows[prompt] for prompt in tests)
+        about = f"{repeats:,} rows left out, which repeat a training prompt"
+    notes.append(f"test: {len(tests):,} prompts; {about}")
+    test_rows = [{"prompt": prompt, "category": category} for prompt, categories in tests.items()
+                 for category in sorted(categories) or [None]]
+    return Source(rows_of(training, concept, pairs, seed), test_rows, notes)
 
 
 def rows_of(training: list[Pair], concept: str, pairs: int | None, seed: int) -> dict[str, list]:
     """{concept: rows}. A pair of two categories has its row in both. A row's seed comes from the
     row alone, whatever else is in the file."""
-    rows: dict[str, list] = {}
+    rows = defaultdict(list)
     for pair in training:
         row = {side: pair.prompts[side] for side in ("unsafe", "safe")}
         if pair.images:
@@ -81,22 +88,9 @@ def rows_of(training: list[Pair], concept: str, pairs: int | None, seed: int) ->
         else:
             row["seed"] = zlib.crc32(f"{seed} {pair.key}".encode())
         for category in pair.categories:
-            rows.setdefault(category, []).append(row)
-    names = sorted(rows)
-    if concept != "all" and rows:
-        if concept not in rows:
-            raise BadInput(f"--concept {concept}: no pair has it; use all or one of "
-                           + ", ".join(names))
-        names = [concept]
+            rows[category].append(row)
+    names = chosen(concept, sorted(rows), "the files") if rows else []
     return {name: rows[name][:pairs] for name in names}
-
-
-def rows_to_test(tests: dict[str, set[str]]) -> list[dict]:
-    rows = []
-    for prompt, categories in tests.items():
-        for category in sorted(categories) or [None]:
-            rows.append({"prompt": prompt, "category": category})
-    return rows
 
 
 def from_language_model(folder: Path, concepts: Path, out: Path, concept: str, pairs: int | None,
@@ -107,45 +101,32 @@ def from_language_model(folder: Path, concepts: Path, out: Path, concept: str, p
     them together are out/prompts.jsonl, which is read like any other file. Raises BadInput.
     """
     entries, count = read_concepts(concepts), pairs or 32
+    names = chosen(concept, (category for category, _ in entries), concepts)
     written = out / "_written"    # a category's folder never has an underscore
-    files = {written / f"{i:05d}.json": entry for i, entry in enumerate(entries)
-             if concept in ("all", entry[0])}
-    if not files:
-        raise BadInput(f"--concept {concept}: {concepts} does not list it; use all or one of "
-                       + ", ".join(sorted(dict(entries))))
+    files = {written / f"{i:05d}.json": entry
+             for i, entry in enumerate(entries) if entry[0] in names}
     if processes.RANK == 0:
-        parts = [file for file in folder.glob("*") if file.suffix in (".json", ".safetensors")]
-        prepare(written, {"language model": sha256(*sorted(parts)), "concepts": sha256(concepts),
+        parts = sorted(folder.glob("*.[js]*"))    # .json, .jinja and .safetensors
+        prepare(written, {"language model": sha256(*parts), "concepts": sha256(concepts),
                           "pairs": count, "seed": seed}, ("[0-9]*.json",))
     processes.wait()
     todo = [file for file in list(files)[processes.RANK::processes.WORLD] if not file.exists()]
     model = LanguageModel(folder, device) if todo else None
     for file in tqdm(todo, desc="writing prompts", unit="concept", disable=processes.RANK > 0):
-        rows, counts = write_pairs(model, *files[file], count,
-                                   zlib.crc32(f"{seed} {files[file]}".encode()))
+        own_seed = zlib.crc32(f"{seed} {files[file]}".encode())
+        rows, counts = write_pairs(model, *files[file], count, own_seed)
         write_json(file, {"rows": rows, "counts": counts})
     processes.wait()
-    rows, counts = gathered([read_json(file) for file in files])
-    summary = f"{folder}: {len(rows):,} of {count * len(files):,} pairs written; {counts}"
+    records = [read_json(file) for file in files]
+    rows = [row for record in records for row in record["rows"]]
+    counts = sum((Counter(record["counts"]) for record in records), Counter())
+    summary = f"{folder}: {len(rows):,} of {count * len(files):,} pairs written; " + ", ".join(
+        f"{n:,} {what}" for what, n in sorted(counts.items()))
     if not rows:
         raise BadInput(f"--llm {summary}; use a model that follows instructions")
-    if processes.RANK == 0:
-        write_jsonl(out / "prompts.jsonl", rows)
-    processes.wait()
+    write_jsonl(out / "prompts.jsonl", rows)    # every process: the same bytes, moved into place
     source = from_files([out / "prompts.jsonl"], None, out, concept, None, seed)
     return source._replace(notes=[summary, *source.notes])
-
-
-def gathered(records: list[dict]) -> tuple[list[dict], str]:
-    """All rows, an unsafe prompt that was written twice once; and what was counted, in words."""
-    rows: dict[str, dict] = {}
-    counts: Counter = Counter()
-    for record in records:
-        counts.update(record["counts"])
-        for row in record["rows"]:
-            counts["duplicates"] += row["unsafe"].casefold() in rows
-            rows.setdefault(row["unsafe"].casefold(), row)
-    return list(rows.values()), ", ".join(f"{n:,} {what}" for what, n in sorted((+counts).items()))
 
 
 def source_of(args, device: torch.device) -> Source:

@@ -3,8 +3,8 @@
 A judge is any object with `name`; `rule`, what it calls unsafe, in words; `size`, the side in
 pixels of the pictures that it reads, or None for any; and judge(pictures uint8 [N, H, W, 3]) -> N
 verdicts, verdict i from picture i alone. A verdict has `harm`, a probability in [0, 1]; `unsafe`, a
-bool; and `label`, what was seen, in a word. For make_data.py a judge may also have reject() and
-`faults`, as ToyJudge has.
+bool; and `label`, what was seen, in a word. For make_data.py a judge may also have reject(), as
+ToyJudge has.
 """
 from pathlib import Path
 

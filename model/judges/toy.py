@@ -22,12 +22,9 @@ from model.tools.files import read_json
 from model.toy.world import ACCESSORIES, BACKGROUNDS, CATEGORIES, COLOURS, OBJECTS, SIZE, Scene
 
 NOTHING = "nothing"    # an empty place where an extra could stand
-HEADS = {
-    "background": (*BACKGROUNDS, None),
-    "colour": (*COLOURS, None),
-    "object": (*OBJECTS, None),
-    "extra": (NOTHING, *ACCESSORIES, *CATEGORIES, None),
-}
+HEADS = {"background": (*BACKGROUNDS, None), "colour": (*COLOURS, None),
+         "object": (*OBJECTS, None), "extra": (NOTHING, *ACCESSORIES, *CATEGORIES, None)}
+BATCH = 64    # pictures judged at once
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,6 @@ def stage(c_in: int, c_out: int, stride: int) -> nn.Module:
 
 class ToyJudge(nn.Module):
     name, rule, size = "toy", f"any of {len(CATEGORIES)} emblems, P >= 0.5", SIZE
-    faults = ("not unsafe", "not safe")    # what reject() may say
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -90,17 +86,16 @@ class ToyJudge(nn.Module):
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
-    def judge(self, pictures: np.ndarray, batch: int = 64) -> list[Verdict]:
+    def judge(self, pictures: np.ndarray) -> list[Verdict]:
         """pictures uint8 [N, S, S, 3] -> N verdicts. Raises BadInput for another size than 32."""
         verdicts = []
-        for picture in pictures:
-            if picture.shape != (SIZE, SIZE, 3):
+        for start in range(0, len(pictures), BATCH):
+            part = np.stack(pictures[start:start + BATCH])
+            if part.shape[1:] != (SIZE, SIZE, 3):
                 raise BadInput(f"the toy judge reads pictures of {SIZE}x{SIZE} pixels, not "
-                               f"{picture.shape[1]}x{picture.shape[0]}; judge pictures of the toy "
-                               "model at its own size")
-        for start in range(0, len(pictures), batch):
-            images = torch.from_numpy(np.stack(pictures[start:start + batch]))
-            images = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+                               f"{part.shape[2]}x{part.shape[1]}; judge pictures of the toy model "
+                               "at its own size")
+            images = torch.from_numpy(part).permute(0, 3, 1, 2).float() / 127.5 - 1
             chances = {name: logits.softmax(1) for name, logits in self(images).items()}
             best = [[HEADS[name][i] for i in chance.argmax(1)] for name, chance in chances.items()]
             emblems = chances["extra"][:, [HEADS["extra"].index(name) for name in CATEGORIES]]
@@ -108,11 +103,10 @@ class ToyJudge(nn.Module):
         return verdicts
 
     def reject(self, safe: np.ndarray, unsafe: np.ndarray) -> list[list[str]]:
-        """What is wrong with each pair (uint8 [N, S, S, 3] both), out of `faults`: an unsafe
-        picture in which it sees no harm; a safe one in which it sees some, or cannot tell what."""
+        """What is wrong with each pair (uint8 [N, S, S, 3] both): "not unsafe", where it sees no
+        harm; "not safe", where it sees some in the safe picture, or cannot tell what is there."""
         reasons = []
         for winner, loser in zip(self.judge(safe), self.judge(unsafe)):
-            unclear = None in (winner.object, winner.extra)
-            wrong = (not loser.unsafe, winner.unsafe or unclear)
-            reasons.append([fault for fault, found in zip(self.faults, wrong) if found])
+            clean = not winner.unsafe and None not in (winner.object, winner.extra)
+            reasons.append(["not unsafe"] * (not loser.unsafe) + ["not safe"] * (not clean))
         return reasons

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from model.stable_diffusion import precision
+from model.tools.command import BadInput
 from model.tools.files import opened, save_tensors, write_jsonl
 from model.tools.pictures import curves
 
@@ -58,19 +59,22 @@ def save_state(path: Path, plan: dict, log: list[dict], parameters, optimiser, s
 @torch.no_grad()
 def load_state(path: Path, plan: dict, parameters, optimiser, scaler) -> list[dict]:
     """Puts back what save_state() wrote for the same plan. Returns the log; [] where there is
-    none."""
+    none. Raises BadInput for a file of another program."""
     if not path.is_file():
         return []
-    with opened(path) as file:
-        state = json.loads(file.metadata()["state"])
-        if state["plan"] != plan:
-            return []
-        # Clones, since the file is going to be replaced.
-        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-    moments = {}
-    for i, p in enumerate(parameters):
-        p.copy_(tensors[f"parameter.{i}"])
-        moments[i] = {key: tensors[f"{key}.{i}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    try:
+        with opened(path) as file:
+            state = json.loads(file.metadata()["state"])
+            if state["plan"] != plan:
+                return []
+            # Clones, since the file is going to be replaced.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+        moments = {}
+        for i, p in enumerate(parameters):
+            p.copy_(tensors[f"parameter.{i}"])
+            moments[i] = {key: tensors[f"{key}.{i}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{path}: not a state to continue from ({error}); delete it") from None
     groups = optimiser.state_dict()["param_groups"]
     optimiser.load_state_dict({"state": moments, "param_groups": groups})
     scaler.load_state_dict(state["scaler"])
