@@ -20,64 +20,38 @@ import math
 import torch
 
 from model.tools.command import BadInput
+from model.unet import refuse_unknown
 
-# These would change ᾱ or the steps. A checkpoint that sets one is refused: ignored, the pictures
-# would be wrong with every shape right.
-UNSUPPORTED = ("trained_betas", "rescale_betas_zero_snr", "thresholding")
-# Allowed values, the default first.
-CHOICES = {"beta_schedule": ("linear", "scaled_linear"),
-           "prediction_type": ("epsilon", "v_prediction"),
-           "timestep_spacing": (None, "leading", "trailing", "linspace")}
-
-
-def check(config: dict):
-    """Raises ValueError, one sentence, for a missing key or a setting that is not supported."""
-    for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"):
-        if key not in config:
-            raise ValueError(f"the scheduler config has no {key!r}; use the checkpoint's own file")
-    for key in UNSUPPORTED:
-        if config.get(key):
-            raise ValueError(f"the scheduler config sets {key!r}, which is not supported; use a "
-                             "checkpoint without it")
-    for key, allowed in CHOICES.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise ValueError(f"{key} {config[key]!r} in the scheduler config is not supported; use "
-                             f"one of {', '.join(filter(None, allowed))}")
-    T, start, end = (config[key] for key in ("num_train_timesteps", "beta_start", "beta_end"))
-    offset, clip_range = config.get("steps_offset", 0), config.get("clip_sample_range") or 1.0
-    numbers = all(isinstance(value, (int, float)) for value in (start, end, clip_range))
-    if not (numbers and isinstance(T, int) and isinstance(offset, int) and 1 <= T <= 100_000
-            and 0 < start < 1 and 0 < end < 1):
-        raise ValueError(f"the scheduler config's num_train_timesteps {T!r}, betas {start!r} to "
-                         f"{end!r}, steps_offset {offset!r} and clip_sample_range {clip_range!r} "
-                         "make no schedule; use the checkpoint's own file")
+# Other values would change ᾱ or the steps. {key: values, first what a missing key means}
+IMPLEMENTED = {
+    "beta_schedule": ("linear", "scaled_linear"), "prediction_type": ("epsilon", "v_prediction"),
+    "timestep_spacing": (None, "leading", "trailing", "linspace"), "trained_betas": (None,),
+    "rescale_betas_zero_snr": (False, None), "thresholding": (False, None)}
 
 
 class NoiseSchedule:
     """β and ᾱ of a checkpoint, and the algebra between x_0, ε, v and x_t.
 
-    config: a diffusers scheduler_config.json as a dict. Keys read: num_train_timesteps, beta_start,
-        beta_end, beta_schedule (linear | scaled_linear), prediction_type (epsilon | v_prediction,
-        default epsilon), timestep_spacing (leading | trailing | linspace, default the sampler's
-        own), steps_offset (0), set_alpha_to_one and clip_sample (DDIM only; True where absent, as
-        in diffusers; Stable Diffusion's files say false for both). A solver's own settings (order,
-        Karras sigmas) are ignored: the sampler's name says which solver runs.
-    Raises ValueError, one sentence, for a missing key or a setting that is not supported.
+    config: a diffusers scheduler_config.json as a dict. A missing key means what it means there:
+        clip_sample and set_alpha_to_one (DDIM alone reads them) are then True, where Stable
+        Diffusion's files say false. A solver's own settings (order, Karras sigmas) are ignored.
+    Raises ValueError or KeyError, naming the key, for a config that is not implemented.
     """
     def __init__(self, config: dict):
-        check(config)
-        self.T = config["num_train_timesteps"]
-        self.prediction_type = config.get("prediction_type", "epsilon")
-        self.timestep_spacing = config.get("timestep_spacing")
-        self.steps_offset = config.get("steps_offset", 0)
-        self.clip_range = None
-        if config.get("clip_sample", True):
-            self.clip_range = config.get("clip_sample_range") or 1.0
+        refuse_unknown(config, IMPLEMENTED)
+        T, start, end = (config[key] for key in ("num_train_timesteps", "beta_start", "beta_end"))
+        if not (1 <= T <= 100_000 and 0 < start < 1 and 0 < end < 1):
+            raise ValueError(f"num_train_timesteps {T} and betas {start} to {end} are no schedule")
+        self.T, self.prediction_type = T, config.get("prediction_type", "epsilon")
+        self.timestep_spacing = config.get("timestep_spacing")    # None: the sampler's own
+        self.steps_offset = int(config.get("steps_offset", 0))
+        clips = config.get("clip_sample", True)
+        self.clip_range = float(config.get("clip_sample_range") or 1.0) if clips else None
 
         # "scaled" is linear in √β: the first steps add less noise than the linear schedule's.
-        power = 0.5 if config["beta_schedule"] == "scaled_linear" else 1.0
-        start, end = config["beta_start"] ** power, config["beta_end"] ** power
-        betas = torch.linspace(start, end, self.T, dtype=torch.float32) ** (1 / power)    # [T]
+        power = 0.5 if config.get("beta_schedule") == "scaled_linear" else 1.0
+        betas = torch.linspace(start ** power, end ** power, T, dtype=torch.float32)
+        betas = betas ** (1 / power)    # [T]
         # Always fp32: near t = 0, 1−ᾱ is 8.5e-4, of which bf16 keeps no digit.
         self.alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)    # ᾱ [T]
         # The same numbers for the samplers, which need not wait for a device.
@@ -95,15 +69,14 @@ class NoiseSchedule:
         return abar.sqrt(), (1.0 - abar).sqrt()
 
     def add_noise(self, x0, noise, t):
-        """x_t [B,C,H,W], fp32, from clean x0 and standard normal noise; t [B] or an int. (README,
-        eq. 1)"""
+        """x_t [B,C,H,W], fp32, from clean x0 and normal noise; t [B] or an int. (README, eq. 1)"""
         alpha, sigma = self.alpha_sigma(t, x0)
         return alpha * x0.float() + sigma * noise.float()    # x_t = α·x_0 + σ·ε
 
     def target(self, x0, noise, t):
         """What the network should output at x_t [B,C,H,W], fp32: ε, or for v-prediction the
         velocity (Salimans & Ho 2022, 2202.00512), the direction in which x_t turns as noise grows.
-        To train a v-model against ε is wrong at every t, and no shape gives it away."""
+        ε in its place would be wrong at every t, and no shape gives it away."""
         if self.prediction_type == "epsilon":
             return noise.float()
         alpha, sigma = self.alpha_sigma(t, x0)
@@ -124,9 +97,8 @@ class NoiseSchedule:
         leading   0, k, 2k, … plus steps_offset (k = T // steps): never starts from pure noise;
         linspace  evenly from 0 to T−1, both ends visited;
         trailing  T−1, T−1−k, …: starts from pure noise, for zero-SNR models (2305.08891, table 2).
-        skip_lowest: space out one step more, and leave out the one nearest to clean, whose place is
-            taken by the jump to zero noise (diffusers' DPM-Solver does so, its DDIM does not).
-        Raises BadInput where T has no room for so many different steps.
+        skip_lowest: one step more, without the one nearest to clean: the jump to zero noise takes
+            its place (in diffusers' DPM-Solver, not in its DDIM). Raises BadInput for too many.
         """
         spacing, n = self.timestep_spacing or default, steps + skip_lowest
         if spacing == "trailing":
@@ -140,8 +112,7 @@ class NoiseSchedule:
         else:
             stride = (self.T - 1) / max(n - 1, 1)
             times = [round(i * stride) for i in reversed(range(skip_lowest, n))]
-        falling = all(a > b for a, b in zip(times, times[1:]))
-        if times[0] >= self.T or times[-1] < 0 or not falling:
+        if times != sorted(set(times), reverse=True) or times[0] >= self.T or times[-1] < 0:
             raise BadInput(f"--steps {steps} do not fit {self.T} training timesteps with "
                            f"{spacing!r} spacing; use fewer steps")
         return times
@@ -149,7 +120,7 @@ class NoiseSchedule:
 
 # A sampler is two functions: the pairs (t, s) to visit, and one step from noise level t to the
 # lower s. s < 0 stands for "no noise left". A step takes and returns its memory (`state`, None at
-# the start): nothing is hidden in an object, and one loop serves all.
+# the start).
 
 def ddim_pairs(schedule, steps):
     # DDIM steps by a fixed stride T // steps, which meets the next t only with leading spacing.
@@ -191,10 +162,9 @@ def dpmpp_step(schedule, x, output, t, s, state):
     if state is not None:
         x0_before, lam_before = state
         r = (lam - lam_before) / h    # r = h_before / h
-        # D = (1 + 1/2r)·x̂_0 − (1/2r)·x̂_0 before;  x_s = (σ_s/σ_t)·x_t − α_s(e^{−h} − 1)·D
         D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_before
-    x = sigma_s / sigma_t * x - alpha_s * math.expm1(-h) * D
-    return x, (x0, lam)
+    # x_s = (σ_s/σ_t)·x_t − α_s(e^{−h} − 1)·D
+    return sigma_s / sigma_t * x - alpha_s * math.expm1(-h) * D, (x0, lam)
 
 
 SAMPLERS = {"ddim": (ddim_pairs, ddim_step), "dpm++": (dpmpp_pairs, dpmpp_step)}
@@ -206,9 +176,8 @@ def sample(predict, x_T, schedule: NoiseSchedule, steps: int, sampler: str):
 
     predict(x_t [B,C,H,W] fp32, t int) -> the network's output [B,C,H,W], guidance already applied,
         any float dtype: x itself stays in fp32, where the small last steps do not round away.
-    sampler: a name in SAMPLERS.
-    Equal to diffusers' DDIMScheduler (η 0) and DPMSolverMultistepScheduler, each built by
-    from_config(config), within float rounding. Raises BadInput for too many steps.
+    sampler: of SAMPLERS; equal to diffusers' DDIMScheduler (η 0) and DPMSolverMultistepScheduler,
+        built by from_config(config), within rounding. Raises BadInput for too many steps.
     """
     pairs, step = SAMPLERS[sampler]
     x, state = x_T.float(), None

@@ -12,7 +12,7 @@ Where the families differ, besides their UNet's config and their text encoders (
 Letters: B batch, H W picture height and width in pixels, f the VAE's reduction (8, toy 4),
 h w = H/f, W/f, C latent channels (4), L tokens, D context width, P pooled width.
 """
-import contextlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -57,22 +57,9 @@ def at_once(side: int) -> int:
     return max(1, min(16, 1024 ** 2 // side ** 2))
 
 
-@contextlib.contextmanager
-def naming(path: Path):
-    """Turns a ValueError inside, about a part of the checkpoint, into BadInput that names it."""
-    try:
-        yield
-    except ValueError as error:
-        raise BadInput(f"{path}: {error}") from None
-
-
-def trained_size(checkpoint: Checkpoint) -> int:
-    """The side in pixels of the pictures that a checkpoint was trained on, by its configs."""
-    config = checkpoint.config("unet")
-    side = config.get("sample_size") or (128 if config.get("addition_embed_type") else 64)
-    if not isinstance(side, int):
-        raise ValueError(f"UNet config: sample_size = {side!r} must be one integer.")
-    return side * checkpoint.skeleton("vae", VAE).reduction
+def latent_side(config: dict) -> int:
+    """Of the pictures that a UNet of this config was trained on."""
+    return int(config.get("sample_size") or (128 if config.get("addition_embed_type") else 64))
 
 
 class Denoiser:
@@ -83,15 +70,14 @@ class Denoiser:
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
         self.path, self.device = checkpoint.path, device
         self.reduction = checkpoint.skeleton("vae", VAE).reduction
-        self.size = trained_size(checkpoint)
-        config = checkpoint.config("scheduler")
-        self.schedule = NoiseSchedule(config)    # before the weights: it may refuse
+        self.size = checkpoint.make("unet", latent_side) * self.reduction
+        self.schedule = checkpoint.make("scheduler", NoiseSchedule)    # before the weights
         self.unet = checkpoint.build("unet", UNet, device, dtype).requires_grad_(False).eval()
         self.pooled, self.channels = self.unet.pooled_width, self.unet.conv_in.in_channels
         # A single file of SD 2 does not say whether it predicts v, as its configs here assume.
         silent = checkpoint.family == "SD 2" and not checkpoint.has_config("scheduler")
         if silent and self.predicts_noise():
-            self.schedule = NoiseSchedule({**config, "prediction_type": "epsilon"})
+            self.schedule.prediction_type = "epsilon"
             self.size = self.size if checkpoint.has_config("unet") else 512
 
     def predicts_noise(self) -> bool:
@@ -106,8 +92,7 @@ class Denoiser:
     def noise(self, seeds: list[int], size: int) -> torch.Tensor:
         """Start noise [B, C, size/f, size/f] on the CPU. One generator a picture: the same seed
         gives the same picture on any device and in any batch, and the one that diffusers gives."""
-        side = size // self.reduction
-        shape = (self.channels, side, side)
+        shape = (self.channels, size // self.reduction, size // self.reduction)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
@@ -127,8 +112,8 @@ class Denoiser:
         Weights are looked at only now: to read them all earlier would cost more than to load."""
         if tensor.isfinite().all():
             return tensor
-        for part, module in vars(self).items():
-            for name, weight in module.named_parameters() if isinstance(module, nn.Module) else ():
+        for part in ("unet", "vae", "text"):
+            for name, weight in getattr(self, part, nn.Module()).named_parameters():
                 if not weight.isfinite().all():
                     raise BadInput(f"{self.path}: {part} {name} holds NaN or infinity; get an "
                                    "undamaged copy of the checkpoint")
@@ -142,8 +127,9 @@ class StableDiffusion(Denoiser):
         super().__init__(checkpoint, device, dtype)
         self.text = TextEncoders.of(checkpoint, dtype, device)
         # SDXL's VAE overflows in fp16, and the picture is black. bf16 reaches as far as fp32.
-        wide = torch.float32 if dtype == torch.float16 else dtype
-        self.vae = checkpoint.build("vae", VAE, device, wide).requires_grad_(False).eval()
+        self.vae_dtype = torch.float32 if dtype == torch.float16 else dtype
+        self.vae = checkpoint.build("vae", VAE, device, self.vae_dtype)
+        self.vae.requires_grad_(False).eval()
         self.scale = self.vae.config.get("scaling_factor", 0.18215)    # early SD 1 do not say it
         self.zero_negative = checkpoint.zero_negative
 
@@ -161,41 +147,36 @@ class StableDiffusion(Denoiser):
         prompt = self.embed([""])
         return torch.zeros_like(prompt) if self.zero_negative else prompt
 
+    def guide(self, context: torch.Tensor, guidance: float, x_t: torch.Tensor, t: int):
+        """Classifier-free guidance (Ho & Salimans 2022; README, eq. 10): the output [B, C, h, w]
+            eps = eps(negative) + guidance * (eps(prompt) - eps(negative))
+        at x_t. context: [2B, L, D], both halves one batch; for guidance 1 the prompts' alone."""
+        times = torch.full((len(context),), t, device=self.device)
+        if guidance == 1:
+            return self.predict(x_t, times, context)
+        output = self.predict(x_t.repeat(2, 1, 1, 1), times, context).float()
+        without, with_prompt = output.chunk(2)
+        return without + guidance * (with_prompt - without)
+
     @torch.no_grad()
     def draw(self, prompts: list[str], seeds: list[int], steps: int, guidance: float,
              sampler: str = "dpm++", negative: str = "", size: int | None = None) -> np.ndarray:
         """Draws prompt i from seed i. Returns uint8 [B, size, size, 3]; size is a multiple of f.
-
-        Classifier-free guidance (Ho & Salimans 2022; README, eq. 10):
-            eps = eps(negative) + guidance * (eps(prompt) - eps(negative))
-        Both halves are one batch; guidance 1 is eps(prompt) alone, at half the cost. Raises
-        BadInput for more steps than the schedule has, and for numbers that are not finite.
-        """
-        B, guided = len(prompts), guidance != 1
-        context = self.embed([negative] * B * guided + list(prompts))    # [2B, L, D]
-        if guided and self.zero_negative and not negative:
-            context[:B] = 0
-
-        def predict(x_t, t):
-            times = torch.full((len(context),), t, device=self.device)
-            output = self.predict(x_t.repeat(1 + guided, 1, 1, 1), times, context)
-            if not guided:
-                return output
-            without, with_prompt = output.float().chunk(2)
-            return without + guidance * (with_prompt - without)
-
+        Raises BadInput for too many steps, and for numbers that are not finite."""
+        negatives = [negative] * len(prompts) if guidance != 1 else []
+        context = self.embed(negatives + list(prompts))
+        if self.zero_negative and not negative:
+            context[:len(negatives)] = 0
         noise = self.noise(seeds, size or self.size).to(self.device)
+        predict = partial(self.guide, context, guidance)
         latents = sample(predict, noise, self.schedule, steps, sampler)
         return self.decode(self.finite(latents, "the picture"))
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """Latents as the UNet sees them [B, C, h, w] -> uint8 pictures [B, H, W, 3].
-
-        In slices of at most 512 x 512 pixels in all (or one picture), so that memory does not grow
-        with B: the VAE's widest layers are many times the size of anything in the UNet.
-        """
-        z = (latents / self.scale).to(self.vae.decoder.conv_in.weight.dtype)
+        """Latents as the UNet sees them [B, C, h, w] -> uint8 pictures [B, H, W, 3]. In slices of
+        512 x 512 pixels in all, or one picture: the VAE's widest layers would fill the memory."""
+        z = (latents / self.scale).to(self.vae_dtype)
         slices = z.split(max(1, 512 ** 2 // (z[0, 0].numel() * self.reduction ** 2)))
         images = torch.cat([self.vae.decode(part).float().cpu() for part in slices])
         images = (self.finite(images, "the decoded picture") / 2 + 0.5).clamp(0, 1) * 255
@@ -206,46 +187,41 @@ class StableDiffusion(Denoiser):
         """uint8 pictures [B, H, W, 3] -> latents as the UNet sees them [B, C, h, w], fp32: the mean
         of the VAE's posterior, times scale. In slices, as decode()."""
         images = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        images = images.to(self.vae.decoder.conv_in.weight.dtype)
-        slices = images.split(max(1, 512 ** 2 // images[0, 0].numel()))
+        slices = images.to(self.vae_dtype).split(max(1, 512 ** 2 // images[0, 0].numel()))
         mean = torch.cat([self.vae.encode(part)[0] for part in slices])
         return self.finite(mean.float() * self.scale, "the encoded picture")
 
 
 def load_denoiser(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> Denoiser:
     """Loads the UNet and the schedule alone, as load() does."""
-    with naming(path):
-        return Denoiser(Checkpoint(path), device, dtype or precision(device))
+    return Denoiser(Checkpoint(path), device, dtype or precision(device))
 
 
 def load(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> StableDiffusion:
     """Loads a diffusers folder or a single file, in precision(device) unless a dtype is given.
     Raises BadInput, naming file and key, for anything missing, extra, of another shape or
     unreadable, and for other models. NaN is found in use, by finite()."""
-    with naming(path):
-        return StableDiffusion(Checkpoint(path), device, dtype or precision(device))
+    return StableDiffusion(Checkpoint(path), device, dtype or precision(device))
 
 
 def skeleton(path: Path) -> UNet:
     """The UNet without its weights: names and shapes, to see in a moment whether a LoRA fits."""
-    with naming(path):
-        return Checkpoint(path).skeleton("unet", UNet)
+    return Checkpoint(path).skeleton("unet", UNet)
 
 
 def picture_size(path: Path) -> int:
     """The side in pixels of the pictures that the model was trained on. (A single file of SD 2 says
     768 here, and may be a 512 by its weights: load() finds out.)"""
-    with naming(path):
-        return trained_size(Checkpoint(path))
+    checkpoint = Checkpoint(path)
+    return checkpoint.make("unet", latent_side) * checkpoint.skeleton("vae", VAE).reduction
 
 
 def check_drawing(path: Path, size: int, steps: int, sampler: str = "dpm++"):
     """Raises BadInput for a side, in pixels, that the model's VAE cannot make, and for more steps
     than its schedule has: now, and not when the pictures of other settings are gone."""
-    with naming(path):
-        checkpoint = Checkpoint(path)
-        reduction = checkpoint.skeleton("vae", VAE).reduction
-        SAMPLERS[sampler][0](NoiseSchedule(checkpoint.config("scheduler")), steps)
+    checkpoint = Checkpoint(path)
+    SAMPLERS[sampler][0](checkpoint.make("scheduler", NoiseSchedule), steps)
+    reduction = checkpoint.skeleton("vae", VAE).reduction
     if size < 1 or size % reduction:
         raise BadInput(f"--size {size} is not a positive multiple of {reduction}, this model's "
                        "reduction; use one that is")

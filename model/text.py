@@ -24,89 +24,79 @@ from model.tools.command import BadInput
 
 
 def silent_transformers():
-    """transformers without its advice: the checkpoint's own files decide the settings here."""
     import transformers
-    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.set_verbosity_error()    # the checkpoint's own files decide here
     return transformers
 
 
 def load_tokenizer(folder: Path, **special):
     """The CLIP tokenizer in folder (vocab.json + merges.txt, or tokenizer.json). special: tokens
-    such as pad_token, over what its files say. Raises ValueError if it is missing or damaged."""
+    such as pad_token, over what its files say. Raises BadInput if it is missing or damaged."""
     if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        raise ValueError(f"{folder} has no vocab.json; give a checkpoint with its tokenizer")
+        raise BadInput(f"{folder} has no vocab.json; copy the tokenizer of a diffusers checkpoint "
+                       "there (a single file carries none)")
     kind = silent_transformers().CLIPTokenizer
     try:    # local files only: no command may hang where there is no network
         tokenizer = kind.from_pretrained(str(folder), local_files_only=True, **special)
         tokenizer.model_max_length = int(tokenizer.model_max_length)
         return tokenizer
     except Exception as error:    # the tokenizers library raises just that for a damaged file
-        raise ValueError(f"{folder}: not a readable tokenizer ({error}); copy it again") from None
+        raise BadInput(f"{folder}: not a readable tokenizer ({error}); copy it again") from None
 
 
 def build_encoder(config: dict):
-    """A new transformers CLIPTextModel or CLIPTextModelWithProjection, as config["architectures"]
-    says. config: of text_encoder/config.json. Raises ValueError if it is neither of the two."""
-    transformers = silent_transformers()
+    """A new CLIPTextModel or CLIPTextModelWithProjection of transformers, as
+    config["architectures"] says. Raises ValueError if it is neither."""
     name = (config.get("architectures") or ["CLIPTextModel"])[0]
     if name not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
-        raise ValueError(f"a text encoder is a {name}, which is not supported; use a CLIP text "
-                         "encoder (SD 1.x, 2.x or SDXL)")
+        raise ValueError(f"a text encoder is a {name}, which is not supported, only CLIP's")
+    transformers = silent_transformers()
     return getattr(transformers, name)(transformers.CLIPTextConfig.from_dict(config))
 
 
 def load_encoder(checkpoint: Checkpoint, part: str, device, dtype):
-    """A checkpoint's text_encoder or text_encoder_2. Raises BadInput unless every tensor fits."""
+    """A checkpoint's text_encoder or text_encoder_2, frozen."""
     model = checkpoint.build(part, build_encoder, device, dtype)
-    # Buffers that no file holds are still on the meta device, where an index has no values.
     for module in model.modules():
-        if "position_ids" in module._buffers:
+        if "position_ids" in module._buffers:    # in no file, and so still on the meta device
             length = model.config.max_position_embeddings
             module.position_ids = torch.arange(length, device=device)[None]    # [1,L]
-    empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
-    if empty:
-        raise ValueError(f"{part}: this version of transformers keeps values that are not filled "
-                         f"in here ({empty[0]}); use the version pinned in requirements.txt")
     return model.requires_grad_(False).eval()
 
 
 class TextEncoders(nn.Module):
-    """One CLIP text encoder (SD 1.x, 2.x) or two (SDXL), each with its tokenizer.
-
-    tokenizers: E transformers tokenizers. encoders: E transformers CLIP text models.
-    """
+    """One CLIP text encoder (SD 1.x, 2.x) or two (SDXL), each with its tokenizer."""
     def __init__(self, tokenizers: list, encoders: list):
         super().__init__()
-        self.tokenizers, self.encoders = list(tokenizers), nn.ModuleList(encoders)
+        self.tokenizers, self.encoders = tokenizers, nn.ModuleList(encoders)
         # L. Without a length in its file a tokenizer is endless; the position table is the limit.
         self.length = min(*(tokenizer.model_max_length for tokenizer in tokenizers),
                           *(encoder.config.max_position_embeddings for encoder in encoders))
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype=torch.float32, device="cpu"):
-        """A checkpoint's, frozen. Raises BadInput or ValueError, naming the file."""
+        """A checkpoint's. Raises BadInput, naming the file."""
         parts = [part for part in checkpoint.parts if part.startswith("text_encoder")]
         return cls([load_tokenizer(folder, **special) for folder, special in checkpoint.tokenizers],
                    [load_encoder(checkpoint, part, device, dtype) for part in parts])
 
     def save(self, folder: Path):
-        """Writes text_encoder/ (config.json, model.safetensors) for each encoder, by the published
-        tensor names, which every version of every tool reads. Tokenizers are not written."""
-        for part, encoder in zip(("text_encoder", "text_encoder_2"), self.encoders):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-            state = {key if key.startswith((TEXT, "text_projection.")) else TEXT + key:
-                     tensor.contiguous() for key, tensor in encoder.state_dict().items()}
-            save_file(state, folder / part / "model.safetensors", metadata={"format": "pt"})
-            config = {**encoder.config.to_diff_dict(), "architectures": [type(encoder).__name__]}
-            text = json.dumps(config, indent=2, sort_keys=True)
-            (folder / part / "config.json").write_text(text + "\n")
+        """Writes the first encoder, without its tokenizer, to text_encoder/, by the published
+        tensor names, which every version of every tool reads."""
+        encoder, path = self.encoders[0], folder / "text_encoder"
+        path.mkdir(parents=True, exist_ok=True)
+        state = {TEXT + key: tensor.contiguous()
+                 for key, tensor in encoder.state_dict().items()}
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+        config = {**encoder.config.to_diff_dict(), "architectures": [type(encoder).__name__]}
+        (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def tokenize(self, prompts: list[str]) -> torch.Tensor:
-        """Prompts -> ids [B,E·L] int64: each encoder's own row, side by side.
+        """Prompts -> ids [B,E·L] int64: each encoder's own row, side by side. Longer prompts lose
+        their tail. Raises BadInput for a prompt that is not valid text.
 
         SDXL's two tokenizers share their words but not their padding: the first pads with the end
-        token, the second, like SD 2, with id 0; each says so in its files. Longer prompts lose
-        their tail. Raises BadInput for a prompt that is not valid text.
+        token, the second, like SD 2, with id 0; each says so in its files.
         """
         for prompt in prompts:
             if any("\ud800" <= c <= "\udfff" for c in prompt):    # from bytes that are not UTF-8
@@ -129,6 +119,5 @@ class TextEncoders(nn.Module):
 
     @torch.no_grad()
     def encode(self, prompts: list[str]):
-        """Prompts -> (context [B,L,D], pooled [B,P] or None), without autograd. "" is what guidance
-        subtracts (SDXL base takes zeros instead where there is no negative prompt)."""
+        """encode_ids() of prompts, without autograd."""
         return self.encode_ids(self.tokenize(prompts))

@@ -8,9 +8,9 @@ From a noisy latent x_t, the time t and the prompt's embedding it predicts the n
     sample -> conv_in -> down_blocks -> mid_block -> up_blocks -> conv_out -> prediction
                              |______ skips, a stack ______|
 
-Attributes are named as the public checkpoints name them: loading is one strict load_state_dict,
-and there is no converter to get wrong. A block is a list of layers: one resnet each (mixes
-neighbouring pixels, hears the time) and maybe one transformer (mixes all pixels, reads the prompt).
+Attributes are named as the public checkpoints name them: loading is one strict load_state_dict. A
+block is a list of layers: one resnet each (mixes neighbouring pixels, hears the time) and maybe one
+transformer (mixes all pixels, reads the prompt).
 
 Letters:  B batch   C channels   H W height and width of the latent   N = H*W as tokens
           L prompt tokens   D context width   E time embedding width   P pooled prompt width
@@ -43,41 +43,35 @@ OFF = """only_cross_attention mid_block_only_cross_attention dual_cross_attentio
     time_cond_proj_dim class_embed_type class_embeddings_concat encoder_hid_dim
     encoder_hid_dim_type resnet_skip_time_act""".split()
 IMPLEMENTED = dict.fromkeys(OFF, (None, False)) | dict(
+    down_block_types=(DOWN, "DownBlock2D"), up_block_types=(UP, "UpBlock2D"),
+    mid_block_type=("UNetMidBlock2DCrossAttn",), addition_embed_type=(None, "text_time"),
     resnet_out_scale_factor=(1,), mid_block_scale_factor=(1,), downsample_padding=(1,),
     attention_type=("default",), resnet_time_scale_shift=("default",), act_fn=("silu", "swish"),
-    mid_block_type=("UNetMidBlock2DCrossAttn",), addition_embed_type=(None, "text_time"),
     time_embedding_type=("positional",), flip_sin_to_cos=(True,), freq_shift=(0,),
     conv_in_kernel=(3,), conv_out_kernel=(3,))
-PER_LEVEL = dict(    # keys that may have one value for each level
-    down_block_types=(DOWN, "DownBlock2D"), up_block_types=(UP, "UpBlock2D"),
-    attention_head_dim=None, layers_per_block=None, transformer_layers_per_block=None)
+PER_LEVEL = ("down_block_types", "up_block_types", "attention_head_dim", "layers_per_block",
+             "transformer_layers_per_block")    # one value, or one for each level
 
 
-def refuse_unknown(what, config, implemented):
+def refuse_unknown(config, implemented):
     """Raises ValueError, naming key and value, for a value outside implemented = {key: values}."""
     for key, values in implemented.items():
-        if key in config and config[key] not in values:
-            raise ValueError(f"{what} config: {key} = {config[key]!r} is not implemented, only "
-                             f"{' or '.join(map(repr, values))}; use Stable Diffusion 1, 2 or XL.")
+        value = config.get(key, values[0])
+        for one in value if isinstance(value, (list, tuple)) else [value]:
+            if one not in values:
+                raise ValueError(f"{key} = {one!r} is not implemented, only "
+                                 f"{' or '.join(map(repr, values))}")
 
 
 def completed(config):
-    """A copy of the config with the defaults filled in, and each key of PER_LEVEL as a list.
-    Raises ValueError, naming key and value, for what is not implemented."""
-    refuse_unknown("UNet", config, IMPLEMENTED)
+    """A copy of the config with the defaults filled in, and each key of PER_LEVEL as a list."""
+    refuse_unknown(config, IMPLEMENTED)
     c = {**DEFAULTS, **config}
-    widths = c["block_out_channels"]
-    for key, kinds in PER_LEVEL.items():
-        values = c[key] if isinstance(c[key], (list, tuple)) else [c[key]] * len(widths)
-        if len(values) != len(widths):
-            raise ValueError(f"UNet config: {key} = {c[key]!r} must be one value, or "
-                             f"{len(widths)}: one for each level.")
-        for value in values if kinds else ():
-            refuse_unknown("UNet", {key: value}, {key: kinds})
-        c[key] = values
-    if any(width % heads for width, heads in zip(widths, c["attention_head_dim"])):
-        raise ValueError(f"UNet config: attention_head_dim = {c['attention_head_dim']} must divide "
-                         f"block_out_channels = {widths}.")
+    levels = len(c["block_out_channels"])
+    for key in PER_LEVEL:
+        c[key] = c[key] if isinstance(c[key], (list, tuple)) else [c[key]] * levels
+        if len(c[key]) != levels:
+            raise ValueError(f"{key} = {c[key]!r} must be one value, or {levels}: one a level")
     return c
 
 
@@ -143,6 +137,8 @@ class Attention(nn.Module):
     """softmax(q k^T / sqrt(C/heads)) v: x [B,N,C] asks, context [B,L,D] (or x) answers: [B,N,C]."""
     def __init__(self, channels, context_width, heads):
         super().__init__()
+        if channels % heads:
+            raise ValueError(f"attention_head_dim = {heads} does not divide {channels} channels")
         self.heads = heads
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_width, channels, bias=False)
@@ -227,87 +223,77 @@ def two_layers(c_in, width):
         linear_1=nn.Linear(c_in, width), silu=nn.SiLU(), linear_2=nn.Linear(width, width)))
 
 
-def build_resnet(c, c_in, c_out):
-    time_width = 4 * c["block_out_channels"][0]    # E
-    return ResnetBlock(c_in, c_out, time_width, c["norm_num_groups"], c["norm_eps"])
-
-
-def build_transformer(c, level):
+def build_block(c, level, inputs, transformers, down=False, up=False):
+    """One level: a resnet for each of the input widths, and so many transformers."""
+    widths, groups = c["block_out_channels"], c["norm_num_groups"]
+    width, E = widths[level], 4 * widths[0]
     # Trap: attention_head_dim is the NUMBER of heads, not their width. SD 1.5's 8 means 8 heads of
     # 40, 80 and 160 channels; SD 2's [5, 10, 20, 20] makes heads of 64. Read otherwise, it loads.
-    return Transformer(c["block_out_channels"][level], c["cross_attention_dim"],
-                       c["attention_head_dim"][level], c["transformer_layers_per_block"][level],
-                       c["norm_num_groups"], c["use_linear_projection"])
+    heads, depth = c["attention_head_dim"][level], c["transformer_layers_per_block"][level]
+    linear, D = c["use_linear_projection"], c["cross_attention_dim"]
+    return Block([ResnetBlock(c_in, width, E, groups, c["norm_eps"]) for c_in in inputs],
+                 [Transformer(width, D, heads, depth, groups, linear) for _ in range(transformers)],
+                 [Downsample(width)] if down else [], [Upsample(width)] if up else [])
 
 
-def build_down(c):
-    """down_blocks, and the widths of the skips on a stack, just as forward() stacks the skips:
-    no rule of which layers meet to get wrong."""
-    widths = c["block_out_channels"]
-    blocks, now, skips = nn.ModuleList(), widths[0], [widths[0]]
-    for level, width in enumerate(widths):
-        layers, last = range(c["layers_per_block"][level]), level == len(widths) - 1
-        attends = c["down_block_types"][level] == DOWN
-        resnets = [build_resnet(c, width if i else now, width) for i in layers]
-        attentions = [build_transformer(c, level) for _ in layers if attends]
-        downsamplers = [] if last else [Downsample(width)]
-        blocks.append(Block(resnets, attentions, downsamplers))
-        skips += [width] * (len(resnets) + len(downsamplers))
+def build_blocks(c):
+    """(down_blocks, mid_block, up_blocks). The skips' widths go on a stack and come off it, just as
+    the skips do in forward()."""
+    widths, layers = c["block_out_channels"], c["layers_per_block"]
+    down_blocks, up_blocks = nn.ModuleList(), nn.ModuleList()    # up: from the bottom of the U
+    now, skips, levels = widths[0], [widths[0]], range(len(widths))
+    for level, kind in zip(levels, c["down_block_types"]):
+        width, n, down = widths[level], layers[level], level < levels[-1]
+        inputs = [now] + [width] * (n - 1)
+        down_blocks.append(build_block(c, level, inputs, n * (kind == DOWN), down=down))
+        skips += [width] * (n + down)
         now = width
-    return blocks, skips
-
-
-def build_up(c, skips):
-    """up_blocks, listed from the bottom of the U; takes the widths of the skips off their stack."""
-    widths = c["block_out_channels"]
-    blocks, now = nn.ModuleList(), widths[-1]
-    for level, kind in zip(reversed(range(len(widths))), c["up_block_types"]):
+    mid_block = build_block(c, -1, [now, now], 1)
+    for level, kind in zip(reversed(levels), c["up_block_types"]):
         # One layer more than on the way down: it takes the downsampler's skip, or conv_in's.
-        layers, width = range(c["layers_per_block"][level] + 1), widths[level]
-        resnets = [build_resnet(c, (width if i else now) + skips.pop(), width) for i in layers]
-        attentions = [build_transformer(c, level) for _ in layers if kind == UP]
-        blocks.append(Block(resnets, attentions, upsamplers=[Upsample(width)] if level else []))
+        width, n = widths[level], layers[level] + 1
+        inputs = [(width if i else now) + skips.pop() for i in range(n)]
+        up_blocks.append(build_block(c, level, inputs, n * (kind == UP), up=level > 0))
         now = width
-    return blocks
+    return down_blocks, mid_block, up_blocks
+
+
+def run_layer(resnet, attention, x, time, context, skip=None):
+    """One resnet and, if there is one, its transformer: what checkpointing computes twice."""
+    # Joined in here: checkpointing then keeps the two parts, and not their copy.
+    x = resnet(x if skip is None else torch.cat([x, skip], dim=1), time)
+    return x if attention is None else attention(x, context)
 
 
 class UNet(nn.Module):
-    """UNet(config): config is the dict of unet/config.json; kept, untouched, as self.config.
+    """config: the dict of unet/config.json; kept, untouched. Raises ValueError, naming key and
+    value, for one that is not implemented.
 
     `checkpointing = True` keeps only each layer's input for the backward pass and computes the
-    layer again there: one forward more in time, a fraction of the memory. Trap: what the layers
-    read must then be the same in backward() as in forward(), so switch a LoRA on or off only after
-    backward(). Raises ValueError, naming key and value, for a config that is not implemented.
+    layer again there: one forward more in time, a fraction of the memory. Trap: a LoRA must then be
+    switched on or off only after backward(), which reads it again.
     """
     def __init__(self, config):
         super().__init__()
         self.config, self.checkpointing = config, False
         c = completed(config)
-        widths, groups = c["block_out_channels"], c["norm_num_groups"]
+        width = c["block_out_channels"][0]
         self.context_width = c["cross_attention_dim"]    # D
-        self.time_embedding = two_layers(widths[0], 4 * widths[0])
+        self.time_embedding = two_layers(width, 4 * width)
         self.add_embedding, self.pooled_width = None, 0    # P
         if c["addition_embed_type"]:    # SDXL
             c_in = c["projection_class_embeddings_input_dim"]
-            self.add_embedding = two_layers(c_in, 4 * widths[0])
+            self.add_embedding = two_layers(c_in, 4 * width)
             self.pooled_width = c_in - 6 * c["addition_time_embed_dim"]
-        self.conv_in = nn.Conv2d(c["in_channels"], widths[0], 3, padding=1)
-        self.down_blocks, skips = build_down(c)
-        resnets = [build_resnet(c, widths[-1], widths[-1]) for _ in range(2)]
-        self.mid_block = Block(resnets, [build_transformer(c, -1)])
-        self.up_blocks = build_up(c, skips)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[0], c["norm_eps"])
-        self.conv_out = nn.Conv2d(widths[0], c["out_channels"], 3, padding=1)
+        self.conv_in = nn.Conv2d(c["in_channels"], width, 3, padding=1)
+        self.down_blocks, self.mid_block, self.up_blocks = build_blocks(c)
+        self.conv_norm_out = nn.GroupNorm(c["norm_num_groups"], width, c["norm_eps"])
+        self.conv_out = nn.Conv2d(width, c["out_channels"], 3, padding=1)
 
-    def run_layer(self, resnet, attention, x, time, context, skip=None):
-        """One resnet and, if there is one, its transformer: what checkpointing computes twice."""
-        def run(x):
-            # Joined in here: checkpointing then keeps the two parts, and not their copy.
-            x = resnet(x if skip is None else torch.cat([x, skip], dim=1), time)
-            return x if attention is None else attention(x, context)
+    def run(self, *layer):
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(run, x, use_reentrant=False)
-        return run(x)
+            return checkpoint(run_layer, *layer, use_reentrant=False)
+        return run_layer(*layer)
 
     def embed_time(self, sample, timestep, pooled, time_ids):
         """The time, and for SDXL the pooled prompt and the picture's sizes, as one vector [B,E]."""
@@ -315,8 +301,6 @@ class UNet(nn.Module):
         waves = sinusoid(timestep.expand(B), self.conv_in.out_channels)
         time = self.time_embedding(waves.to(dtype))
         if self.add_embedding is not None:
-            if pooled is None or time_ids is None:
-                raise ValueError("This UNet is SDXL's: it needs pooled [B,P] and time_ids [B,6].")
             sizes = sinusoid(time_ids.flatten(), self.config["addition_time_embed_dim"])
             added = torch.cat([pooled, sizes.view(B, -1)], dim=-1)    # [B,P+6*256]
             time = time + self.add_embedding(added.to(dtype))
@@ -327,8 +311,7 @@ class UNet(nn.Module):
 
         sample [B,C,H,W] at the scheduler's scale, any H and W; timestep [B] or 0-dim, 0..999, int
         or float; context [B,L,D] the prompt's hidden states; SDXL also pooled [B,P] and time_ids
-        [B,6] = (original height, width, crop top, left, target height, width) in pixels (others
-        ignore both). Raises ValueError if SDXL's pooled or time_ids are missing.
+        [B,6] = (original height, width, crop top, left, target height, width) in pixels.
         """
         time = self.embed_time(sample, timestep, pooled, time_ids)
 
@@ -337,7 +320,7 @@ class UNet(nn.Module):
         skips = [x]
         for block in self.down_blocks:
             for resnet, attention in block.layers():
-                x = self.run_layer(resnet, attention, x, time, context)
+                x = self.run(resnet, attention, x, time, context)
                 skips.append(x)
             for downsample in block.downsamplers:
                 x = downsample(x)
@@ -345,12 +328,12 @@ class UNet(nn.Module):
 
         # 2. Middle: the fewest pixels, the widest view.
         for resnet, attention in self.mid_block.layers():
-            x = self.run_layer(resnet, attention, x, time, context)
+            x = self.run(resnet, attention, x, time, context)
 
         # 3. Up: each layer takes the newest skip: fine detail need not pass through the middle.
         for block in self.up_blocks:
             for resnet, attention in block.layers():
-                x = self.run_layer(resnet, attention, x, time, context, skips.pop())
+                x = self.run(resnet, attention, x, time, context, skips.pop())
             for upsample in block.upsamplers:
                 # Not simply 2x: an odd size was rounded up on the way down.
                 x = upsample(x, skips[-1].shape[-2:])

@@ -22,6 +22,8 @@ EPS = 1e-6    # of every GroupNorm in here; the UNet's resnets have 1e-5
 DEFAULTS = dict(
     in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(64,), layers_per_block=1,
     norm_num_groups=32, mid_block_add_attention=True, use_quant_conv=True, use_post_quant_conv=True)
+IMPLEMENTED = dict(act_fn=("silu", "swish"), down_block_types=("DownEncoderBlock2D",),
+                   up_block_types=("UpDecoderBlock2D",))    # other values are refused
 
 
 class Attention(nn.Module):
@@ -54,11 +56,14 @@ def mid_block(channels, groups, attention):
                  [Attention(channels, groups)] if attention else [])
 
 
-def run(block, x):
-    """A block's layers in order: resnet, attention if there is one, and so on."""
-    for res, attention in block.layers():
-        x = res(x)
-        x = x if attention is None else attention(x)
+def run(blocks, x):
+    """Blocks of layers (resnet, attention if there is one, and so on), each with its sampling."""
+    for block in blocks:
+        for res, attention in block.layers():
+            x = res(x)
+            x = x if attention is None else attention(x)
+        for sampling in (*block.downsamplers, *block.upsamplers):
+            x = sampling(x)
     return x
 
 
@@ -66,25 +71,20 @@ class Encoder(nn.Module):
     """[B,3,H,W] -> [B,2Z,h,w]."""
     def __init__(self, c_in, c_out, widths, layers, groups, attention):
         super().__init__()
-        self.conv_in = nn.Conv2d(c_in, widths[0], 3, padding=1)
+        now, last = widths[0], len(widths) - 1
+        self.conv_in = nn.Conv2d(c_in, now, 3, padding=1)
         self.down_blocks = nn.ModuleList()
-        now = widths[0]
         for i, width in enumerate(widths):
-            resnets = [resnet(now if j == 0 else width, width, groups) for j in range(layers)]
-            now, last = width, i == len(widths) - 1
-            downsamplers = [] if last else [Downsample(width, asymmetric=True)]
+            resnets = [resnet(width if j else now, width, groups) for j in range(layers)]
+            downsamplers = [Downsample(width, asymmetric=True)] if i < last else []
             self.down_blocks.append(Block(resnets, downsamplers=downsamplers))
+            now = width
         self.mid_block = mid_block(now, groups, attention)
         self.conv_norm_out = nn.GroupNorm(groups, now, EPS)
         self.conv_out = nn.Conv2d(now, c_out, 3, padding=1)
 
     def forward(self, x):
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = run(block, x)
-            for downsample in block.downsamplers:
-                x = downsample(x)
-        x = run(self.mid_block, x)
+        x = run([*self.down_blocks, self.mid_block], self.conv_in(x))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -96,40 +96,30 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(c_in, now, 3, padding=1)
         self.mid_block = mid_block(now, groups, attention)
         self.up_blocks = nn.ModuleList()    # listed from the smallest picture up
-        for i, width in enumerate(reversed(widths)):
-            resnets = [resnet(now if j == 0 else width, width, groups) for j in range(layers + 1)]
-            now, last = width, i == len(widths) - 1
-            self.up_blocks.append(Block(resnets, upsamplers=[] if last else [Upsample(width)]))
+        for i, width in reversed(list(enumerate(widths))):
+            resnets = [resnet(width if j else now, width, groups) for j in range(layers + 1)]
+            self.up_blocks.append(Block(resnets, upsamplers=[Upsample(width)] if i else []))
+            now = width
         self.conv_norm_out = nn.GroupNorm(groups, now, EPS)
         self.conv_out = nn.Conv2d(now, c_out, 3, padding=1)
 
     def forward(self, z):
-        x = run(self.mid_block, self.conv_in(z))
-        for block in self.up_blocks:
-            x = run(block, x)
-            for upsample in block.upsamplers:
-                x = upsample(x)
+        x = run([self.mid_block, *self.up_blocks], self.conv_in(z))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
 class VAE(nn.Module):
-    """VAE(config): config is the dict of vae/config.json; kept, untouched, as self.config.
+    """config: the dict of vae/config.json; kept, untouched. reduction: f.
 
-    reduction: f. Trap: SDXL's original weights overflow in fp16 (black pictures): run it in fp32 or
-    bf16. Raises ValueError, naming key and value, for a config that is not implemented.
+    Trap: SDXL's original weights overflow in fp16 (black pictures): run it in fp32 or bf16. Raises
+    ValueError, naming key and value, for a config that is not implemented.
     """
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        refuse_unknown(config, IMPLEMENTED)
         c = {**DEFAULTS, **config}
-        refuse_unknown("VAE", config, dict(act_fn=("silu", "swish")))
-        widths, Z = list(c["block_out_channels"]), c["latent_channels"]
-        self.reduction = 2 ** (len(widths) - 1)
-        for key, kind in (("down_block_types", "DownEncoderBlock2D"),
-                          ("up_block_types", "UpDecoderBlock2D")):
-            kinds = [kind] * len(widths)
-            refuse_unknown("VAE", {key: list(config.get(key, kinds))}, {key: [kinds]})
-
+        widths, Z = c["block_out_channels"], c["latent_channels"]
+        self.config, self.reduction = config, 2 ** (len(widths) - 1)
         # Both halves take the same description; the decoder reads the widths backwards.
         shape = (widths, c["layers_per_block"], c["norm_num_groups"], c["mid_block_add_attention"])
         self.encoder = Encoder(c["in_channels"], 2 * Z, *shape)    # a mean and a log-variance each
@@ -138,12 +128,12 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(Z, Z, 1) if c["use_post_quant_conv"] else nn.Identity()
 
     def encode(self, images):
-        """Pictures [B,3,H,W] in [-1,1], H and W multiples of f -> (mean, logvar), each [B,Z,h,w],
-        not scaled. Raises ValueError for other sides: the edge would be cut off in silence."""
+        """Pictures [B,3,H,W] in [-1,1] -> (mean, logvar), each [B,Z,h,w], not scaled. Raises
+        ValueError unless H and W are multiples of f: the edge would be cut off in silence."""
         H, W = images.shape[-2:]
         if H % self.reduction or W % self.reduction:
-            raise ValueError(f"VAE.encode: pictures of {W}x{H} pixels; both sides must be "
-                             f"multiples of {self.reduction}.")
+            raise ValueError(f"pictures of {W}x{H} pixels; both sides must be multiples of "
+                             f"{self.reduction}")
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)    # exp() of a stray log-variance would be infinite
 

@@ -94,23 +94,22 @@ def expand(paths: list[Path]) -> list[Path]:
     return files
 
 
-def peft_settings(path: Path, metadata: dict[str, str]) -> dict:
+def peft_alphas(path: Path, metadata: dict[str, str]) -> tuple[list, bool]:
     """PEFT's settings, of the header (diffusers) or of adapter_config.json beside the file (PEFT
-    itself), with "alphas": [(pattern of dotted names, alpha)]. Empty if there are none."""
+    itself): [(pattern of dotted names, alpha)], and whether it is rsLoRA."""
     beside = path.with_name("adapter_config.json")
     try:
         text = metadata.get("lora_adapter_metadata")
         settings = json.loads(text) if text else read_json(beside) if beside.is_file() else {}
         settings = {key.removeprefix("unet."): value for key, value in settings.items()}
-        alphas = list((settings.get("alpha_pattern") or {}).items())
+        alphas = settings.get("alpha_pattern") or {}
         if settings.get("lora_alpha") is not None:
-            alphas.append((".*", settings["lora_alpha"]))    # for what no other pattern fits
-        settings["alphas"] = [(re.compile(rf"(.*\.)?({pattern})$"), float(alpha))    # as in peft
-                              for pattern, alpha in alphas]
+            alphas = {**alphas, ".*": settings["lora_alpha"]}    # for what no other pattern fits
+        return [(re.compile(rf"(.*\.)?({pattern})$"), float(alpha))    # as in peft
+                for pattern, alpha in alphas.items()], settings.get("use_rslora", False)
     except (ValueError, AttributeError, TypeError, re.error) as error:
         raise BadInput(f"{path}: its PEFT settings, in its header or in adapter_config.json beside "
                        f"it, cannot be read ({error}); save the LoRA again") from None
-    return settings
 
 
 class LoRAFile:
@@ -122,37 +121,30 @@ class LoRAFile:
     with a note on stderr that counts them. Raises BadInput, naming the file, if it cannot be read,
     holds a key of no known spelling or half a pair, or no layer of a Stable Diffusion's UNet.
     """
-
     def __init__(self, path: Path):
-        self.path, self.settings = path, {}
-        self.keys, self.dotted, self.shapes = {}, {}, {}    # by flat name; keys: {part: key}
-        sizes, text_layers = {}, set()
+        self.path, self.keys, self.shapes = path, {}, {}    # keys: {flat name: {part: key}}
         with opened(path) as file:
             self.metadata = file.metadata() or {}
-            for key in file.keys():
-                text_layer = TEXT_ENCODER.match(key)
-                if text_layer:
-                    text_layers.add(text_layer[0])
-                else:
-                    sizes[key] = file.get_slice(key).get_shape()
-                    self._put(key, sizes[key])
-        if any(".lora_A." in key for key in sizes):
-            self.settings = peft_settings(path, self.metadata)
+            sizes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+        peft = any(".lora_A." in key for key in sizes)
+        self.alphas, self.rslora = peft_alphas(path, self.metadata) if peft else ([], False)
+        texts = {match[0] for match in map(TEXT_ENCODER.match, sizes) if match}
+        for key, size in sizes.items():
+            if not TEXT_ENCODER.match(key):
+                self._put(key, size)
         for name, keys in self.keys.items():
             down, up = sizes.get(keys.get("down"), []), sizes.get(keys.get("up"), [])
             if not {len(down), len(up)} <= {2, 4} or math.prod(up[1:]) != down[0]:
                 raise BadInput(f"{path}: {name} is not a matching pair of LoRA factors; the file "
                                "is damaged or of another kind")
             self.shapes[name] = (down[0], up[0], math.prod(down[1:]))
-        if not any(UNET_LAYER.match(name) for name in self.keys):
-            found = f"{len(text_layers)} layers of text encoders"
-            if self.keys:
-                found = f"{len(self.keys)} layers of another model, such as {next(iter(self.keys))}"
-            raise BadInput(f"{path}: holds no LoRA for the UNet of a Stable Diffusion ({found}); "
-                           "give a file written by train.py or merge.py")
-        if text_layers:
-            print(f"note: {path}: its {len(text_layers)} text-encoder layers are left out, only "
-                  "the UNet's part is used", file=sys.stderr)
+        if not any(map(UNET_LAYER.match, self.keys)):
+            raise BadInput(f"{path}: holds no LoRA for the UNet of a Stable Diffusion "
+                           f"({len(self.keys)} layers of another model, {len(texts)} layers of "
+                           "text encoders); give a file written by train.py or merge.py")
+        if texts:
+            print(f"note: {path}: its {len(texts)} text-encoder layers are left out, only the "
+                  "UNet's part is used", file=sys.stderr)
 
     def _put(self, key: str, size: list[int]):
         match = KEY.fullmatch(key.replace(".processor.", "."))
@@ -162,27 +154,25 @@ class LoRAFile:
         dotted, ending = match.groups()
         if dotted.endswith("to_out"):    # old files leave out to_out's index
             dotted += ".0"
-        name = flat(unet_name(dotted))
-        self.dotted[name] = dotted
-        self.keys.setdefault(name, {})[ENDINGS[ending]] = key
+        keys = self.keys.setdefault(flat(unet_name(dotted)), {"dotted": dotted})
+        keys[ENDINGS[ending]] = key
 
-    def _alpha(self, name: str, rank: int) -> float:
+    def _alpha(self, dotted: str, rank: int) -> float:
         """A layer's alpha where the file has no tensor for it."""
-        for pattern, alpha in self.settings.get("alphas", []):
-            if pattern.match(self.dotted[name]):
-                # rsLoRA: the scale is alpha / sqrt(rank).
-                return alpha * rank ** 0.5 if self.settings.get("use_rslora") else alpha
+        for pattern, alpha in self.alphas:
+            if pattern.match(dotted):    # rsLoRA: the scale is alpha / sqrt(rank)
+                return alpha * rank ** 0.5 if self.rslora else alpha
         return float(rank)
 
     def read(self, names) -> dict[str, Factors]:
         """Those of its layers. Raises BadInput if one is not finite."""
         lora = {}
         with opened(self.path) as file:
-            for name in [name for name in names if name in self.keys]:
+            for name in filter(self.keys.get, names):
                 keys = self.keys[name]
                 # Copies, so that the file does not stay mapped.
                 down, up = (file.get_tensor(keys[part]).clone() for part in ("down", "up"))
-                alpha = self._alpha(name, len(down))
+                alpha = self._alpha(keys["dotted"], len(down))
                 if "alpha" in keys:
                     alpha = file.get_tensor(keys["alpha"]).flatten()[0].item()
                 if not (math.isfinite(alpha) and down.isfinite().all() and up.isfinite().all()):
@@ -207,9 +197,8 @@ def save(path: Path, lora: dict[str, Factors], metadata: dict[str, str]):
     file, since diffusers drops others: what a layer's own alpha says beyond it goes into `up`.
     Raises BadInput for numbers that are not finite.
     """
-    width = prompt_width({name: f.down.shape[1] for name, f in lora.items()})
-    if any("transformer_blocks_1_" in name for name in lora):    # SD 1 and 2 have one, number 0
-        width = 2048
+    xl = any("transformer_blocks_1_" in name for name in lora)    # SD 1 and 2 have one, number 0
+    width = 2048 if xl else prompt_width({name: f.down.shape[1] for name, f in lora.items()})
     alpha = mode([f.alpha for f in lora.values() if f.alpha] or [1.0])
     tensors = {}
     for name, f in lora.items():
@@ -225,11 +214,9 @@ def save(path: Path, lora: dict[str, Factors], metadata: dict[str, str]):
     header = {"ss_network_module": "networks.lora", "ss_network_alpha": f"{alpha:g}",
               "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
               "ss_v2": str(width == 1024)}
-    family = FAMILIES.get(width)
-    if width == 1024 and metadata.get("prediction_type") == "v_prediction":
-        family = SD2_V
-    if family:
-        _, version, architecture, implementation, resolution = family
+    if width in FAMILIES:
+        v = width == 1024 and metadata.get("prediction_type") == "v_prediction"
+        _, version, architecture, implementation, resolution = SD2_V if v else FAMILIES[width]
         # No modelspec.date: the same command gives the same bytes.
         header |= {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": path.stem,
                    "modelspec.architecture": f"{architecture}/lora",

@@ -1,9 +1,7 @@
 """What single-file checkpoints call their tensors, as a table of rules, and the configs they lack.
 
 What it is:  the first Stable Diffusion code (LDM, CompVis) numbered its layers through; diffusers
-             folders, and the modules of this project, name them by level. Same tensors, same
-             arithmetic, other names.
-Needs:       nothing but Python.
+             folders, and the modules of this project, name them by level. The same tensors.
 Gives:       CONFIGS, the published ones; FAMILIES, where each part of SD 1, SD 2 and SDXL lies in a
              file; family_of() it; place(), a key -> where its tensor belongs here; unet_name(),
              which LoRA files need too, and original_name(), its inverse for SDXL.
@@ -88,6 +86,12 @@ RESNET = (("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("out_layers.0", "
           ("skip_connection", "conv_shortcut"))
 
 
+def renamed(key: str, rules) -> str:
+    for pattern, name in rules:
+        key = re.sub(pattern, name, key)
+    return key
+
+
 def unet_name(key: str, L: int = 3) -> str:
     """A UNet key (prefix taken off) or a LoRA's module name -> our name, the start of it with dots;
     any other name comes back as it was. L is 3 in every published Stable Diffusion."""
@@ -99,8 +103,7 @@ def unet_name(key: str, L: int = 3) -> str:
         n -= pattern.startswith("input")    # number 0 is conv_in
         inner = key[match.end():]
         if "resnets" in block:
-            for original, ours in RESNET:
-                inner = re.sub(rf"^(.){original}(?!\d)", rf"\1{ours}", inner)
+            inner = renamed(inner, RESNET)
         return block.format(b=n // L, j=n % L) + inner
     return key
 
@@ -122,8 +125,7 @@ def original_name(name: str) -> str:
             continue
         inner = name[len(ours):]
         if "resnets" in ours:
-            for old, new in RESNET:
-                inner = inner.replace(new, old.replace(".", "_"))
+            inner = renamed(inner, [(new, old.replace(".", "_")) for old, new in RESNET])
         return original + inner
     return name
 
@@ -136,7 +138,10 @@ VAE_NAMES = (
     (r"attentions\.0\.proj_out", "attentions.0.to_out.0"),
     (r"attentions\.0\.([qkv])\b", r"attentions.0.to_\1"),
     (r"nin_shortcut", "conv_shortcut"), (r"\bnorm_out", "conv_norm_out"))
-OLD_ATTENTION = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+OLD_ATTENTION = (    # of diffusers folders until 2023
+    (r"attentions\.0\.query", "attentions.0.to_q"), (r"attentions\.0\.key", "attentions.0.to_k"),
+    (r"attentions\.0\.value", "attentions.0.to_v"),
+    (r"attentions\.0\.proj_attn", "attentions.0.to_out.0"))
 OPEN_CLIP_NAMES = (
     (r"^transformer\.resblocks\.", "encoder.layers."), (r"\.ln_([12])\.", r".layer_norm\1."),
     (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."),
@@ -146,10 +151,9 @@ OPEN_CLIP_NAMES = (
     (r"^token_embedding\.", "embeddings.token_embedding."))
 
 
-def renamed(key: str, rules) -> str:
-    for pattern, name in rules:
-        key = re.sub(pattern, name, key)
-    return key
+def old_vae_name(key: str) -> str:
+    """A VAE key of a diffusers folder -> our name."""
+    return renamed(key, OLD_ATTENTION)
 
 
 def vae_name(key: str, levels: int) -> str:
@@ -157,14 +161,7 @@ def vae_name(key: str, levels: int) -> str:
     up = re.match(r"decoder\.up\.(\d+)", key)
     if up:    # numbered like the encoder here, by size; ours by the order in which it runs
         key = f"decoder.up_blocks.{levels - 1 - int(up[1])}" + key[up.end():]
-    return old_vae_name(renamed(key, VAE_NAMES))
-
-
-def old_vae_name(key: str) -> str:
-    """The VAE's attention as diffusers folders called it until 2023."""
-    for old, new in OLD_ATTENTION:
-        key = key.replace(f"mid_block.attentions.0.{old}.", f"mid_block.attentions.0.{new}.")
-    return key
+    return renamed(key, VAE_NAMES)
 
 
 def family_of(keys: list[str]) -> str | None:

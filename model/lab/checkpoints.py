@@ -120,8 +120,8 @@ def full_size(family: str, path: Path, dtype: torch.dtype = torch.float32) -> Pa
 
 
 def small_pipeline(kind: str) -> diffusers.DiffusionPipeline:
-    """A whole Stable Diffusion of this kind, that draws 64 x 64 pixels, in diffusers. The same weights in
-    every call."""
+    """A whole Stable Diffusion of this kind, that draws 64 x 64 pixels, in diffusers. The same
+    weights in every call."""
     scheduler = CONFIGS[SCHEDULERS[kind]]["scheduler"]
     pipe = pipeline({**SMALL[kind], "vae": VAES["SD"], "scheduler": scheduler})
     for part in pipe.components.values():
