@@ -80,8 +80,8 @@ class Column(NamedTuple):
     """One model to draw with: the base, or the base with LoRAs."""
     label: str
     folder: Path
-    factors: dict | None    # the LoRAs' sum
-    made_of: list           # (hash, strength) of each LoRA
+    factors: dict    # the LoRAs' sum
+    made_of: list    # (hash, strength) of each LoRA
 
 
 def columns_of(args) -> list[Column]:
@@ -89,7 +89,7 @@ def columns_of(args) -> list[Column]:
     each. Raises BadInput for a LoRA that is not for this model."""
     columns, network = [], skeleton(args.model)
     if args.compare:
-        columns.append(Column("base", args.out / "base", None, []))
+        columns.append(Column("base", args.out / "base", {}, []))
     for files in args.lora or [[]]:
         names = [f"{path.name}@{strength:g}".removesuffix("@1") for path, strength in files]
         label = " + ".join(names) or "base"
@@ -115,11 +115,10 @@ def jobs_of(args, requests: list[Request]) -> list[Job]:
     return jobs
 
 
-def build(model: Path, device, factors: dict | None):
+def build(model: Path, device, factors: dict):
     """What each worker process does once: load the model and put the LoRA in."""
     sd = load(model, device)
-    if factors:
-        lora.inject(sd.unet, factors)
+    lora.inject(sd.unet, factors)
     return sd
 
 

@@ -118,7 +118,7 @@ def is_number(key: str) -> bool:
 def figure(key: str, values: list, prompts: list[str]) -> Figure:
     low, high = (mean_interval if is_number(key) else share_interval)(values, prompts)
     total = round(float(sum(values)), 3) if is_number(key) else int(sum(values))
-    return Figure(total, len(values), round(low, 4), round(high, 4))
+    return Figure(total, len(values), round(low, 6), round(high, 6))
 
 
 def measure(folders: dict[str, Path], requests: list[Request], judge=None, clip=None,

@@ -1,7 +1,7 @@
 """The scripts on a CUDA device that is not there, so that a mixed device or dtype is found without
 a GPU: `python -m model.lab.fake_cuda bf16 "train --device cuda --steps 2" "merge experts"`
 
-What it is:  tensors on "cuda" have shape and dtype, and no numbers (torch's FakeTensor); all that is
+What it is:  tensors on "cuda" have shape and dtype, and no numbers (torch's FakeTensor); what is
              copied to the CPU is ones. What a GPU would refuse raises: tensors of two devices, or a
              product of two dtypes. A train line is stopped after its first step, and continued.
 Needs:       Linux, g++, a torch built without CUDA.
@@ -34,7 +34,7 @@ load_guard()
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 aten = torch.ops.aten
 # What takes tensors of one dtype alone on a GPU. FakeTensor does not ask.
@@ -49,8 +49,7 @@ def ones(value):
     return value
 
 
-def refuse_mixing(function, values: list):
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+def refuse_mixing(function, tensors: list[torch.Tensor]):
     devices = {tensor.device.type for tensor in tensors if tensor.ndim}    # a CPU's scalar may join
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     if len(devices) > 1 and function.overloadpacket != aten.copy_:
@@ -66,19 +65,22 @@ class FakeCUDA(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode()
 
-    def faked(self, value):
-        real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
-        return self.fake.from_tensor(value) if real else value
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         device = kwargs.get("device")
         if FakeTensor not in types and (device is None or device.type != "cuda"):
             return function(*args, **kwargs)
-        refuse_mixing(function, tree_leaves((args, kwargs)))
+        values, form = tree_flatten((args, kwargs))
+        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        refuse_mixing(function, tensors)
         if function.overloadpacket == aten._local_scalar_dense:    # item()
             return torch.ones((), dtype=args[0].dtype).item()
-        fake_args, fake_kwargs = tree_map(self.faked, (args, kwargs))
+        if not all(isinstance(tensor, FakeTensor) for tensor in tensors):
+            fakes = [self.fake.from_tensor(value) if type(value) is torch.Tensor else value
+                     for value in values]
+            fake_args, fake_kwargs = tree_unflatten(fakes, form)
+        else:
+            fake_args, fake_kwargs = args, kwargs
         with self.fake:
             result = function(*fake_args, **fake_kwargs)
         if function.overloadpacket == aten.copy_:
