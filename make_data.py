@@ -27,7 +27,7 @@ from model.judges import named_judge
 from model.stable_diffusion import at_once, check_drawing, load, pick_device, picture_size
 from model.tools import processes
 from model.tools.command import DrawingParser, positive, run
-from model.tools.files import digest, prepare, sha256, write_jsonl
+from model.tools.files import clean, digest, prepare, sha256, write_jsonl
 from model.tools.pictures import write_picture
 from model.toy import TOY
 
@@ -112,6 +112,7 @@ def finish(args, device, rows: dict[str, list[dict]]):
 
 def write_tests(out: Path, source: Source):
     """The test prompts: of all concepts, and for each its own unsafe ones and the safe ones."""
+    clean(out)
     write_jsonl(out / "test.jsonl", source.tests)
     for concept in source.rows or {row["category"] for row in source.tests} - {None}:
         rows = [row for row in source.tests if row["category"] in (concept, None)]

@@ -226,8 +226,7 @@ def calibration(args, concepts: list[str], encoders: str, denoiser: Denoiser):
 def calibrate(args, experts: Experts) -> dict[str, Activity]:
     """Loads the UNet and measures. Raises BadInput if the experts are not for this model."""
     device, files = pick_device(args.device), unet_files(args.model)
-    if processes_for(device, files) > 1:
-        torch.set_num_threads(1)    # as in training: the same bytes from any number of cores
+    processes_for(device, files)    # gives a small network one thread, as in training
     if experts.metadata.get("base_model_hash") not in (None, sha256(*files)):
         raise BadInput(f"{experts.files[0].path}: was trained on another base model than --model "
                        f"{args.model}; give that model")

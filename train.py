@@ -220,7 +220,7 @@ def cut(draw: dict[str, torch.Tensor], size: int) -> list[dict[str, torch.Tensor
     return [dict(zip(draw, part)) for part in parts]
 
 
-def train(args, device: torch.device, _, job: tuple[str, list[str], Path]) -> str:
+def train(args, device: torch.device, _, job) -> str:
     """job: (name, concepts, path). Trains one LoRA on the pairs of the concepts and writes it to
     the path. Returns a line that sums it up. A finished expert of the same plan is left alone."""
     name, concepts, path = job

@@ -65,6 +65,10 @@ class FakeCUDA(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode()
 
+    def faked(self, value):
+        real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+        return self.fake.from_tensor(value) if real else value
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         device = kwargs.get("device")
@@ -75,12 +79,7 @@ class FakeCUDA(TorchDispatchMode):
         refuse_mixing(function, tensors)
         if function.overloadpacket == aten._local_scalar_dense:    # item()
             return torch.ones((), dtype=args[0].dtype).item()
-        if not all(isinstance(tensor, FakeTensor) for tensor in tensors):
-            fakes = [self.fake.from_tensor(value) if type(value) is torch.Tensor else value
-                     for value in values]
-            fake_args, fake_kwargs = tree_unflatten(fakes, form)
-        else:
-            fake_args, fake_kwargs = args, kwargs
+        fake_args, fake_kwargs = tree_unflatten([self.faked(value) for value in values], form)
         with self.fake:
             result = function(*fake_args, **fake_kwargs)
         if function.overloadpacket == aten.copy_:

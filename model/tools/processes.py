@@ -35,9 +35,12 @@ def cores() -> int:
 
 def processes_for(device: torch.device, weights: list[Path]) -> int:
     """How many processes to use: one a CPU core where the network is small (under 64 MB: the toy),
-    else one, with all of torch's threads; and one under torchrun."""
-    size = sum(file.stat().st_size for file in weights)
-    return cores() if WORLD == 1 and device.type == "cpu" and size < 64e6 else 1
+    else one, with all of torch's threads; and one under torchrun. For a small network this process
+    has one thread from here on, as its workers do: bytes do not depend on the number of cores."""
+    if device.type != "cpu" or sum(file.stat().st_size for file in weights) > 64e6:
+        return 1
+    torch.set_num_threads(1)
+    return cores() if WORLD == 1 else 1
 
 
 def begin_worker(make):
@@ -72,8 +75,6 @@ def spread(make, work, items: list, processes: int):
     Raises what work() raises, and BadInput if the system killed a worker; the other workers are
     ended first.
     """
-    if processes > 1:
-        torch.set_num_threads(1)    # here too: one item alone must give the same bytes
     if processes == 1 or len(items) < 2:
         state = make() if make and items else None
         yield from (work(state, item) for item in items)
