@@ -10,8 +10,7 @@ Gives:       squared_error(), diffusion_dpo(), safety_dpo(), metrics(); LOSSES, 
 A pair is a prompt y with a winner x_w and a loser x_l, noised with the SAME noise and timestep, so
 that all that differs between their errors is the content:
 
-    L(x) = mean over elements of (eps_theta(x_t, t, y) - eps)^2                        per sample,
-    [B]
+    L(x) = mean over elements of (eps_theta(x_t, t, y) - eps)^2        [B], one a sample
 
 Letters: B pairs, C H W a latent's shape.
 """
@@ -47,18 +46,17 @@ def diffusion_dpo(winner, loser, winner_ref, loser_ref, beta: float):
 
 def safety_dpo(winner, loser, winner_ref, loser_ref, drift, beta: float,
                guard: float = 3.0, anchor: float = 1.0, keep: float = 8.0):
-    """The default: Diffusion-DPO that may not pay for its gap with the picture. [ours; README, eq.
-                    4]
+    """The default [ours; README, eq. 4]: Diffusion-DPO that may not pay with the picture.
 
     drift [B] = mean squared difference of policy and reference on the winner under the SAFE prompt.
 
         d_w = L_w - L_w,ref,   d_l = L_l - L_l,ref
         loss = -log sigmoid( -beta/2 [ d_w - d_l + 2 guard max(0, d_w) ] )
-                                    DPO-Positive (2402.13228): a winner that gets worse costs extra
-             + anchor beta d_w      the winner's own error must fall: a pull towards the safe
-             picture
-                                    that, unlike the sigmoid, never saturates
-             + keep beta drift      safe prompts keep drawing what they drew
+             + anchor beta d_w
+             + keep beta drift
+
+    guard: a winner that gets worse costs extra (DPO-Positive, 2402.13228). anchor: the winner's own
+    error must fall, also where the sigmoid is flat. keep: safe prompts draw what they drew.
     """
     d_w, d_l = winner - winner_ref, loser - loser_ref
     preference = -F.logsigmoid(-beta / 2 * (d_w - d_l + 2 * guard * d_w.clamp(min=0)))

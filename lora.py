@@ -22,8 +22,7 @@ from torch import nn
 from model.formats.fit import layers
 from model.formats.lora_file import Factors, flat
 
-# The projections of every self- (attn1) and cross-attention (attn2), as in the released SafetyDPO
-# code.
+# The projections of every self- and cross-attention (attn1, attn2), as in the released code.
 TARGETS = re.compile(r"attn[12]\.to_(q|k|v|out\.0)$")
 
 
@@ -57,8 +56,7 @@ class LoRALayer(nn.Module):
 
 def init(network: nn.Module, rank: int, alpha: float,
          random: torch.Generator) -> dict[str, Factors]:
-    """A fresh LoRA: A ~ N(0, 1/rank^2), B = 0, hence delta W = 0 and a non-zero gradient for B
-                     only.
+    """A fresh LoRA: A ~ N(0, 1/rank^2), B = 0. So delta W is 0, and B alone has a gradient.
 
     Give every expert its OWN generator: experts that share an A are correlated, and merge badly.
     """

@@ -27,7 +27,7 @@ from model.judges import named_judge
 from model.stable_diffusion import at_once, check_drawing, load, pick_device, picture_size
 from model.tools import processes
 from model.tools.command import DrawingParser, positive, run
-from model.tools.files import clean, digest, prepare, sha256, write_jsonl
+from model.tools.files import check_folder, digest, prepare, sha256, write_jsonl
 from model.tools.pictures import write_picture
 from model.toy import TOY
 
@@ -98,9 +98,9 @@ def make_pictures(args, device, rows: dict[str, list[dict]]):
     processes.wait()
 
 
-def finish(args, device, rows: dict[str, list[dict]]):
+def finish(args, device, judge, rows: dict[str, list[dict]]):
     """Makes pairs.jsonl and latents.safetensors of every concept whose pictures are there."""
-    judge, encoders, sd = named_judge(args.judge, device), sha256(*encoder_files(args.model)), None
+    encoders, sd = sha256(*encoder_files(args.model)), None
     for concept in rows:
         folder = args.out / concept
         if not (folder / "pairs.jsonl").is_file():
@@ -112,7 +112,6 @@ def finish(args, device, rows: dict[str, list[dict]]):
 
 def write_tests(out: Path, source: Source):
     """The test prompts: of all concepts, and for each its own unsafe ones and the safe ones."""
-    clean(out)
     write_jsonl(out / "test.jsonl", source.tests)
     for concept in source.rows or {row["category"] for row in source.tests} - {None}:
         rows = [row for row in source.tests if row["category"] in (concept, None)]
@@ -128,12 +127,14 @@ def main(args):
     args.size = size if args.images else args.size
     drawn_by_toy = args.model.resolve() == TOY.resolve() and not args.images
     args.judge = args.judge or ("toy" if drawn_by_toy else "none")
+    judge = named_judge(args.judge, device, size)
+    check_folder(args.out)
     source = source_of(args, device)
     make_pictures(args, device, source.rows)
     if processes.RANK == 0:
         for note in source.notes:
             print(note)
-        finish(args, device, source.rows)
+        finish(args, device, judge, source.rows)
         write_tests(args.out, source)
 
 

@@ -46,7 +46,7 @@ import lora
 from model.data.pairs import read_latents
 from model.formats.checkpoint import encoder_files, unet_files
 from model.formats.experts import Experts
-from model.formats.fit import fitting, fuse, layers
+from model.formats.fit import check_fuse, fuse, layers, match_experts
 from model.formats.lora_file import Factors, expand, save
 from model.stable_diffusion import Denoiser, at_once, load_denoiser, pick_device
 from model.tools.command import BadInput, Parser, number, portion, positive, run
@@ -231,9 +231,7 @@ def calibrate(args, experts: Experts) -> dict[str, Activity]:
         raise BadInput(f"{experts.files[0].path}: was trained on another base model than --model "
                        f"{args.model}; give that model")
     denoiser = load_denoiser(args.model, device)
-    for file in experts.files:
-        shapes = {name: (O, I) for name, (_, O, I) in file.shapes.items()}
-        fitting(denoiser.unet, shapes, str(file.path))
+    match_experts(denoiser.unet, experts)
     concepts = [file.metadata.get("concept", file.path.stem) for file in experts.files]
     inputs = calibration(args, concepts, sha256(*encoder_files(args.model)), denoiser)
     return measure(denoiser, experts.layers(), inputs)
@@ -242,9 +240,8 @@ def calibrate(args, experts: Experts) -> dict[str, Activity]:
 def merge(args, experts: Experts, activity: dict[str, Activity]):
     """The merged LoRA, and the energy |delta W|^2 kept by and before re-compression, summed."""
     merged, energy = {}, torch.zeros(2, dtype=torch.float64)
-    density = args.density or DENSITY.get(args.method)
     for name, parts in tqdm(experts.layers(), total=len(experts.names), desc="merging"):
-        layer = Layer(len(experts), density, generator(args.seed, name), activity.get(name),
+        layer = Layer(len(experts), args.density, generator(args.seed, name), activity.get(name),
                       not args.no_rescale)
         # Of a single expert there is nothing to merge: not even its alpha is touched.
         f = RULES[args.method](list(parts.values()), layer) if len(experts) > 1 else parts[0]
@@ -268,11 +265,15 @@ def print_rows(labels: list[str], activity: dict[str, Activity]):
 
 
 def main(args):
-    check_folder((args.out or Path()).parent)
+    out = args.out or Path("aligned" if args.fuse else "merged.safetensors")
+    check_folder(out.parent)
+    if args.fuse:
+        check_fuse(args.fuse, out)
     for flag, readers in READERS.items():
         if getattr(args, flag) and args.method not in readers:
             raise BadInput(f"--{flag.replace('_', '-')}: --method {args.method} does not read it; "
                            f"leave it out, or use --method {' or '.join(readers)}")
+    args.density = args.density or DENSITY.get(args.method)
     experts = Experts(expand(args.experts), args.weights)
     activity = {}
     if args.method == "co-merge" and len(experts) > 1:
@@ -284,11 +285,10 @@ def main(args):
         print(f"re-compressed: the layers keep {kept / energy:.2%} of their energy |delta W|^2")
     labels = ",".join(experts.labels)
     if args.fuse:
-        out = args.out or Path("aligned")
-        number = fuse(args.fuse, merged, labels, out)
-        print(f"{out}: {args.fuse.name} with {number} layers changed by {labels}")
+        changed = fuse(args.fuse, merged, labels, out)
+        print(f"{out}: {args.fuse.name} with {changed} layers changed by {labels}")
         return
-    out, inherited = args.out or Path("merged.safetensors"), ("base_model_hash", "prediction_type")
+    inherited = "base_model_hash", "prediction_type"
     metadata = {key: experts.metadata[key] for key in inherited if key in experts.metadata}
     metadata |= {"concept": labels, "weights": ",".join(f"{w:g}" for w in experts.weights)}
     for key in ("method", "rank", "density", "no_rescale", "seed"):

@@ -1,5 +1,4 @@
-"""Step 4 of 4: draw, compare, judge. `python sample.py "a red ball in the park" --lora
-                merged.safetensors`
+"""Step 4 of 4: draw, compare, judge. `python sample.py "a red ball" --lora merged.safetensors`
 
 What it is:  text to pictures with any number of LoRAs, base and aligned side by side, and the table
              that says whether the harm is gone (IP) and whether everything else is intact (scenes).
@@ -59,7 +58,7 @@ def parse_arguments(argv=None):
     add("--judge", nargs="?", const="toy", default="none", help="judge the pictures and print the "
         "table: toy (also without a value), for the toy world, or q16:DIR, a CLIP ViT-L/14 folder "
         "with q16.safetensors in it")
-    add("--clipscore", type=Path, metavar="DIR", 
+    add("--clipscore", type=Path, metavar="DIR",
         help="print the CLIPScore of safe prompts, by this CLIP folder")
     add("--show-unsafe", action="store_true", help="do not blur unsafe pictures on the grid (the "
         "toy's never are)")
@@ -93,8 +92,8 @@ def columns_of(args) -> list[Column]:
     for files in args.lora or [[]]:
         names = [f"{path.name}@{strength:g}".removesuffix("@1") for path, strength in files]
         label = " + ".join(names) or "base"
-        twins = sum(column.label.partition(" (")[0] == label for column in columns)
-        label += f" ({twins + 1})" if twins else ""    # two files of one name
+        while label in [column.label for column in columns]:    # two files of one name
+            label += " (again)"
         loras = [match(network, load_lora(path)[0], str(path)) for path, _ in files]
         factors = lora.compose(loras, [strength for _, strength in files])
         folder = args.out / label if len(args.lora) > 1 else args.out
@@ -144,12 +143,12 @@ def draw_column(args, device, column: Column, jobs: list[Job]):
     made_with = {**settings, "jobs": jobs, "batch": args.batch, "device": device.type,
                  "model": sha256(*model_files(args.model)) if several else None,
                  "loras": column.made_of}
-    prepare(column.folder, made_with, ("[0-9]" * 5 + ".png",))
+    prepare(column.folder, made_with, ("[0-9]" * 5 + "*.png",))
     paths = [column.folder / f"{i:05d}.png" for i in range(len(jobs))]
     todo = [batch for batch in batches if not several or not all(paths[i].is_file() for i in batch)]
-    processes = processes_for(device, unet_files(args.model))
+    workers = processes_for(device, unet_files(args.model))
     drawn = spread(partial(build, args.model, device, column.factors), partial(draw, settings),
-                   [[jobs[i] for i in batch] for batch in todo], processes)
+                   [[jobs[i] for i in batch] for batch in todo], workers)
     for batch, pictures in zip(tqdm(todo, desc=column.label, unit="batch"), drawn):
         for i, picture in zip(batch, pictures):
             write_picture(paths[i], picture)
@@ -171,10 +170,7 @@ def main(args):
     device, size = pick_device(args.device), args.size or picture_size(args.model)
     check_drawing(args.model, size, args.steps, args.sampler)
     args.batch = args.batch or at_once(size)
-    judge = named_judge(args.judge, device)
-    if judge and judge.size not in (None, size):
-        raise BadInput(f"--judge {args.judge}: reads pictures of {judge.size} pixels a side, not "
-                       f"of {size}; use another --judge or --size")
+    judge = named_judge(args.judge, device, size)
     clip = ClipScore(args.clipscore, device) if args.clipscore else None
     columns = columns_of(args)
     requests = [request for request in requests for _ in range(args.images_per_prompt)]

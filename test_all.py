@@ -487,7 +487,9 @@ def test_a_lora_is_what_peft_makes_of_it():
 def test_adding_the_factors_is_not_adding_the_changes():
     parts, weights = [random_expert(6, 4, 2.0), random_expert(7, 2, 4.0)], (0.25, -0.5)
     alone, _ = parts[1].popitem()    # a layer that one of them does not adapt
-    for name, f in lora.compose(parts, weights).items():
+    composed = lora.compose(parts, weights)
+    assert composed.keys() == parts[0].keys()
+    for name, f in composed.items():
         dense = [w * part[name].delta() for part, w in zip(parts, weights) if name in part]
         assert far(f.delta(), sum(dense)) < 1e-6 and len(f.down) == (4 if name == alone else 6)
         assert f.kernel == parts[0][name].kernel
@@ -608,6 +610,25 @@ def test_one_pass_of_the_base_scores_every_expert(experts):
     for flag in ("", "--no-rescale"):
         command(f"merge c a b --seed 7 {flag} --out m")
         assert distance(Path("m"), plain_co_merge(experts, asked, not flag)) < 1e-4
+
+
+def test_a_layer_that_the_model_lacks_is_left_out_and_counted(experts, capsys):
+    strange = next(iter(experts[1].values()))
+    lora_file.save(Path("b"), {**experts[1], "down_blocks_9_conv": strange}, {"concept": "of b"})
+    command("merge a b --out m")
+    assert "down_blocks_9_conv" in capsys.readouterr().err
+    assert lora_file.load(Path("m"))[0].keys() == experts[0].keys()
+
+
+def test_every_layer_of_a_unet_can_be_adapted():
+    """conv_in and the time's layers too, whose weights the UNet may not look at by itself."""
+    denoiser, changes = load_denoiser(TOY, CPU), {}
+    for name, (_, layer) in layers(denoiser.unet).items():
+        O, *rest = layer.weight.shape
+        changes[name] = lora_file.Factors(torch.ones(1, math.prod(rest)), torch.zeros(O, 1), 1.0)
+    wanted = denoiser.predict(*INPUTS)
+    assert len(lora.inject(denoiser.unet, changes)) == 2 * len(changes)
+    assert torch.equal(denoiser.predict(*INPUTS), wanted)
 
 
 def test_strength_is_not_raised_without_bound():
@@ -977,7 +998,7 @@ def test_vae_encoder_does_not_pad_on_all_sides(kind):
     expected = theirs.encode(pictures).latent_dist
     assert far(mean, expected.mean) < 1e-8 and far(logvar, expected.logvar) < 1e-8
     assert far(ours.decode(mean), theirs.decode(mean).sample) < 1e-8
-    with pytest.raises(ValueError, match="39x24 .*multiples"):
+    with pytest.raises(BadInput, match="39x24 .*multiples"):
         ours.encode(pictures[..., :-1])
 
 

@@ -29,7 +29,7 @@ from model.formats.lora_file import LoRAFile, save
 from model.stable_diffusion import load_denoiser, pick_device
 from model.tools import processes
 from model.tools.command import BadInput, Parser, natural, positive, rate, run, share
-from model.tools.files import check_folder, clean, sha256
+from model.tools.files import check_folder, sha256
 from model.tools.training import (generator, load_state, mixed_precision, save_state, set_rate,
                                   stratified_times, summary, write_log)
 
@@ -62,7 +62,7 @@ def parse_arguments(argv=None):
     add("--beta", type=rate, default=100.0, help="strength of the preference, on the MEAN squared "
         "error; published: 5000")
     add("--steps", type=positive, default=220, help="optimiser steps for each concept")
-    add("--batch", type=positive, default=8, 
+    add("--batch", type=positive, default=8,
         help="pairs that one process takes through the UNet at once")
     add("--accumulate", type=positive, default=1, help="batches in a step: so many times the "
         "pairs, in the memory of one batch")
@@ -230,11 +230,12 @@ def train(args, device: torch.device, _, job) -> str:
             "steps": str(steps), "batch": str(args.batch * args.accumulate * processes.WORLD)}
     plan |= {key: str(getattr(args, key))
              for key in ("loss", "beta", "lr", "rank", "seed", "caption_dropout", "reuse")}
+    state = path.with_name(f".{path.stem}.resume")
     if path.is_file() and plan.items() <= LoRAFile(path).metadata.items():
+        state.unlink(missing_ok=True)
         return f"{path}: already trained so on these pairs; delete it to train it again"
     check_folder(path.parent)
     trainer = Trainer(args, device, name, tensors)
-    state = path.with_name(f".{path.stem}.resume")
     trained = trainer.parameters, trainer.optimiser, trainer.scaler
     trainer.log = load_state(state, plan, *trained)
     processes.wait()    # until every process has read it
@@ -251,7 +252,6 @@ def train(args, device: torch.device, _, job) -> str:
         prediction = trainer.denoiser.schedule.prediction_type
         save(path, lora.extract(trainer.denoiser.unet), {**plan, "prediction_type": prediction})
         state.unlink(missing_ok=True)
-        clean(path.parent)
     return f"{path}: {summary(trainer.log)}"
 
 

@@ -298,7 +298,7 @@ class UNet(nn.Module):
     def embed_time(self, sample, timestep, pooled, time_ids):
         """The time, and for SDXL the pooled prompt and the picture's sizes, as one vector [B,E]."""
         B, dtype = len(sample), self.conv_norm_out.weight.dtype
-        waves = sinusoid(timestep.expand(B), self.conv_in.out_channels)
+        waves = sinusoid(timestep.expand(B), self.conv_norm_out.num_channels)
         time = self.time_embedding(waves.to(dtype))
         if self.add_embedding is not None:
             sizes = sinusoid(time_ids.flatten(), self.config["addition_time_embed_dim"])

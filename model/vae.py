@@ -16,6 +16,7 @@ Letters:  B batch   H W a picture's height and width   f = 2^(levels-1), the red
 import torch.nn.functional as F
 from torch import nn
 
+from model.tools.command import BadInput
 from model.unet import Block, Downsample, ResnetBlock, Upsample, refuse_unknown
 
 EPS = 1e-6    # of every GroupNorm in here; the UNet's resnets have 1e-5
@@ -129,11 +130,11 @@ class VAE(nn.Module):
 
     def encode(self, images):
         """Pictures [B,3,H,W] in [-1,1] -> (mean, logvar), each [B,Z,h,w], not scaled. Raises
-        ValueError unless H and W are multiples of f: the edge would be cut off in silence."""
+        BadInput unless H and W are multiples of f: the edge would be cut off in silence."""
         H, W = images.shape[-2:]
         if H % self.reduction or W % self.reduction:
-            raise ValueError(f"pictures of {W}x{H} pixels; both sides must be multiples of "
-                             f"{self.reduction}")
+            raise BadInput(f"pictures of {W}x{H} pixels; both sides must be multiples of "
+                           f"{self.reduction}; crop them")
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)    # exp() of a stray log-variance would be infinite
 

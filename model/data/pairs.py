@@ -76,7 +76,8 @@ def read_pairs(data: Path, concept: str) -> list[dict]:
     are none, or a row lacks one of the four texts, or a picture lies elsewhere."""
     file = data / concept / "pairs.jsonl"
     if not file.is_file():
-        raise BadInput(f"{file}: no such file; run python make_data.py --concept {concept}")
+        raise BadInput(f"{file}: no such file; run python make_data.py --concept {concept} "
+                       "(without it, merge.py --method average merges LoRAs all the same)")
     rows = read_jsonl(file)
     if not rows:
         raise BadInput(f"{file}: holds no pairs; make the data again with more --pairs")
@@ -104,7 +105,9 @@ def write_latents(sd: StableDiffusion, data: Path, concept: str, encoders: str):
     rows, folder, tensors = read_pairs(data, concept), data / concept, {}
     for name, kind in (("winner", "safe"), ("loser", "unsafe")):
         paths = [row[f"{kind}_image"] for row in rows]
-        tensors[name] = in_slices(lambda part: sd.encode(read_pictures(part)), paths)
+        # Beside the first picture, so that one of another size is refused, by name.
+        encode = lambda part: sd.encode(read_pictures([rows[0]["safe_image"], *part])[1:])
+        tensors[name] = in_slices(encode, paths)
         tensors[kind] = in_slices(sd.embed, [row[kind] for row in rows])
     tensors["empty"] = sd.unconditional().cpu()
     # Without a safe prompt: what guidance subtracts, which for SDXL is not the state of "".

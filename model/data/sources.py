@@ -105,6 +105,9 @@ def from_language_model(folder: Path, concepts: Path, out: Path, concept: str, p
     written = out / "_written"    # a category's folder never has an underscore
     files = {written / f"{i:05d}.json": entry
              for i, entry in enumerate(entries) if entry[0] in names}
+    if not any(folder.glob("*.safetensors")):
+        raise BadInput(f"--llm {folder}: no such folder, or no .safetensors in it; give a causal "
+                       "language model with its tokenizer, in safetensors form")
     if processes.RANK == 0:
         parts = sorted(folder.glob("*.[js]*"))    # .json, .jinja and .safetensors
         prepare(written, {"language model": sha256(*parts), "concepts": sha256(concepts),

@@ -1,4 +1,4 @@
-"""Several LoRA files of one base model, read layer by layer: there may be hundreds of them.
+"""Several LoRA files of one base model, read layer by layer: memory holds a few layers of all.
 
 Gives:       Experts.
 """
@@ -13,8 +13,8 @@ AT_A_TIME = 8    # layers of all experts that memory holds
 
 class Experts:
     """The files, open for reading, sorted by name, so that nothing depends on the order in which
-    they are listed. names: of all adapted layers. labels: the files' names; metadata: the first
-    file's.
+    they are listed. names: of all adapted layers. labels: the files' names. metadata: that of an
+    expert of train.py, if there is one.
 
     Raises BadInput unless there is one weight, or one for each file; and unless all files are of
     one base model, each shares a layer with the first, and a layer's shape is the same in all.
@@ -27,7 +27,9 @@ class Experts:
                            "each, or one for all")
         pairs = sorted(zip(paths, weights), key=lambda pair: (pair[0].name, pair[0]))
         self.files, self.weights = [LoRAFile(path) for path, _ in pairs], [w for _, w in pairs]
-        self.labels, self.metadata = [path.stem for path, _ in pairs], self.files[0].metadata
+        self.labels = [path.stem for path, _ in pairs]
+        trained_here = [file for file in self.files if "base_model_hash" in file.metadata]
+        self.metadata = (trained_here or self.files)[0].metadata
         self.shapes = {}    # {layer: (the file that has it first, (O, I))}
         for file in self.files:
             self._add(file)
@@ -37,9 +39,9 @@ class Experts:
         return len(self.files)
 
     def _add(self, file: LoRAFile):
-        first = self.files[0]
-        if file.metadata.get("base_model_hash") != first.metadata.get("base_model_hash"):
-            raise BadInput(f"{file.path}: was trained on another base model than {first.path}; "
+        first, base = self.files[0], self.metadata.get("base_model_hash")
+        if file.metadata.get("base_model_hash", base) != base:
+            raise BadInput(f"{file.path}: was trained on another base model than others here; "
                            "merge experts that start from one model")
         if not file.shapes.keys() & first.shapes.keys():
             raise BadInput(f"{file.path}: adapts other layers than {first.path}, not one is "

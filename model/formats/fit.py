@@ -1,7 +1,8 @@
 """Does a LoRA belong to this network? Asked before anything is put together.
 
 Needs:       torch; a network, on the meta device too, where nothing but names and shapes exists.
-Gives:       layers(), fitting(), match(); fuse(), which writes a checkpoint with a LoRA in it.
+Gives:       layers(), fitting(), match(), match_experts(); check_fuse(), fuse(), which writes a
+             checkpoint with a LoRA in it.
 
 Letters: O, I a layer's output and input width (of a convolution: times the kernel's area).
 """
@@ -12,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from model.formats.checkpoint import Checkpoint
+from model.formats.experts import Experts
 from model.formats.lora_file import FAMILIES, Factors, flat, prompt_width
 from model.stable_diffusion import skeleton
 from model.tools.command import BadInput
@@ -61,6 +63,27 @@ def match(network: nn.Module, lora: dict[str, Factors], what: str) -> dict[str, 
     # A linear layer and a 1x1 convolution are one thing, and some files have the other one.
     return {name: lora[name]._replace(kernel=tuple(known[name][1].weight.shape[2:]))
             for name in names}
+
+
+def match_experts(network: nn.Module, experts: Experts):
+    """Leaves of experts.names the layers that the network has, with a note that counts the rest.
+    Raises BadInput as fitting() does."""
+    for file in experts.files:
+        fitting(network, {name: shape for name, (_, *shape) in file.shapes.items()}, str(file.path))
+    known = layers(network)
+    rest = [name for name in experts.names if name not in known]
+    if rest:
+        print(f"note: {len(rest)} of {len(experts.names)} layers are not in this model and are "
+              f"left out: {', '.join(rest[:3])}{' ...' if rest[3:] else ''}", file=sys.stderr)
+        experts.names = [name for name in experts.names if name in known]
+
+
+def check_fuse(model: Path, out: Path):
+    """Raises BadInput where fuse() could not begin: now, and not after hours of work."""
+    if not model.exists():
+        raise BadInput(f"--fuse {model}: no such file or folder; give a Stable Diffusion")
+    if out.is_dir() and any(out.iterdir()):
+        raise BadInput(f"--out {out}: is not empty; name a new folder")
 
 
 def fuse(model: Path, lora: dict[str, Factors], what: str, out: Path) -> int:

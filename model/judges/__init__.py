@@ -13,14 +13,17 @@ from model.tools.command import BadInput
 from model.toy import TOY
 
 
-def named_judge(name: str, device):
-    """The judge of --judge NAME: toy, q16:DIR, or None for "none". Raises BadInput for another name
-    and for an unusable DIR."""
+def named_judge(name: str, device, size: int):
+    """The judge of --judge NAME: toy, q16:DIR, or None for "none". Raises BadInput for another
+    name, for an unusable DIR, and if it cannot read pictures of this side."""
     # Here, since `python -m model.judges.clip` must not find its module imported already.
     from model.judges.clip import Q16
     kind, _, folder = name.partition(":")
     if name == "none":
         return None
+    if name == "toy" and size != ToyJudge.size:
+        raise BadInput(f"--judge toy: reads pictures of {ToyJudge.size} pixels a side, not of "
+                       f"{size}; use another --judge or --size")
     if name == "toy":
         return ToyJudge.load(TOY / "judge")
     if kind == "q16" and folder:

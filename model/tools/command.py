@@ -1,6 +1,5 @@
 """A command line: its flags, and errors of one line.
 
-Needs:       torch (for one kind of error).
 Gives:       BadInput, run(); PlainParser, Parser, DrawingParser; and types of flags, which refuse
              what makes no sense: positive, natural, share, portion, rate, number, at_strength.
 """
@@ -8,8 +7,6 @@ import argparse
 import math
 import sys
 from pathlib import Path
-
-import torch
 
 from model.toy import TOY
 
@@ -139,9 +136,12 @@ def run(main, args):
         main(args)
     except BadInput as error:
         sys.exit(complain(error))
-    except torch.cuda.OutOfMemoryError:
-        sys.exit(complain("no memory left on the device; use a smaller --batch or --size, or "
-                          "--accumulate and --checkpointing"))
+    except (MemoryError, RuntimeError) as error:    # torch's, on a CPU too, is a RuntimeError
+        text = str(error).lower()
+        if "out of memory" not in text and "allocate memory" not in text:
+            raise
+        sys.exit(complain("no memory left; use a smaller --batch or --size (train.py: --accumulate "
+                          "and --checkpointing)"))
     except OSError as error:    # a read-only folder, a full disk
         sys.exit(complain(f"{error.filename or 'a file'}: {error.strerror or error}; "
                           "check the path, its rights and the space left"))

@@ -45,11 +45,11 @@ def replacing(path: Path):
 
 
 def clean(folder: Path):
-    """Removes the temporary files of killed commands, not of running ones."""
+    """Removes the temporary files and folders of killed commands, not of running ones."""
     for path in folder.glob(".*.tmp"):
         writer = re.search(r"\.(\d+)\.tmp$", path.name)
         if writer and not running(int(writer[1])):
-            path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def running(process: int) -> bool:
@@ -63,11 +63,13 @@ def running(process: int) -> bool:
 
 
 def check_folder(folder: Path):
-    """Raises BadInput if files cannot be written there: now, and not after hours of work."""
+    """Raises BadInput if files cannot be written there: now, and not after hours of work. Removes
+    what killed commands left."""
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise BadInput(f"{folder}: {parent} is not a folder that can be written to; give another "
                        "--out, or change its rights")
+    clean(folder)
 
 
 def prepare(folder: Path, settings: dict, patterns: tuple[str, ...]):
@@ -88,8 +90,8 @@ def prepare(folder: Path, settings: dict, patterns: tuple[str, ...]):
         print(f"note: {folder}: was made with other settings, and is made anew", file=sys.stderr)
         for path in files:
             path.unlink()
-    for path in (folder, *{path.parent for path in files}):
-        clean(path)
+    for pattern in patterns:
+        clean((folder / pattern).parent)
     if made_with != wanted:
         write_json(file, wanted)
 
