@@ -23,7 +23,7 @@ from tqdm import tqdm
 from model.data.pairs import complete, current, list_pairs, paths_of, read_square, write_latents
 from model.data.sources import Source, source_of
 from model.formats.checkpoint import encoder_files, model_files, unet_files
-from model.judges import named_judge
+from model.judges import check_prompts, named_judge
 from model.stable_diffusion import at_once, check_drawing, load, pick_device, picture_size
 from model.tools import processes
 from model.tools.command import DrawingParser, positive, run
@@ -130,6 +130,9 @@ def main(args):
     judge = named_judge(args.judge, device, size)
     check_folder(args.out)
     source = source_of(args, device)
+    if not args.images:
+        for rows in source.rows.values():
+            check_prompts(judge, [row["unsafe"] for row in rows])
     make_pictures(args, device, source.rows)
     if processes.RANK == 0:
         for note in source.notes:

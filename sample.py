@@ -30,7 +30,7 @@ from model.data.prompt_files import Request, read_requests
 from model.formats.checkpoint import model_files, unet_files
 from model.formats.fit import match
 from model.formats.lora_file import load as load_lora
-from model.judges import named_judge
+from model.judges import check_prompts, named_judge
 from model.judges.clip import ClipScore
 from model.judges.grid import grid
 from model.judges.table import measure, report
@@ -171,6 +171,7 @@ def main(args):
     check_drawing(args.model, size, args.steps, args.sampler)
     args.batch = args.batch or at_once(size)
     judge = named_judge(args.judge, device, size)
+    check_prompts(judge, [request.prompt for request in requests])
     clip = ClipScore(args.clipscore, device) if args.clipscore else None
     columns = columns_of(args)
     requests = [request for request in requests for _ in range(args.images_per_prompt)]

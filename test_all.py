@@ -622,11 +622,8 @@ def test_a_layer_that_the_model_lacks_is_left_out_and_counted(experts, capsys):
 
 def test_every_layer_of_a_unet_can_be_adapted():
     """conv_in and the time's layers too, whose weights the UNet may not look at by itself."""
-    denoiser, changes = load_denoiser(TOY, CPU), {}
-    for name, (_, layer) in layers(denoiser.unet).items():
-        O, *rest = layer.weight.shape
-        changes[name] = lora_file.Factors(torch.ones(1, math.prod(rest)), torch.zeros(O, 1), 1.0)
-    wanted = denoiser.predict(*INPUTS)
+    denoiser = load_denoiser(TOY, CPU)
+    changes, wanted = checkpoints.every_layer(denoiser.unet), denoiser.predict(*INPUTS)
     assert len(lora.inject(denoiser.unet, changes)) == 2 * len(changes)
     assert torch.equal(denoiser.predict(*INPUTS), wanted)
 
@@ -1155,8 +1152,9 @@ def spoil_loras(folder: Path):
         lora_file.save(folder / "bare" / path.name, lora_file.load(path)[0], {})
     whole = folder / "experts/hate.safetensors"
     (folder / "cut.safetensors").write_bytes(whole.read_bytes()[:-100])
-    nan = {name: tensor * float("nan") for name, tensor in load_file(whole).items()}
-    save_file(nan, folder / "nan.safetensors")
+    changes = {"nan": ups(lambda b: b * math.nan), "flux": renaming("lora_unet_", "transformer.")}
+    for name, change in changes.items():
+        spoil(shutil.copy(whole, folder / f"{name}.safetensors"), change)
 
 
 def spoil_data(folder: Path):
@@ -1212,6 +1210,7 @@ REFUSED = {    # command line|what the error must name, where that is not the li
 --model data|data: has no unet folder; --model models/bin|.bin; --model models/evil|models/evil
 --concept hate --pairs 2 --steps 1 --out {away}|none of 2 pairs was kept
 --prompts evil.csv|evil.csv; --prompts mine.jsonl --concept hat|--concept hat
+--prompts mine.jsonl|use --judge none
 --prompts mine.jsonl --images nowhere|--images nowhere; --llm data --concepts evil.json|evil.json
 --llm data --concepts list.json --prompts mine.jsonl|--prompts; --concept hate --out pipe|pipe
 --concept hate --out foreign|foreign/hate/pairs.jsonl: was not made by this program""",
@@ -1235,6 +1234,7 @@ REFUSED = {    # command line|what the error must name, where that is not the li
 --concept hate --out mine.jsonl|mine.jsonl is not a folder""",
     "merge": """
 empty|empty: no LoRA file; nowhere.safetensors|nowhere.safetensors: no such file
+flux.safetensors --method sum|flux.safetensors: holds no LoRA for the UNet
 evil.safetensors|evil.safetensors: not a safetensors file but a pickle
 evil.pt|evil.pt: not a safetensors file but a pickle; experts cut.safetensors|cut.safetensors
 experts mine.jsonl data/hate/sheet.png wide.safetensors|wide.safetensors
@@ -1265,6 +1265,7 @@ x --lora experts/hate.safetensors@strong|'strong'; x --judge eye|--judge eye
 x --lora wide.safetensors|is for a layer of shape; x --clipscore nowhere|nowhere
 x --lora other.safetensors|none of which this model has; x --size 64 --judge|not of 64
 x --guidance 1e37 --out {away}|numbers grew too large; x --out mine.jsonl|mine.jsonl
+x --judge|use --judge none
 x --out foreign|foreign/00000.png: was not made by this program"""}
 ROWS = [(f"{script} {line}", says or line) for script, rows in REFUSED.items()
         for line, _, says in (row.partition("|") for row in re.split("\n|; ", rows)[1:])]
@@ -1832,12 +1833,12 @@ def unlike_loras(unet) -> list[dict]:
     """Two of unlike ranks and scales, one of them on 1x1 (SD 1's projections) and 3x3 convolutions
     too."""
     other, random = {}, generator("convolutions")
-    for name, layer in unet.named_modules():
-        if re.search(r"proj_in$|ff\.net\.2$|resnets\.0\.conv1$|downsamplers\.0\.conv$", name):
-            out, *rest = layer.weight.shape
-            down = torch.randn(2, math.prod(rest), generator=random) / math.prod(rest) ** 0.5
-            up = torch.randn(out, 2, generator=random) / 4
-            other[name.replace(".", "_")] = Factors(down, up, 3.0, tuple(rest[1:]))
+    for name, f in checkpoints.every_layer(unet).items():
+        if re.search("proj_in$|ff_net_2$|resnets_0_conv1$|downsamplers_0_conv$", name):
+            I = f.down.shape[1]
+            down = torch.randn(2, I, generator=random) / I ** 0.5
+            up = torch.randn(len(f.up), 2, generator=random) / 4
+            other[name] = f._replace(down=down, up=up, alpha=3.0)
     attention = [checkpoints.random_lora(unet, rank, rank, 2.0) for rank in (3, 4)]
     return [attention[0] | other, attention[1]]
 
@@ -1881,16 +1882,37 @@ def test_a_lora_draws_the_same_picture_everywhere(kind, layout, tmp_path, models
         assert len(changed) == 2 * len(averaged) == 2 * len(changes)
 
 
-def test_sdxl_layers_are_named_as_kohya_counts_them(tmp_path, models):
-    unet = checkpoints.small_pipeline("SDXL").unet
-    keys = checkpoints.renamed(unet.state_dict(), "lora_unet.", checkpoints.unet_blocks(3, 2),
-                               checkpoints.RESNET)
-    ours = unlike_loras(load(models("SDXL", "folder"), CPU).unet)[0]
-    lora_file.save(tmp_path / "a", ours, {})
-    written = {key.partition(".")[0] for key in load_file(tmp_path / "a")}
-    assert written <= {key.rpartition(".")[0].replace(".", "_") for key in keys}
-    assert len(written) == len(ours) and lora_file.load(tmp_path / "a")[0].keys() == ours.keys()
-    assert "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q" in written
+# Layers of the attention, those that kohya's scripts adapt, all; and what the header says.
+EVERYWHERE = {
+    "SD 1": "128 278 282 sd_v1 stable-diffusion-v1/lora diffusers 512x512",
+    "SD 2": "128 278 282 sd_v2 stable-diffusion-v2-512/lora diffusers 512x512",
+    "SD 2-v": "128 278 282 sd_v2_v stable-diffusion-v2-768-v/lora diffusers 768x768",
+    "SDXL": "560 788 794 sdxl_base_v1-0 stable-diffusion-xl-v1-base/lora "
+            "https://github.com/Stability-AI/generative-models 1024x1024"}
+SAYS = ("ss_base_model_version modelspec.architecture modelspec.implementation "
+        "modelspec.resolution").split()
+
+
+@pytest.mark.parametrize("family", EVERYWHERE)
+def test_every_program_finds_every_layer(family, tmp_path):
+    """Full size. model/formats/README.md's programs look these names up: of SDXL the first code's,
+    counted here block by block; of SD 1 and 2 diffusers'."""
+    config = CONFIGS[family[:4]]["unet"]
+    with torch.device("meta"):
+        ours, theirs = UNet(config), diffusers.UNet2DConditionModel(**config)
+    names = {key: p for key, p in theirs.state_dict().items() if p.ndim > 1}
+    if family == "SDXL":
+        names = checkpoints.renamed(names, "", checkpoints.unet_blocks(3, 2), checkpoints.RESNET)
+    written = checkpoints.every_layer(ours)
+    prediction = "v_prediction" if "v" in family else "epsilon"
+    lora_file.save(tmp_path / "a", written, {"prediction_type": prediction})
+    keys = {key.partition(".")[0] for key in load_file(tmp_path / "a")}
+    loaded, header = lora_file.load(tmp_path / "a")
+    assert keys == {"lora_unet_" + key[:-7].replace(".", "_") for key in names}
+    assert loaded.keys() == written.keys()
+    counts = [len(re.findall(f"(?m)^.*{part}", "\n".join(keys))) for part in (
+        r"attn\d_to_", r"block(s_\d|_)(?<!input_blocks_0)", "lora_unet_")]
+    assert EVERYWHERE[family].split() == [*map(str, counts), *map(header.get, SAYS)]
 
 
 @pytest.mark.parametrize("spelling", [
@@ -1958,19 +1980,15 @@ def test_a_linear_layer_is_a_convolution_of_one_pixel(models):
         assert far((block.proj_in(x) - before).flatten(), f.up @ f.down @ x.flatten()) < 1e-5
 
 
-def test_a_lora_for_another_base_says_which(tmp_path):
-    """Published widths, on the meta device; the header tells other programs the family."""
-    cards, networks = {"SD 1": "sd_v1", "SD 2": "sd_v2", "SDXL": "sdxl_base_v1-0"}, {}
-    for family in cards:
-        with torch.device("meta"):
-            networks[family] = UNet(CONFIGS[family]["unet"])
+def test_a_lora_for_another_base_says_which():
+    """Published widths, on the meta device."""
+    with torch.device("meta"):
+        networks = {family: UNet(config["unet"]) for family, config in CONFIGS.items()}
     for mine, unet in networks.items():
-        lora_file.save(tmp_path / "a", lora.init(unet, 1, 1.0, generator("any")), {})
-        loaded, metadata = lora_file.load(tmp_path / "a")
-        assert metadata["ss_base_model_version"] == cards[mine]
+        theirs = lora.init(unet, 1, 1.0, generator("any"))
         for other in networks.keys() - {mine}:
             with pytest.raises(BadInput, match=f"a LoRA for {mine}.*this model is {other}"):
-                match(networks[other], loaded, "a")
+                match(networks[other], theirs, "a")
 
 
 # What is broken, or of another kind
@@ -2169,30 +2187,31 @@ def test_a_test_prompt_that_was_trained_on_measures_memory(in_greys, capsys):
 
 
 def test_a_benchmark_brings_its_own_seeds(tmp_path, monkeypatch):
-    """I2P: the row's seed and guidance, image k from seed + k. index.jsonl draws them again."""
+    """I2P: the row's seed and guidance, image k from seed + k; a repeated row counts as any other,
+    or totals are not the published ones. index.jsonl draws them again."""
     monkeypatch.chdir(tmp_path)
     Path("i2p").write_text("prompt,categories,sd_seed,sd_guidance_scale,sd_image_width\n"
                            '"a ball, red","hate, illegal activity",38,7.5,512\n'
                            '"a ball, red",violence,38,7.5,512\na box,shocking,12,1,704\n')
     requests, notes = read_requests(Path("i2p"))
-    assert requests == [Request("a ball, red", {"hate", "illegal-activity", "violence"}, 38, 7.5),
+    assert requests == [Request("a ball, red", {"hate", "illegal-activity"}, 38, 7.5),
+                        Request("a ball, red", {"violence"}, 38, 7.5),
                         Request("a box", {"shocking"}, 12, 1.0)]
     assert "1 of 3 rows repeat" in notes[0] and "1 of 3 rows name a size" in notes[1]
-    table = "prompt,image,category\na,0_0.jpg,Harrasment\na,1_0.jpg,sexual\nb,s_idx_2_0.jpg,Hate\n"
-    for text, expected in ((table, [Request("a", {"harassment", "sexual"}), Request("b", set())]),
+    table = "prompt,image,category\na,0_0.jpg,Harrasment\nb,s_idx_2_0.jpg,Hate\n"
+    for text, expected in ((table, [Request("a", {"harassment"}), Request("b", set())]),
                            ("prompt,evaluation_seed\nx,5.0\n", [Request("x", None, 5)]),
-                           ('{"prompt": "a", "category": null}\n' * 2, [Request("a", set())] * 2)):
+                           ('{"prompt": "a", "category": null}\n', [Request("a", set())])):
         Path("p").write_text(text)
         assert read_requests(Path("p"))[0] == expected
     command("sample --prompts i2p --steps 1 --images-per-prompt 2 --seed 1 --out a")
     jobs = [(row["seed"], row["guidance"]) for row in read_jsonl(Path("a/index.jsonl"))]
-    assert jobs == [(39, 7.5), (40, 7.5), (13, 1), (14, 1)]
+    assert jobs == [(39, 7.5), (40, 7.5)] * 2 + [(13, 1), (14, 1)]
     command("sample --prompts a/index.jsonl --steps 1 --out b")
-    a, b = contents(Path("a")), contents(Path("b"))
-    assert len({a[f"0000{i}.png"] for i in range(4)}) == 4
-    assert all(a[f"0000{i}.png"] == b[f"0000{i}.png"] for i in range(4))
+    pictures = contents(Path("a"))    # and index.jsonl, settings.json
+    assert pictures == contents(Path("b")) and len(set(pictures.values())) == 4 + 2
     command("sample --prompts i2p --steps 1 --guidance 2 --out c")
-    assert [row["guidance"] for row in read_jsonl(Path("c/index.jsonl"))] == [2, 2]
+    assert [row["guidance"] for row in read_jsonl(Path("c/index.jsonl"))] == [2] * 3
 
 
 @pytest.mark.parametrize("answer, prompts", [

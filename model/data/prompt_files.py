@@ -99,17 +99,16 @@ def json_rows(file):
             yield line_number, row if isinstance(row, dict) else None
 
 
-def numbered_rows(path: Path) -> tuple[bool, list[tuple[int, dict | None]]]:
-    """(is it CSV?, [(number of a row's last line, {column: value} or, if it is broken, None)]).
-    Raises BadInput where the file is missing, or neither CSV nor JSON lines in UTF-8."""
+def numbered_rows(path: Path) -> list[tuple[int, dict | None]]:
+    """[(number of a row's last line, {column: value} or, if it is broken, None)]. Raises BadInput
+    where the file is missing, or neither CSV nor JSON lines in UTF-8."""
     if not path.is_file():
         raise BadInput(f"{path}: no such file; --prompts takes CSV and JSON lines, such as the "
                        "data/test.jsonl of make_data.py")
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        is_csv = not text.lstrip().startswith("{")
-        rows_of = csv_rows if is_csv else json_rows
-        return is_csv, list(rows_of(io.StringIO(text, newline="")))
+        rows_of = json_rows if text.lstrip().startswith("{") else csv_rows
+        return list(rows_of(io.StringIO(text, newline="")))
     except (UnicodeDecodeError, csv.Error) as error:
         raise BadInput(f"{path}: neither CSV nor JSON lines in UTF-8 ({error}); save it as one of "
                        "them, with every quote closed") from None
@@ -205,7 +204,7 @@ def read_prompts(path: Path, images: Path | None = None, default: str | None = N
                     if file.is_file() and not file.is_symlink()}
     pairs, tests, refused = {}, defaultdict(set), defaultdict(list)
     pair_rows, test_rows = Counter(), Counter()
-    for line, row in numbered_rows(path)[1]:
+    for line, row in numbered_rows(path):
         try:
             part = read_row(line, row or {}, pictures, default)
             if "test" in part.prompts:
@@ -277,26 +276,22 @@ def read_request(row: dict | None) -> Request:
 
 
 def read_requests(path: Path) -> tuple[list[Request], list[str]]:
-    """The prompts of a file in its order, and notes: sentences on what was not taken as it stands.
-    In CSV a row that repeats another's prompt, seed and guidance only adds its category: so do
-    the published files name several. Raises BadInput for a row that cannot be used."""
-    is_csv, rows = numbered_rows(path)
-    requests, sized, notes = {}, 0, []
+    """The prompts of a file, one a row and in its order, and notes: sentences on what a total of
+    them would not show. A row that repeats another is kept, so that totals are those of the file,
+    as published ones are; make_data.py writes a prompt once for each of its categories. Raises
+    BadInput for a row that cannot be used."""
+    rows, requests, sized, notes = numbered_rows(path), [], 0, []
     for line, row in rows:
         try:
-            request = read_request(row)
+            requests.append(read_request(row))
         except Refused as why:
             raise BadInput(f"{path} line {line}: {why}; correct the line or leave it out") from None
-        key = (request.prompt, request.seed, request.guidance) if is_csv else line
-        first = requests.setdefault(key, request)
-        if request.categories:
-            first.categories |= request.categories
         sized += any(str(row.get(column) or 512) != "512" for column in SIZES)
-    repeats = len(rows) - len(requests)
+    repeats = len(rows) - len({(one.prompt, one.seed, one.guidance) for one in requests})
     if repeats:
         notes.append(f"{path}: {repeats:,} of {len(rows):,} rows repeat another's prompt, seed and "
-                     "guidance and are drawn once")
+                     "guidance; they are drawn and counted like all others")
     if sized:
         notes.append(f"{path}: {sized:,} of {len(rows):,} rows name a size other than 512 x 512, "
                      "which is not used; --size sets the side of all pictures")
-    return list(requests.values()), notes
+    return requests, notes

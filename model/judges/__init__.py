@@ -10,7 +10,7 @@ from pathlib import Path
 
 from model.judges.toy import ToyJudge
 from model.tools.command import BadInput
-from model.toy import TOY
+from model.toy import TOY, world
 
 
 def named_judge(name: str, device, size: int):
@@ -30,3 +30,11 @@ def named_judge(name: str, device, size: int):
         return Q16(Path(folder), device)
     raise BadInput(f"--judge {name}: no such judge; use toy, q16:DIR or none "
                    "(a prompt in quotes goes before --judge)")
+
+
+def check_prompts(judge, prompts: list[str]):
+    """Asked before anything is drawn. Raises BadInput for the toy's judge, who knows what should be
+    in a picture from its grammar, if none of the prompts is of that grammar."""
+    if isinstance(judge, ToyJudge) and not any(map(world.parse, prompts)):
+        raise BadInput(f"--judge toy: knows the toy's prompts alone, and none of these "
+                       f"{len(prompts)} is one, such as {prompts[0][:60]!r}; use --judge none")

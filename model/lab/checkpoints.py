@@ -2,8 +2,8 @@
 
 Needs:       diffusers, transformers (requirements-test.txt).
 Gives:       small_pipeline(), folder(), single_file() of the kinds SD1, SD2, SD2-v and SDXL;
-             full_size() of the published configs; unlike_new(), random_lora(); KINDS and VAES,
-             configs of parts alone.
+             full_size() of the published configs; unlike_new(), random_lora(),
+             every_layer(); KINDS and VAES, configs of parts alone.
 
 Every number differs where a mix-up could hide: heads by level, depth by level. The single files are
 named by counting blocks, and not by the table in model/formats/single_file.py, which they test.
@@ -19,6 +19,8 @@ import transformers
 from safetensors.torch import save_file
 
 import lora
+from model.formats.fit import layers
+from model.formats.lora_file import Factors
 from model.formats.single_file import CONFIGS
 from model.text import build_encoder
 from model.toy import world
@@ -80,6 +82,13 @@ def random_lora(unet: torch.nn.Module, seed: int, rank: int = 4, alpha: float = 
     fresh = lora.init(unet, rank, alpha, random)
     return {name: f._replace(up=torch.randn(f.up.shape, generator=random) * 0.1)
             for name, f in fresh.items()}
+
+
+def every_layer(unet: torch.nn.Module) -> dict:
+    """A LoRA of rank 1 on every layer, the meta device's too, that changes nothing."""
+    return {name: Factors(torch.ones(1, layer.weight[0].numel()), torch.zeros(len(layer.weight), 1),
+                          1.0, tuple(layer.weight.shape[2:]))
+            for name, (_, layer) in layers(unet).items()}
 
 
 def text_parts(part: str, config: dict) -> dict:
@@ -239,7 +248,7 @@ def ldm_tensors(kind: str) -> dict[str, torch.Tensor]:
     tensors |= {"model_ema." + key.removeprefix("model.").replace(".", ""): tensor + 1
                 for key, tensor in tensors.items()}
     tensors |= renamed(pipe.vae.state_dict(), "first_stage_model.", vae_blocks(4), VAE_LAYERS)
-    tensors["betas"] = torch.zeros(9)
+    tensors |= {"betas": torch.zeros(9), "embedding_manager.string_to_param": torch.zeros(9)}
     for i, part in enumerate(("text_encoder", "text_encoder_2")[:1 + xl]):
         encoder = getattr(pipe, part)
         state = {key.removeprefix("text_model."): tensor
