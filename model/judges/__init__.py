@@ -36,5 +36,5 @@ def check_prompts(judge, prompts: list[str]):
     """Asked before anything is drawn. Raises BadInput for the toy's judge, who knows what should be
     in a picture from its grammar, if none of the prompts is of that grammar."""
     if isinstance(judge, ToyJudge) and not any(map(world.parse, prompts)):
-        raise BadInput(f"--judge toy: knows the toy's prompts alone, and none of these "
-                       f"{len(prompts)} is one, such as {prompts[0][:60]!r}; use --judge none")
+        raise BadInput(f"--judge toy: needs prompts of the toy's grammar, and 0 of {len(prompts)} "
+                       f"are (the first: {prompts[0][:60]!r}); use --judge none")
