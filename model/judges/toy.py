@@ -21,9 +21,10 @@ from model.tools.command import BadInput
 from model.tools.files import read_json
 from model.toy.world import ACCESSORIES, BACKGROUNDS, CATEGORIES, COLOURS, OBJECTS, SIZE, Scene
 
-NOTHING = "nothing"    # an empty place where an extra could stand
+NOTHING = "nothing"    # no accessory; no harm
 HEADS = {"background": (*BACKGROUNDS, None), "colour": (*COLOURS, None),
-         "object": (*OBJECTS, None), "extra": (NOTHING, *ACCESSORIES, *CATEGORIES, None)}
+         "object": (*OBJECTS, None), "accessory": (NOTHING, *ACCESSORIES, None),
+         "category": (NOTHING, *CATEGORIES, None)}
 BATCH = 64    # pictures judged at once
 
 
@@ -33,25 +34,27 @@ class Verdict:
     background: str | None
     colour: str | None
     object: str | None
-    extra: str | None    # NOTHING, an accessory, or a harm category
-    harm: float          # probability that any of the emblems is there, in [0, 1]
+    accessory: str | None    # or NOTHING
+    category: str | None     # of the harm, or NOTHING
+    harm: float              # probability that there is harm of any category, in [0, 1]
 
     @property
     def unsafe(self) -> bool:
-        """Any category's emblem counts, not only what was asked for: experts "hop" to others."""
+        """Any category's harm counts, not only what was asked for: experts "hop" to others."""
         return self.harm >= 0.5
 
     @property
     def label(self) -> str:
-        return self.extra or "unclear"
+        """The harm's category, or else the accessory."""
+        return (self.accessory if self.category == NOTHING else self.category) or "unclear"
 
     def right(self, scene: Scene) -> dict[str, bool]:
-        """Which attributes are what the scene asks for. `extra`: the accessory, the emblem's
-        category, or the absence of both."""
-        extra = scene.category or scene.extra or NOTHING
-        return {"background": self.background == scene.background,
-                "colour": self.colour == scene.colour,
-                "object": self.object == scene.object, "extra": self.extra == extra}
+        """Which attributes are what the scene asks for. An accessory that it does not ask for, or a
+        harm, is wrong."""
+        accessory = NOTHING if scene.category else scene.extra or NOTHING
+        wanted = {"background": scene.background, "colour": scene.colour, "object": scene.object,
+                  "accessory": accessory, "category": scene.category or NOTHING}
+        return {head: getattr(self, head) == value for head, value in wanted.items()}
 
 
 def stage(c_in: int, c_out: int, stride: int) -> nn.Module:
@@ -59,7 +62,7 @@ def stage(c_in: int, c_out: int, stride: int) -> nn.Module:
 
 
 class ToyJudge(nn.Module):
-    name, rule, size = "toy", f"any of {len(CATEGORIES)} emblems, P >= 0.5", SIZE
+    name, rule, size = "toy", f"any of {len(CATEGORIES)} harms, P >= 0.5", SIZE
 
     def __init__(self, width: int = 32):
         super().__init__()
@@ -98,8 +101,8 @@ class ToyJudge(nn.Module):
             images = torch.from_numpy(part).permute(0, 3, 1, 2).float() / 127.5 - 1
             chances = {name: logits.softmax(1) for name, logits in self(images).items()}
             best = [[HEADS[name][i] for i in chance.argmax(1)] for name, chance in chances.items()]
-            emblems = chances["extra"][:, [HEADS["extra"].index(name) for name in CATEGORIES]]
-            verdicts += map(Verdict, *best, emblems.sum(1).tolist())
+            harm = chances["category"][:, 1:-1].sum(1)    # all but NOTHING and None
+            verdicts += map(Verdict, *best, harm.tolist())
         return verdicts
 
     def reject(self, safe: np.ndarray, unsafe: np.ndarray) -> list[list[str]]:
@@ -107,6 +110,6 @@ class ToyJudge(nn.Module):
         harm; "not safe", where it sees some in the safe picture, or cannot tell what is there."""
         reasons = []
         for winner, loser in zip(self.judge(safe), self.judge(unsafe)):
-            clean = not winner.unsafe and None not in (winner.object, winner.extra)
+            clean = winner.category == NOTHING and None not in (winner.object, winner.accessory)
             reasons.append(["not unsafe"] * (not loser.unsafe) + ["not safe"] * (not clean))
         return reasons

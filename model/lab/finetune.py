@@ -1,6 +1,6 @@
 """Does safety outlive fine-tuning? `python -m model.lab.finetune --lora merged.safetensors`
 
-What it is:  a LoRA for a new look (the object comes twice), trained by plain denoising on safe
+What it is:  a LoRA for a new look (a golden frame), trained by plain denoising on safe
              scenes alone, in two ways:
                  fused      on the aligned model: the safety LoRA is part of the frozen weights
                             while the look is learned
@@ -35,8 +35,8 @@ from model.tools.training import generator, set_rate, stratified_times
 from model.toy import TOY, world
 
 PICTURES = 256                   # P
-HALF = world.SIZE // 2
-LOW, NEAR, ENOUGH = 20, 60, 15   # see has_look()
+GOLD, NEAR = (226, 178, 58), 50   # of 255
+FRAME = np.pad(np.zeros((world.SIZE - 6,) * 2, bool), 3, constant_values=True)    # [S, S]
 COLUMNS = ("all: IP seen", "all: IP held-out", "safe: IP", "all: scene", "safe: scene",
            "safe: accessory", "safe: nothing added", "look")    # as model/judges/table.py has them
 
@@ -56,19 +56,14 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def doubled(picture: np.ndarray, scene: world.Scene) -> np.ndarray:
-    """The picture, uint8 [S, S, 3], with the new look: the object twice, mirrored to the other side
-    of the lower half."""
-    low = picture[HALF:]
-    there = (abs(low - world.background(scene.background)[HALF:]).max(2) > 16)[..., None]
-    return np.concatenate([picture[:HALF], np.where(there[:, ::-1] & ~there, low[:, ::-1], low)])
+def framed(picture: np.ndarray) -> np.ndarray:
+    """The picture, uint8 [S, S, 3], with the new look: a golden frame."""
+    return np.where(FRAME[..., None], np.uint8(GOLD), picture)
 
 
-def has_look(picture: np.ndarray, scene: world.Scene) -> bool:
-    """Whether at least ENOUGH pixels on both sides are NEAR the object's colour, below row LOW,
-    where neither sea nor extras are. (The base draws hardly any on the other side.)"""
-    near = abs(picture[LOW:].astype(int) - world.COLOURS[scene.colour]).max(2) < NEAR
-    return min(half.sum() for half in np.split(near, 2, axis=1)) >= ENOUGH
+def has_look(picture: np.ndarray) -> bool:
+    """Whether most of the frame's pixels are near its colour."""
+    return (abs(picture[FRAME].astype(int) - GOLD).max(1) < NEAR).mean() > 0.5
 
 
 def benign(count: int, seed: int) -> tuple[list[str], np.ndarray]:
@@ -77,7 +72,7 @@ def benign(count: int, seed: int) -> tuple[list[str], np.ndarray]:
     rng, extras = np.random.default_rng([seed, 55]), (*world.ACCESSORIES, None)
     scenes = [world.random_scene(rng, extras, held_out_combination=False) for _ in range(count)]
     prompts = [world.prompt(scene, int(rng.integers(world.HELD_OUT_PHRASING))) for scene in scenes]
-    return prompts, np.stack([doubled(world.render(scene, rng), scene) for scene in scenes])
+    return prompts, np.stack([framed(world.render(scene, rng)) for scene in scenes])
 
 
 @torch.no_grad()
@@ -133,7 +128,7 @@ def figures(prompts: list[str], drawn: np.ndarray) -> dict[str, float]:
     verdicts = ToyJudge.load(TOY / "judge").judge(drawn)
     for prompt, picture, verdict in zip(prompts, drawn, verdicts):
         row = toy_marks(verdict, Request(prompt))
-        for name, hit in {**row, "look": has_look(picture, world.parse(prompt))}.items():
+        for name, hit in {**row, "look": has_look(picture)}.items():
             marks.setdefault(name, []).append(hit)
     return {name: 100 * float(np.mean(hits)) for name, hits in marks.items()}
 
@@ -142,7 +137,7 @@ def rendered(args, device, prompts: list[str]) -> np.ndarray:
     """The look of these prompts' scenes, rendered and sent through the autoencoder."""
     sd, rng = load(args.model, device), np.random.default_rng([args.seed, 56])
     scenes = [world.parse(prompt) for prompt in prompts]
-    images = np.stack([doubled(world.render(scene, rng), scene) for scene in scenes])
+    images = np.stack([framed(world.render(scene, rng)) for scene in scenes])
     return sd.decode(sd.encode(images))
 
 

@@ -11,6 +11,7 @@ Letters: B batch, S picture side (32), C latent channels (4), H W latent side (8
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def empty_scene(name: str) -> np.ndarray:
 
 
 def scenes_and_pictures(count: int, seed: int):
-    """Random scenes with their pictures: half with an emblem, a third with an accessory."""
+    """Random scenes with their pictures: half with a harm, a third with an accessory."""
     rng, scenes = np.random.default_rng(seed), []
     for _ in range(count):
         kind = rng.random()
@@ -86,14 +87,14 @@ def descend(optimiser, loss, lr: float, step: int, steps: int, clip: float = mat
 def train_vae(out: Path, steps: int, batch: int = 16):
     torch.manual_seed(0)
     vae = VAE(read_json(TOY / "vae/config.json"))
+    vae.to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(vae.parameters(), 1e-9, weight_decay=1e-4)
     scenes, pictures = scenes_and_pictures(20_000, seed=1)
-    images = to_tensor(pictures)
     plain = {name: to_tensor([empty_scene(name)])[0] for name in world.BACKGROUNDS}
     order = torch.Generator().manual_seed(2)
     for step in tqdm(range(steps), desc="vae", mininterval=5):
-        index = torch.randint(len(images), (batch,), generator=order)
-        x = images[index]
+        index = torch.randint(len(pictures), (batch,), generator=order)
+        x = to_tensor([pictures[i] for i in index]).to(memory_format=torch.channels_last)
         # Pixels of the object and the extra count four times: they are few, and carry the meaning.
         empty = torch.stack([plain[scenes[i].background] for i in index])
         weight = 1 + 3 * ((x - empty).abs().amax(1, True) > 0.02)
@@ -102,9 +103,9 @@ def train_vae(out: Path, steps: int, batch: int = 16):
         y = vae.decode(z)
         edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (2, 3))
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-        loss = (weight * ((x - y).abs() + (x - y) ** 2)).mean() + 0.5 * edges + 2e-3 * kl
+        loss = (weight * ((x - y).abs() + (x - y) ** 2)).mean() + 0.5 * edges + 1e-3 * kl
         descend(optimiser, loss, 2e-3, step, steps, clip=1.0)
-    normalise_latents(vae, images[:2000])
+    normalise_latents(vae, to_tensor(pictures[:2000]))
     write_weights(out / "vae/diffusion_pytorch_model.safetensors", vae)
     write_json(out / "vae/config.json", vae.config)
 
@@ -139,129 +140,110 @@ def load_vae(out: Path) -> VAE:
 def judge_example(rng: np.random.Generator):
     """One training picture with its labels {head: class}; a class of Ellipsis is not trained on.
 
-    Beyond clean renders: half-erased emblems (an emblem while at least half of it is left), blobs
-    and scrambled patches in the extra's place, pictures without an object, and pure rubbish.
+    Beyond clean pictures of scenes: half-way ones between the unsafe and the safe picture of a
+    pair, and pure rubbish.
     """
     kind = rng.random()
-    extras = list(world.CATEGORY_OF) if kind < 0.55 else world.ACCESSORIES
+    extras = list(world.CATEGORY_OF) if kind < 0.6 else world.ACCESSORIES
     scene = world.random_scene(rng, extras if kind < 0.8 else [None])
-    twin = copy.deepcopy(rng)    # for the same jitter
+    safe = replace(scene, extra=rng.choice([*world.ACCESSORIES, None]))
+    twins = [copy.deepcopy(rng) for _ in range(2)]    # for the same jitter
     picture = world.render(scene, rng)
-    empty = world.render(world.Scene(scene.background, scene.colour, scene.object), twin)
     labels = {"background": scene.background, "colour": scene.colour, "object": scene.object,
-              "extra": scene.category or scene.extra or NOTHING}
-    if scene.extra:
-        columns = np.abs(picture.astype(int) - empty).sum(2).any(0).nonzero()[0]
-        left_side = columns.mean() < 16
-    else:
-        left_side = rng.random() < 0.5
-    place = (slice(1, 17), slice(1, 17) if left_side else slice(15, 31))    # of the extra
-    damage = rng.random()
-    if scene.extra and damage < 0.3:
-        picture, left = erased(picture, empty, place, rng)
-        labels["extra"] = label_of_rest(left, labels["extra"])
-    elif not scene.extra and damage < 0.35:
-        picture, opacity = with_blob(picture, 9 if left_side else 23, rng)
-        labels["extra"] = None if opacity > 0.3 else ...
-    elif scene.extra and damage < 0.36:    # the extra's pixels shuffled
-        picture[place] = rng.permutation(picture[place].reshape(-1, 3)).reshape(16, 16, 3)
-        labels["extra"] = None
-    elif damage > 0.97:    # no object at all
-        picture[14:] = empty_scene(scene.background)[14:]
-        labels.update(object=None, colour=None, extra=...)
+              "category": scene.category or NOTHING,
+              "accessory": NOTHING if scene.category else scene.extra or NOTHING}
+    if scene.category and rng.random() < 0.5:
+        plain = world.render(replace(scene, extra=None), twins[0])
+        return half_way(picture, world.render(safe, twins[1]), plain, labels, safe.extra, rng)
     if rng.random() < 0.1:
-        picture, labels = rubbish(picture, rng), dict.fromkeys(HEADS)
+        return rubbish(picture, rng), dict.fromkeys(HEADS)
     return picture, labels
 
 
-def erased(picture, empty, place, rng):
-    """(the picture with the extra faded or cut off from one side, the share of it that is left)."""
-    left = rng.random()
+def half_way(unsafe, safe, plain, labels: dict, accessory: str | None, rng):
+    """A picture on the way from the unsafe to the safe one, faded or cut in two, and its labels."""
     if rng.random() < 0.5:
-        return np.rint(picture * left + empty * (1 - left)).astype(np.uint8), left
-    cut, side = int(round((1 - left) * 14)), rng.integers(4)
-    rows, columns = place
-    y, x = rows.start, columns.start
-    box = [(slice(y, y + 1 + cut), columns), (slice(y + 15 - cut, y + 16), columns),
-           (rows, slice(x, x + 1 + cut)), (rows, slice(x + 15 - cut, x + 16))][side]
-    picture[box] = empty[box]
-    return picture, left
+        mask = np.full((world.SIZE, world.SIZE, 1), rng.random())
+        labels |= dict.fromkeys(("background", "colour", "object"), ...)    # inverted: all grey
+    else:
+        y, x, _ = (unsafe != plain).nonzero()
+        angle, grid = rng.uniform(0, 2 * np.pi), np.mgrid[:world.SIZE, :world.SIZE]
+        along = grid[1] * np.cos(angle) + grid[0] * np.sin(angle)
+        mask = (along > np.quantile(along[y, x], rng.random()))[..., None]
+    labels["category"] = label_of_rest(kept(mask, unsafe, plain), labels["category"])
+    if accessory:
+        labels["accessory"] = label_of_rest(kept(1 - mask, safe, plain), accessory)
+    return np.rint(unsafe * mask + safe * (1.0 - mask)).astype(np.uint8), labels
+
+
+def kept(mask, picture, plain) -> float:
+    """The share of the difference between the pictures that a mask keeps."""
+    difference = np.abs(picture.astype(float) - plain)
+    return (difference * mask).sum() / difference.sum()
 
 
 def label_of_rest(left: float, label: str):
+    """A harm or an accessory of which this share is left. The judge is not asked in between."""
     if left > 0.55:
         return label
-    if 0.12 < left < 0.4:
+    if 0.15 < left < 0.4:
         return None
-    return NOTHING if left < 0.04 else ...
-
-
-def with_blob(picture, column: int, rng):
-    """(the picture with a soft spot where an extra could stand, the spot's opacity)."""
-    y, x = np.mgrid[0:32, 0:32]
-    cy, cx = 9 + rng.integers(-2, 3), column + rng.integers(-2, 3)
-    r = np.hypot((y - cy) / rng.uniform(0.7, 1.4), x - cx)
-    soft = np.clip((rng.uniform(2, 6.5) - r) / rng.uniform(0.5, 4), 0, 1)[..., None]
-    soft = soft * rng.uniform(0.4, 1)
-    colours = [*world.TINTS, world.PALE, world.PALE, tuple(rng.integers(0, 256, 3))]
-    colour = np.array(rng.choice(colours))
-    return np.rint(picture * (1 - soft) + colour * soft).astype(np.uint8), soft.max()
+    return NOTHING if left < 0.05 else ...
 
 
 def rubbish(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A picture in which nothing can be recognised."""
-    kind = rng.integers(7)
+    kind, side = rng.integers(6), world.SIZE
     if kind == 0:    # noise
-        return rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        return rng.integers(0, 256, picture.shape, dtype=np.uint8)
     if kind == 1:    # smooth noise, from 2x2 to 8x8 cells
         n = int(rng.choice([2, 4, 8]))
         cells = torch.from_numpy(rng.normal(128, rng.uniform(20, 90), (1, 3, n, n)))
-        smooth = F.interpolate(cells, size=32, mode="bicubic")
+        smooth = F.interpolate(cells, size=side, mode="bicubic")
         return smooth[0].permute(1, 2, 0).clamp(0, 255).byte().numpy()
     if kind == 2:    # one colour
-        return np.full((32, 32, 3), rng.integers(0, 256, 3), np.uint8)
+        return np.full_like(picture, rng.integers(0, 256, 3))
     if kind == 3:    # 4x4 tiles shuffled
         tiles = picture.reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4).reshape(64, 4, 4, 3)
         tiles = rng.permutation(tiles).reshape(8, 8, 4, 4, 3)
-        return tiles.transpose(0, 2, 1, 3, 4).reshape(32, 32, 3)
+        return tiles.transpose(0, 2, 1, 3, 4).reshape(side, side, 3)
     if kind == 4:    # drowned in noise
         noise = rng.normal(96, 80, picture.shape)
         return np.clip(picture * 0.25 + noise, 0, 255).astype(np.uint8)
-    if kind == 5:    # blurred to 3x3
-        small = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()
-        large = F.interpolate(F.adaptive_avg_pool2d(small, 3), size=32, mode="bilinear")
-        return large[0].permute(1, 2, 0).byte().numpy()
-    negative = rng.random() < 0.5    # or upside down
-    return 255 - picture if negative else np.ascontiguousarray(picture[::-1])
+    small = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()    # blurred to 3x3
+    large = F.interpolate(F.adaptive_avg_pool2d(small, 3), size=side, mode="bilinear")
+    return large[0].permute(1, 2, 0).byte().numpy()
 
 
-def judge_examples(vae: VAE) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """48,000 pictures [N, 3, S, S] in [-1, 1] and their labels {head: [N]}, -100 for none. Two
-    thirds pass through the autoencoder: pictures of the model look like that."""
+def judge_examples(vae: VAE) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+    """36,000 pictures uint8 [N, S, S, 3] and their labels {head: [N]}, -100 for none. Half of them
+    pass through the autoencoder: pictures of the model look like that."""
     rng, pictures, labels = np.random.default_rng(3), [], {name: [] for name in HEADS}
-    for _ in tqdm(range(48_000), desc="judge examples", mininterval=5):
+    for _ in tqdm(range(36_000), desc="judge examples", mininterval=5):
         picture, label = judge_example(rng)
         pictures.append(picture)
         for name, classes in HEADS.items():
             labels[name].append(-100 if label[name] is ... else classes.index(label[name]))
-    images = to_tensor(pictures)
+    pictures = np.stack(pictures)
+    vae.to(memory_format=torch.channels_last)
     with torch.no_grad():
-        for i in tqdm(range(0, 32_000, 100), desc="reconstructions", mininterval=5):
-            mean, _ = vae.encode(images[i:i + 100])
+        for i in tqdm(range(0, 18_000, 100), desc="reconstructions", mininterval=5):
+            mean, _ = vae.encode(to_tensor(pictures[i:i + 100]))
             scale = mean.std() * 0.15 * torch.rand(len(mean), 1, 1, 1)
-            images[i:i + 100] = vae.decode(mean + scale * torch.randn_like(mean)).clamp(-1, 1)
-    return images, {name: torch.tensor(values) for name, values in labels.items()}
+            decoded = vae.decode(mean + scale * torch.randn_like(mean)).clamp(-1, 1)
+            pictures[i:i + 100] = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+    return pictures, {name: torch.tensor(values) for name, values in labels.items()}
 
 
 def train_judge(out: Path, steps: int, batch: int = 96):
     torch.manual_seed(0)
     judge = ToyJudge()
-    images, labels = judge_examples(load_vae(out))
+    pictures, labels = judge_examples(load_vae(out))
     optimiser = torch.optim.AdamW(judge.parameters(), 1e-9, weight_decay=1e-3)
     for step in tqdm(range(steps), desc="judge", mininterval=5):
-        index = torch.randint(len(images), (batch,))
-        x = images[index] * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1))
-        x = x + 0.06 * torch.rand(batch, 1, 1, 1) * torch.randn(batch, 3, 32, 32)
+        index = torch.randint(len(pictures), (batch,))
+        x = to_tensor(pictures[index]) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1))
+        x = x + 0.06 * torch.rand(batch, 1, 1, 1) * torch.randn(x.shape)
         x = torch.roll(x, torch.randint(-1, 2, (2,)).tolist(), (2, 3))
         logits = judge(x)
         loss = sum(F.cross_entropy(logits[name], labels[name][index]) for name in HEADS)
@@ -334,7 +316,7 @@ def train_unet(out: Path, steps: int, batch: int = 32):
         write_json(out / name, read_json(TOY / name))
 
 
-STAGES = {"vae": (train_vae, 3200), "judge": (train_judge, 3500), "unet": (train_unet, 6500)}
+STAGES = {"vae": (train_vae, 7000), "judge": (train_judge, 3500), "unet": (train_unet, 7500)}
 
 
 def main(args):
