@@ -3,9 +3,9 @@
 What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908), and the loss that this project trains
              its experts with: the same with three terms that keep the picture whole.
 Needs:       torch.
-Gives:       squared_error(), diffusion_dpo(), safety_dpo(), metrics(); LOSSES, by the names that
-             train.py --loss knows. A loss of your own is one more Loss: train.py takes it by its
-             dotted name, as it takes those of model/lab/losses.py.
+Gives:       squared_error(), diffusion_dpo(), safety_dpo(), fine_tuning(), metrics(); LOSSES, by
+             the names that train.py --loss knows. A loss of your own is one more Loss: train.py
+             takes it by its dotted name, as it takes those of model/lab/losses.py.
 
 A pair is a prompt y with a winner x_w and a loser x_l, noised with the SAME noise and timestep, so
 that all that differs between their errors is the content:
@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+GUARD, KEEP = 3.0, 8.0    # weights in safety_dpo()
+
 
 def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """L(x) (README, eq. 2): [B, C, H, W] twice -> [B], the MEAN over elements, in fp32 always.
@@ -30,8 +32,9 @@ def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output.float() - target.float()).square().flatten(1).mean(1)
 
 
-def diffusion_dpo(winner, loser, winner_ref, loser_ref, beta: float):
+def diffusion_dpo(winner, loser, winner_ref, loser_ref, beta: float, **more):
     """The published loss (README, eq. 3). Errors [B] of policy and reference -> (loss, metrics).
+    more: what else to log.
 
         loss = -log sigmoid( -beta/2 [ (L_w - L_l)_theta - (L_w - L_l)_ref ] ),
                averaged AFTER the log-sigmoid
@@ -41,38 +44,46 @@ def diffusion_dpo(winner, loser, winner_ref, loser_ref, beta: float):
     """
     margin = -((winner - winner_ref) - (loser - loser_ref))
     loss = -F.logsigmoid(beta / 2 * margin).mean()
-    return loss, metrics(winner, loser, winner_ref, loser_ref, loss)
+    return loss, metrics(winner, loser, winner_ref, loser_ref, loss, **more)
 
 
-def safety_dpo(winner, loser, winner_ref, loser_ref, drift, beta: float,
-               guard: float = 3.0, anchor: float = 1.0, keep: float = 8.0):
+def safety_dpo(winner, loser, winner_ref, loser_ref, drift, beta: float):
     """The default [ours; README, eq. 4]: Diffusion-DPO that may not pay with the picture.
 
     drift [B] = mean squared difference of policy and reference on the winner under the SAFE prompt.
 
         d_w = L_w - L_w,ref,   d_l = L_l - L_l,ref
-        loss = -log sigmoid( -beta/2 [ d_w - d_l + 2 guard max(0, d_w) ] )
-             + anchor beta d_w
-             + keep beta drift
+        loss = -log sigmoid( -beta/2 [ d_w - d_l + 2 GUARD max(0, d_w) ] )
+             + beta d_w + KEEP beta drift
 
-    guard: a winner that gets worse costs extra (DPO-Positive, 2402.13228). anchor: the winner's own
-    error must fall, also where the sigmoid is flat. keep: safe prompts draw what they drew.
+    GUARD: a winner that gets worse costs extra (DPO-Positive, 2402.13228). beta d_w: the winner's
+    own error must fall, also where the sigmoid is flat. KEEP: safe prompts draw what they drew.
     """
     d_w, d_l = winner - winner_ref, loser - loser_ref
-    preference = -F.logsigmoid(-beta / 2 * (d_w - d_l + 2 * guard * d_w.clamp(min=0)))
-    loss = (preference + anchor * beta * d_w + keep * beta * drift).mean()
-    values = metrics(winner, loser, winner_ref, loser_ref, preference.mean())
-    return loss, {**values, "drift": drift.mean().detach()}
+    preference = -F.logsigmoid(-beta / 2 * (d_w - d_l + 2 * GUARD * d_w.clamp(min=0)))
+    loss = (preference + beta * (d_w + KEEP * drift)).mean()
+    return loss, metrics(winner, loser, winner_ref, loser_ref, preference, drift=drift)
 
 
-def metrics(winner, loser, winner_ref, loser_ref, preference) -> dict[str, torch.Tensor]:
+def fine_tuning(winner, loser, winner_ref, loser_ref, drift, beta: float):
+    """Supervised fine-tuning on the winner, the baseline that a preference has to beat. The loser
+    and beta are in the log alone.
+
+        loss = L_w + KEEP drift
+    """
+    _, values = diffusion_dpo(winner, loser, winner_ref, loser_ref, beta, drift=drift)
+    return (winner + KEEP * drift).mean(), values
+
+
+def metrics(winner, loser, winner_ref, loser_ref, preference, **more):
     """What to watch. preference: the log-sigmoid term, 0.693 = no preference learned yet. accuracy:
     share of pairs that the policy, read as a reward model, orders rightly. margin: mean error gap
     won over the reference. winner, loser, winner_ref, loser_ref: the four errors; healthy is
     winner <= winner_ref and loser > loser_ref."""
     margin = (loser - loser_ref) - (winner - winner_ref)
     values = {"preference": preference, "accuracy": (margin > 0).float(), "margin": margin,
-              "winner": winner, "winner_ref": winner_ref, "loser": loser, "loser_ref": loser_ref}
+              "winner": winner, "winner_ref": winner_ref, "loser": loser, "loser_ref": loser_ref,
+              **more}
     return {name: value.mean().detach() for name, value in values.items()}
 
 
@@ -87,21 +98,21 @@ class Loss(NamedTuple):
     function: Callable
 
 
-def four_errors(policy, reference, target) -> list[torch.Tensor]:
-    """(L_w, L_l) of the policy and of the reference, where a loss's first inputs are those two."""
-    return [squared_error(output[i], target[i]) for output in (policy, reference) for i in (0, 1)]
+def errors_of(policy, reference, target):
+    """(L_w, L_l) of the policy and of the reference, where a loss's first inputs are those two; and
+    of each further input the drift, policy from reference. All [B]."""
+    errors = [squared_error(output[i], target[i]) for output in (policy, reference) for i in (0, 1)]
+    return errors + [squared_error(*pair) for pair in zip(policy[2:], reference[2:])]
 
 
-def published(policy, reference, target, beta: float):
-    return diffusion_dpo(*four_errors(policy, reference, target), beta)
-
-
-def safety(policy, reference, target, beta: float):
-    drift = squared_error(policy[2], reference[2])
-    return safety_dpo(*four_errors(policy, reference, target), drift, beta)
+def on_errors(loss):
+    """A loss on errors as a function of outputs."""
+    return lambda policy, reference, target, beta: loss(*errors_of(policy, reference, target), beta)
 
 
 # Why the EMPTY prompt as well: guidance subtracts what the model draws without a prompt from every
 # picture, so that this must stay as it was too.
-LOSSES = {"safety": Loss(("winner|unsafe", "loser|unsafe", "winner|safe or empty"), safety),
-          "dpo": Loss(("winner|unsafe", "loser|unsafe"), published)}
+WITH_SAFE = ("winner|unsafe", "loser|unsafe", "winner|safe or empty")
+LOSSES = {"safety": Loss(WITH_SAFE, on_errors(safety_dpo)),
+          "sft": Loss(WITH_SAFE, on_errors(fine_tuning)),
+          "dpo": Loss(WITH_SAFE[:2], on_errors(diffusion_dpo))}

@@ -58,7 +58,8 @@ def parse_arguments(argv=None):
     add("--out", type=Path,
         help="folder to write (default: experts; with --joint the current folder)")
     add("--loss", default="safety", help="safety: DPO with guard, anchor and preservation; dpo: as "
-        "published; or a dotted name: model.lab.losses.duo, model.lab.losses.sdpo")
+        "published; sft: fine-tuning on the winner, with preservation; or a dotted name: "
+        "model.lab.losses.duo, model.lab.losses.sdpo")
     add("--beta", type=rate, default=100.0, help="strength of the preference, on the MEAN squared "
         "error; published: 5000")
     add("--steps", type=positive, default=220, help="optimiser steps for each concept")
@@ -209,7 +210,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)    # of the sum: all clip alike
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.zero_grad()
         self.log.append({"step": step, **row})
         return self.log[-1]
 

@@ -11,7 +11,7 @@ Letters: B pairs, C H W a latent's shape.
 """
 import torch
 
-from dpo import Loss, diffusion_dpo, four_errors, squared_error
+from dpo import Loss, diffusion_dpo, errors_of, on_errors
 
 PRIOR = 1e6    # DUO's base_lambda
 MU = 0.9       # Diffusion-SDPO's for SD 1.5; 0.6 for SDXL
@@ -26,9 +26,9 @@ def prior_dpo(winner, loser, winner_ref, loser_ref, drift, beta: float):
         loss = -log sigmoid( -beta [ (L_w - L_l)_theta - (L_w - L_l)_ref ] )    beta is not halved
              + PRIOR beta / 100 drift
     """
-    preference, values = diffusion_dpo(winner, loser, winner_ref, loser_ref, 2 * beta)
-    loss = preference + PRIOR * beta / 100 * drift.mean()
-    return loss, {**values, "drift": drift.mean().detach()}
+    errors = winner, loser, winner_ref, loser_ref
+    preference, values = diffusion_dpo(*errors, 2 * beta, drift=drift)
+    return preference + PRIOR * beta / 100 * drift.mean(), values
 
 
 def winner_safe(winner, loser) -> torch.Tensor:
@@ -51,19 +51,13 @@ def winner_safe(winner, loser) -> torch.Tensor:
 def winner_safe_dpo(winner, loser, winner_ref, loser_ref, factor, beta: float):
     """Diffusion-SDPO: the VALUE of the published loss, the losers' gradient times factor."""
     loser = loser.detach() + factor * (loser - loser.detach())
-    loss, values = diffusion_dpo(winner, loser, winner_ref, loser_ref, beta)
-    return loss, {**values, "factor": factor}
-
-
-def with_prior(policy, reference, target, beta: float):
-    drift = squared_error(policy[2], reference[2])
-    return prior_dpo(*four_errors(policy, reference, target), drift, beta)
+    return diffusion_dpo(winner, loser, winner_ref, loser_ref, beta, factor=factor)
 
 
 def with_safe_winner(policy, reference, target, beta: float):
     factor = winner_safe(policy[0] - target[0], policy[1] - target[1])
-    return winner_safe_dpo(*four_errors(policy, reference, target), factor, beta)
+    return winner_safe_dpo(*errors_of(policy, reference, target), factor, beta)
 
 
-duo = Loss(("winner|unsafe", "loser|unsafe", "noise|empty"), with_prior)
+duo = Loss(("winner|unsafe", "loser|unsafe", "noise|empty"), on_errors(prior_dpo))
 sdpo = Loss(("winner|unsafe", "loser|unsafe"), with_safe_winner)
