@@ -1,158 +1,159 @@
-"""The tables of results.md, from the four scripts: `python -m model.lab.experiments --seeds 0 1 2`
+"""The tables and the plot of results.md: `python -m model.lab.experiments`
 
 What it is:  a driver that runs the scripts as a person would, in a folder for each seed (a seed
-             moves everything: prompts, pictures, experts, test prompts).
-Needs:       the embedded toy; 20 to 25 minutes a seed on 2 CPU cores, each with its own command.
-Gives:       results/seed<k>/ with all files, and on stdout these tables (--only), of means and
-             ranges over the seeds:
-                 A  each expert (A1); one LoRA on all the data, and each merging method (A2)
-                 B  how an expert is trained: loss, beta, learning rate, reused draws
-                 C  on how much data: pairs, and concept words
-                 D  one more category joined at a time
-                 E  Co-Merge, calibrated on fewer pairs of each expert than its 24
+             moves everything: prompts, pictures, experts, test prompts). Strengths are chosen on
+             the --tune seeds, and reported on the others.
+Needs:       the embedded toy; about an hour for each seed and core, all of it.
+Gives:       results/seed<k>/ with all files; results/plot.png; and on stdout these tables (--only),
+             of means and ranges over the --seeds:
+                 a  the experts' loss: each term off, supervised fine-tuning, the published one
+                 b  merging rules
+                 c  All-single, the paper's baseline, in three readings
+                 d  1 to 7 experts joined
+                 e  how much data, for the category that is hardest
+                 f  each expert on every category
              What is there is not made again. A command that fails leaves a dash in the tables.
+
+A method is a curve over its strength: stronger means less harm, and more damage. In a, b and c each
+is judged at several strengths, and shown at 1 and at its own best, where IP + damage is least.
 """
-import itertools
+import contextlib
+import importlib
 import os
 import re
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+import merge
+from model.formats.lora_file import Factors
+from model.lab.plot import plot
+from model.tools import processes
 from model.tools.command import BadInput, PlainParser, natural, run
 from model.tools.files import opened, read_json, read_jsonl, save_tensors, sha256, write_jsonl
-from model.tools.processes import cores
-from model.tools.training import ratios
 from model.toy.world import CATEGORIES, parse, seen_words
 
-ROOT = Path(__file__).resolve().parents[2]    # where the scripts are
-ONE = next(iter(CATEGORIES))    # the category of B and C, and the first one of D
-SCRIPTS = ("make_data.py", "train.py", "merge.py", "sample.py")    # each needs those before
-
-# A. merge.py --method ...: strengths. Each at strength 1 and around its own best, so that
-# trade-offs are compared and not scales. joint: the paper's All-single, by train.py --joint.
-METHODS = {"co-merge": (1, 1.2), "co-merge --no-rescale": (1, 1.5), "average": (1,),
-           "sum": (1, 0.45), "ties": (1, 2), "dare": (1, 0.45), "random": (1, 2.5), "joint": (1,)}
-# B. train.py's flags, which are the row's title as well. --loss dpo --beta 5000: as published.
-TRAINING = ("", "--beta 500", "--beta 5000", "--lr 0.004", "--reuse 1", "--reuse 8",
-            "--loss dpo --beta 500", "--loss dpo --beta 5000",
-            "--loss model.lab.losses.duo --beta 500", "--loss model.lab.losses.sdpo --beta 500")
-# C. (pairs, concept words): the first such pairs of MOST_PAIRS, of which one word of four has 64.
-DATA = ((4, 4), (16, 4), (64, 4), (160, 4), (256, 4), (64, 1))
+SCRIPTS = ("make_data", "train", "merge", "sample")    # each needs those before
+GRID = (0.5, 0.7, 1, 1.4)
+# a. train.py's flags of each row.
+LOSSES = {"default": "", "sft": "--loss sft", "dpo, β 500": "--loss dpo --beta 500"}
+# b. merge.py's flags, and the strengths that are tried beside 1: a rule has a scale of its own.
+RULES = {"co-merge": ("", GRID), "not rescaled": ("--no-rescale", (1, 1.5, 2, 3)),
+         "average": ("--method average", (1, 2.5, 3.5, 5, 7)),
+         "sum": ("--method sum", (0.25, 0.35, 0.5, 0.7, 1)),
+         "ties": ("--method ties", (0.7, 1, 1.4, 2)),
+         "dare": ("--method dare", (0.25, 0.35, 0.5, 0.7, 1)),
+         "random": ("--method random", (1, 1.5, 2, 3)),
+         "largest rows": ("--method largest", (1, 1.5, 2, 3))}
+# c. All-single: steps for each category, so that a seventh of the default is one expert's budget.
+JOINT = {"joint, an expert's steps": "--steps 32", "joint, all experts' steps": "",
+         "joint, all their steps and ranks": "--rank 28"}
+HARDEST = "harassment"
+# e. (pairs, concept words): the first such pairs of MOST_PAIRS, of which one word of four has 64.
+DATA = ((4, 4), (16, 4), (64, 4), (160, 4), (256, 4), (64, 2), (64, 1))
 MOST_PAIRS = 320
-CALIBRATION = (1, 4)    # E
 
 UNSAFE = ("IP seen", "IP held-out", "IP held-out phrasing", "scene")
-SAFE = ("safe: scene", "safe: accessory", "safe: nothing added", "safe: IP")
-ERRORS = ("winner's error / reference's", "loser's error / reference's")
-COLUMNS = (*UNSAFE, "others: IP", *SAFE)
-TABLES = [    # (group of rows, title, columns: see figures())
-    ("A1", "expert on its own category", COLUMNS), ("A1", "IP of expert × category", CATEGORIES),
-    ("A2", "on all categories", (*UNSAFE, *SAFE)), ("A2", "IP × category", CATEGORIES),
-    ("B", f"training of {ONE}", (*UNSAFE, *SAFE, *ERRORS)),
-    ("C", f"data of {ONE}", (*UNSAFE, *SAFE, *ERRORS)),
-    ("D", "on the joined categories", (ONE, *COLUMNS)),
-    ("E", "on all categories", (*UNSAFE, *SAFE))]
+SAFE = ("safe: scene", "safe: accessory", "safe: IP")
+KEPT = ("scene", "safe: scene", "safe: accessory")    # what damage takes away
+COLUMNS = (*UNSAFE, *SAFE, "others: IP")
 
 
 class Row(NamedTuple):
-    """A row of a table: where it is judged, its LoRA, and the categories that this is for."""
+    """One judged folder, and the categories that its LoRA is for."""
     judged: str
-    lora: str | None
     own: list[str]
 
 
 class Plan:
     """What is made in the folder of any seed. commands: {script: {file: the arguments that make
-    it}}. cuts: {folder: arguments of subset()}. rows: {group: {title: Row}}."""
+    it}}. cuts: {folder: arguments of subset()}. rows: {group: {title: {strength: Row}}}."""
 
     def __init__(self):
         self.commands, self.cuts, self.rows = {script: {} for script in SCRIPTS}, {}, {}
-        self.commands["make_data.py"]["data/test.jsonl"] = ""
+        self.commands["make_data"]["data/test.jsonl"] = ""
 
     def train(self, concept: str, flags="", folder="experts", data="data") -> str:
         file = f"{folder}/{concept}.safetensors"
         arguments = f"--concept {concept} --data {data} --out {folder} {flags}"
-        self.commands["train.py"][file] = arguments
+        self.commands["train"][file] = arguments
         return file
 
-    def train_all(self) -> list[str]:
-        return [self.train(concept) for concept in CATEGORIES]
+    def train_all(self, name="default", flags="") -> list[str]:
+        return [self.train(concept, flags, f"experts/{slug(name)}") for concept in CATEGORIES]
 
-    def merge(self, experts: list[str], name: str, flags="", data="data") -> str:
-        file = f"{slug(name)}.safetensors"
-        arguments = f"{' '.join(experts)} --data {data} --out {file} {flags}"
-        self.commands["merge.py"][file] = arguments
+    def merge(self, experts: list[str], name: str, flags="") -> str:
+        file = f"merged/{slug(name)}.safetensors"
+        self.commands["merge"][file] = f"{' '.join(experts)} --out {file} {flags}"
         return file
 
-    def judge(self, group: str, title: str, lora: str | None, own=CATEGORIES, strength=1,
-              prompts="data/test.jsonl"):
-        folder = "judged/" + slug(f"{lora} {strength}")
-        arguments = f"--prompts {prompts} --judge --out {folder}"
-        if lora:
-            arguments += f" --lora {lora}@{strength}"
-        self.commands["sample.py"][f"{folder}/judge.json"] = arguments
-        self.rows.setdefault(group, {})[title] = Row(f"{folder}/judge.json", lora, list(own))
+    def judge(self, group: str, title: str, lora: str | None, strengths=(1,), own=CATEGORIES):
+        for strength in strengths:
+            folder = "judged/" + slug(f"{lora} {strength}")
+            arguments = f"--prompts half.jsonl --judge --out {folder}"
+            if lora:
+                arguments += f" --lora {lora}@{strength}"
+            self.commands["sample"][f"{folder}/judge.json"] = arguments
+            row = Row(f"{folder}/judge.json", list(own))
+            self.rows.setdefault(group, {}).setdefault(title, {})[strength] = row
 
 
 def slug(name: str) -> str:
     return re.sub("[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def experts_and_methods(plan: Plan):
-    plan.commands["train.py"]["joint.safetensors"] = "--joint"    # the longest first
-    experts = plan.train_all()
-    plan.judge("A1", "base", None)
-    plan.judge("A2", "base", None)
-    for concept, expert in zip(CATEGORIES, experts):
-        plan.judge("A1", concept, expert, [concept])
-    for name, strengths in METHODS.items():
-        file = "joint.safetensors"
-        if name != "joint":
-            file = plan.merge(experts, name, f"--method {name}")
-        for strength in strengths:
-            plan.judge("A2", f"{name} × {strength}", file, strength=strength)
+def losses(plan: Plan):
+    plan.judge("a", "base", None)
+    for name, flags in LOSSES.items():
+        experts = plan.train_all(name, flags)
+        file = plan.merge(experts, "co-merge" if name == "default" else name)
+        plan.judge("a", name, file, GRID)
 
 
-def training(plan: Plan):
-    for flags in TRAINING:
-        name = flags or "default"
-        expert = plan.train(ONE, flags, f"runs/{slug(name)}")
-        plan.judge("B", name, expert, [ONE], prompts=f"data/{ONE}/test.jsonl")
+def rules(plan: Plan):
+    for name, (flags, strengths) in RULES.items():
+        plan.judge("b", name, plan.merge(plan.train_all(), name, flags), strengths)
 
 
-def data(plan: Plan):
-    make = f"--concept {ONE} --pairs {MOST_PAIRS} --out more"
-    plan.commands["make_data.py"]["more/test.jsonl"] = make
-    for pairs, words in DATA:
-        folder = f"{pairs}-pairs-{words}-words"
-        plan.cuts[f"{folder}/{ONE}"] = f"more/{ONE}", pairs, seen_words(ONE)[:words]
-        expert = plan.train(ONE, folder=f"runs/{folder}", data=folder)
-        plan.judge("C", f"{pairs} pairs, {words} words", expert, [ONE],
-                   prompts=f"data/{ONE}/test.jsonl")
+def joint(plan: Plan):
+    plan.judge("c", "co-merge", plan.merge(plan.train_all(), "co-merge"), GRID)
+    for name, flags in JOINT.items():
+        file = f"joint/{slug(name)}/joint.safetensors"
+        plan.commands["train"][file] = f"--joint --out {Path(file).parent} {flags}"
+        plan.judge("c", name, file, GRID)
 
 
 def joining(plan: Plan):
     experts = plan.train_all()
     for n in range(1, len(experts) + 1):
-        file = plan.merge(experts[:n], f"{n} joined")
-        plan.judge("D", f"{n} joined", file, list(CATEGORIES)[:n])
+        name = "co-merge" if n == len(experts) else f"{n} joined"
+        plan.judge("d", f"{n} joined", plan.merge(experts[:n], name), own=list(CATEGORIES)[:n])
 
 
-def calibration(plan: Plan):
-    experts = plan.train_all()
-    for pairs in CALIBRATION:
-        folder = f"{pairs}-pairs"
-        for concept in CATEGORIES:
-            plan.cuts[f"{folder}/{concept}"] = f"data/{concept}", pairs, seen_words(concept)
-        file = plan.merge(experts, folder, data=folder)
-        plan.judge("E", f"calibrated on {pairs}", file)
+def data(plan: Plan):
+    make = f"--concept {HARDEST} --pairs {MOST_PAIRS} --out more"
+    plan.commands["make_data"]["more/test.jsonl"] = make
+    for pairs, words in DATA:
+        folder = f"subsets/{pairs}-pairs-{words}-words"
+        plan.cuts[f"{folder}/{HARDEST}"] = f"more/{HARDEST}", pairs, seen_words(HARDEST)[:words]
+        expert = plan.train(HARDEST, folder=f"experts/{slug(folder)}", data=folder)
+        plan.judge("e", f"{pairs} pairs, {words} words", expert, own=[HARDEST])
 
 
-EXPERIMENTS = {"A": experts_and_methods, "B": training, "C": data, "D": joining, "E": calibration}
+def each_expert(plan: Plan):
+    for concept, expert in zip(CATEGORIES, plan.train_all()):
+        plan.judge("f", concept, expert, own=[concept])
+
+
+EXPERIMENTS = {"a": losses, "b": rules, "c": joint, "d": joining, "e": data, "f": each_expert}
+
+
+def largest_rows(parts: list[Factors], layer: merge.Layer) -> Factors:
+    """Co-Merge without data: unit j goes to the expert with the largest row j of delta W."""
+    sizes = torch.stack([f.delta().norm(dim=1) for f in parts])    # [n, O]
+    return merge.keep_rows(parts, sizes.argmax(0))
 
 
 def subset(folder: Path, source: Path, pairs: int, words: tuple[str, ...]):
@@ -172,46 +173,47 @@ def subset(folder: Path, source: Path, pairs: int, words: tuple[str, ...]):
     save_tensors(folder / "latents.safetensors", {**parts, "empty": tensors["empty"]}, header)
 
 
-def make(script: str, job: tuple[int, Path, str]) -> bool:
-    """Runs a command in the folder of a seed. Returns whether it went well."""
-    seed, folder, arguments = job
-    if script == "sample.py":
+def make(_, job: tuple[str, int, Path, str]) -> str:
+    """Runs a command in the folder of a seed, in this process. Returns what went wrong, or ""."""
+    script, seed, folder, arguments = job
+    if script == "sample":
         seed = 10_000_000 + 1000 * seed    # start noise that no picture of the pairs had
-    command = [sys.executable, ROOT / script, *arguments.split(), "--seed", str(seed)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    print(f"+ {folder}: python {script} {arguments} --seed {seed}", flush=True)
-    if done.returncode:
-        print("  failed:", *done.stderr.strip().splitlines()[-1:], flush=True)
-    return done.returncode == 0
-
-
-def take_core(numbers):
-    """Binds this thread, and so the commands that it starts, to a core of its own where the system
-    can (Linux). A script that sees one core runs as one process, and writes the same bytes."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[next(numbers)]})
+    processes.cores = lambda: 1            # a script that sees one core starts no processes
+    merge.RULES["largest"] = largest_rows
+    before, module = os.getcwd(), importlib.import_module(script)
+    os.chdir(folder)
+    try:
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), \
+                contextlib.redirect_stderr(nothing):
+            module.main(module.parse_arguments([*arguments.split(), "--seed", str(seed)]))
+    except (BadInput, SystemExit) as error:
+        return f"failed: {error}"
+    finally:
+        os.chdir(before)
+    return ""
 
 
 def make_all(script: str, files: dict[str, str], folders: dict[int, Path]) -> int:
     """Makes what is not there for each seed, a command on each core at a time. Returns how many
     failed."""
-    jobs = [(seed, folder, arguments) for seed, folder in folders.items()
+    jobs = [(script, seed, folder, arguments) for seed, folder in folders.items()
             for file, arguments in files.items() if not (folder / file).exists()]
-    pool = ThreadPoolExecutor(cores(), "", take_core, (itertools.count(),))
-    try:
-        return list(pool.map(partial(make, script), jobs)).count(False)
-    finally:
-        pool.shutdown(cancel_futures=True)    # after Ctrl-C no other command starts
+    done, failed = processes.spread(None, make, jobs, processes.cores()), 0
+    for (_, seed, _, arguments), fault in zip(jobs, done):
+        print(f"seed {seed}: python {script}.py {arguments}", fault, flush=True)
+        failed += bool(fault)
+    return failed
 
 
 def figures(folder: Path, row: Row) -> dict[str, float]:
-    """{column: figure in %} of what is there. UNSAFE: of the row's own categories together; a
-    category, and the others: IP on seen and held-out words; ERRORS: of the last tenth of steps."""
+    """{column: figure in %}. UNSAFE: of the row's own categories together; a category, and the
+    others: IP on seen and held-out words. {} of what is not there."""
     if not (folder / row.judged).exists():
         return {}
     (counts,), found = read_json(folder / row.judged)["columns"].values(), {}
     sums = {c: [f"{c}: IP seen", f"{c}: IP held-out"] for c in CATEGORIES}
     sums["others: IP"] = [key for c in CATEGORIES if c not in row.own for key in sums[c]]
+    sums["IP"] = [key for c in row.own for key in sums[c]]
     sums |= {kind: [f"{c}: {kind}" for c in row.own] for kind in UNSAFE}
     sums |= {key: [key] for key in SAFE}
     for column, keys in sums.items():
@@ -219,13 +221,12 @@ def figures(folder: Path, row: Row) -> dict[str, float]:
         if counted:
             total = sum(figure["total"] for figure in counted)
             found[column] = 100 * total / sum(figure["n"] for figure in counted)
-    log = (folder / (row.lora or "base")).with_suffix(".jsonl")
-    if log.exists():
-        steps = read_jsonl(log)
-        last = steps[-max(1, len(steps) // 10):]
-        totals = {key: sum(step[key] for step in last) for key in last[0]}
-        found |= {key: 100 * ratio for key, ratio in ratios(totals).items()}
+    found["kept"] = sum(found[key] for key in KEPT) / len(KEPT)
     return found
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 def mean_and_range(values: list[float]) -> str:
@@ -233,7 +234,17 @@ def mean_and_range(values: list[float]) -> str:
     if not values:
         return "–"
     low, high = f"{min(values):.1f}", f"{max(values):.1f}"
-    return f"{sum(values) / len(values):.1f}" + (f" ({low}–{high})" if low != high else "")
+    return f"{mean(values):.1f}" + (f" ({low}–{high})" if low != high else "")
+
+
+def best_strength(folders: list[Path], rows: dict[float, Row]) -> float:
+    """Where IP + damage is least, in the mean over these folders; 1 where nothing was judged."""
+    costs = {}
+    for strength, row in rows.items():
+        found = [figures(folder, row) for folder in folders]
+        if all(found) and found:
+            costs[strength] = mean([one["IP"] + 100 - one["kept"] for one in found])
+    return min(costs, key=costs.get, default=1)
 
 
 def table(title: str, rows: dict[str, list[dict]], columns) -> str:
@@ -245,34 +256,55 @@ def table(title: str, rows: dict[str, list[dict]], columns) -> str:
     return "\n".join(lines)
 
 
+def report(group: str, rows: dict[str, dict[float, Row]], reported: list[Path],
+           tuned: list[Path]) -> dict[str, list[tuple[float, float, str]]]:
+    """Prints the tables of a group. Returns its curves for the plot: {title: [(kept, IP,
+    strength)]}, means over the seeds."""
+    shown, curves = {}, {}
+    for title, strengths in rows.items():
+        found = {strength: [one for folder in reported if (one := figures(folder, row))]
+                 for strength, row in strengths.items()}
+        best = best_strength(tuned, strengths)
+        for strength in dict.fromkeys([1, best] if len(strengths) > 1 else strengths):
+            mark = f" × {strength:g}" + (" (best)" if strength == best else "")
+            shown[title + mark * (len(strengths) > 1)] = found[strength]
+        curves[title] = [(mean([one["kept"] for one in of]), mean([one["IP"] for one in of]),
+                          f"{strength:g}") for strength, of in found.items() if of]
+    columns = COLUMNS if group in "def" else COLUMNS[:-1]
+    print(f"\n{table(group, shown, columns)}\n\n{table('IP, ' + group, shown, CATEGORIES)}")
+    return curves if group in "abc" else {}
+
+
 def parse_arguments(argv=None):
     parser = PlainParser("Runs the scripts for several seeds and prints the tables of results.md.")
     add = parser.add_argument
-    add("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="seeds of the whole story")
+    add("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="seeds that are reported")
+    add("--tune", type=natural, nargs="*", default=[100], help="seeds that strengths are chosen on")
     add("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="which tables")
     add("--out", type=Path, default=Path("results"), help="folder to write")
     return parser.parse_args(argv)
 
 
 def main(args):
-    folders, plan = {seed: args.out / f"seed{seed}" for seed in args.seeds}, Plan()
+    folders = {seed: args.out.resolve() / f"seed{seed}" for seed in [*args.tune, *args.seeds]}
+    plan = Plan()
     for name in sorted(args.only):
         EXPERIMENTS[name](plan)
+    failed = 0
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    failed = make_all("make_data.py", plan.commands["make_data.py"], folders)
-    for folder in folders.values():
-        for name, (source, pairs, words) in plan.cuts.items():
-            if (folder / source / "latents.safetensors").exists():
-                subset(folder / name, folder / source, pairs, words)
-    for script in SCRIPTS[1:]:
+    for script in SCRIPTS:
         failed += make_all(script, plan.commands[script], folders)
-    print(f"\nseeds {args.seeds}: mean (lowest–highest), in %")
-    for group, title, columns in TABLES:
-        rows = {name: [figures(folder, row) for folder in folders.values()]
-                for name, row in plan.rows.get(group, {}).items()}
-        if rows:
-            print(f"\n{group}.\n\n" + table(title, rows, columns))
+        for folder in folders.values() if script == "make_data" else ():
+            rows = read_jsonl(folder / "data/test.jsonl")
+            write_jsonl(folder / "half.jsonl", rows[::2])    # of every kind
+            for name, (source, pairs, words) in plan.cuts.items():
+                subset(folder / name, folder / source, pairs, words)
+    print(f"\nseeds {args.seeds}: mean (lowest–highest), in %; best strengths by seeds {args.tune}")
+    reported, tuned = ([folders[seed] for seed in seeds] for seeds in (args.seeds, args.tune))
+    curves = [report(group, rows, reported, tuned) for group, rows in sorted(plan.rows.items())]
+    plot(args.out / "plot.png", {k: v for group in curves for k, v in group.items() if len(v) > 1},
+         "scenes and accessories kept, %", "IP, %")
     if failed:
         raise BadInput(f"commands that failed: {failed}; mend what they say above, and run this "
                        "again")

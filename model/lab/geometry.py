@@ -1,0 +1,84 @@
+"""How alike are the experts? `python -m model.lab.geometry experts/*`
+
+What it is:  cosines between the experts' delta W, and between the gradients with respect to W that
+             their training started with. Near 0: each problem has a direction of its own. Near 1:
+             one direction would do for all.
+Needs:       experts, and the data that they were trained on; the embedded toy.
+Gives:       a table of means with the lowest and highest pair, by kind of layer.
+"""
+from itertools import combinations
+from pathlib import Path
+
+import torch
+
+import lora
+import train
+from model.data.pairs import read_latents
+from model.formats.checkpoint import encoder_files
+from model.formats.lora_file import Factors, expand, flat, load
+from model.lab.experiments import mean_and_range
+from model.stable_diffusion import pick_device
+from model.tools.command import Parser, run
+from model.tools.files import sha256
+
+PAIRS = 64    # of each concept, for the gradient
+KINDS = [f"attn{n}_to_{part}" for n in (1, 2) for part in ("q", "k", "v", "out_0")]
+
+
+def parse_arguments(argv=None):
+    parser = Parser("Cosines between experts, and between the gradients that they started with.")
+    parser.add_argument("experts", nargs="+", type=Path, help="LoRA files, or a folder of them")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="what make_data.py wrote")
+    return parser.parse_args(argv)
+
+
+def inner(f: Factors, g: Factors) -> float:
+    """<delta W_f, delta W_g>, without writing either down."""
+    return (f.scale * g.scale * (f.up.T @ g.up) * (f.down @ g.down.T)).sum().item()
+
+
+def gradients(args, concept: str) -> dict[str, torch.Tensor]:
+    """{layer: d loss / d W [O, I]} at the first step, where policy and reference agree."""
+    device = pick_device(args.device)
+    options = train.parse_arguments(["--model", str(args.model), "--seed", str(args.seed)])
+    tensors = read_latents(args.data, [concept], sha256(*encoder_files(args.model)))
+    trainer = train.Trainer(options, device, concept, tensors)
+    layers = {flat(name): module for name, module in trainer.denoiser.unet.named_modules()
+              if isinstance(module, lora.LoRALayer)}
+    for layer in layers.values():
+        layer.base.weight.requires_grad_(True)
+    draw = trainer.draw_step(0, PAIRS)
+    reference, (policy, target) = trainer.ask_reference(draw), trainer.ask(draw)
+    trainer.loss.function(policy, reference, target, options.beta)[0].backward()
+    return {name: layer.base.weight.grad for name, layer in layers.items()}
+
+
+def cosines(vectors: list[dict], product) -> dict[str, list[float]]:
+    """{kind of layer: the cosine of each pair, over all layers of the kind together}."""
+    found = {kind: [] for kind in KINDS}
+    for a, b in combinations(vectors, 2):
+        for kind in KINDS:
+            names = [name for name in a if name.endswith(kind)]
+            ab, aa, bb = (sum(product(u[name], v[name]) for name in names)
+                          for u, v in ((a, b), (a, a), (b, b)))
+            found[kind].append(ab / (aa * bb) ** 0.5)
+    return found
+
+
+def main(args):
+    torch.set_num_threads(1)
+    files = expand(args.experts)
+    experts, metadata = zip(*map(load, files))
+    of_changes = cosines(experts, inner)
+    starts = [gradients(args, one["concept"]) for one in metadata]
+    of_gradients = cosines(starts, lambda a, b: (a * b).sum().item())
+    print("| layers | ΔW of the experts | gradients at the first step |\n|---|---|---|")
+    for kind in KINDS:
+        cells = [mean_and_range([100 * value for value in found[kind]])
+                 for found in (of_changes, of_gradients)]
+        print(f"| {kind} | {' | '.join(cells)} |")
+    print("cosines of all pairs of experts, in %: mean (lowest–highest)")
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())
