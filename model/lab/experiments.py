@@ -225,6 +225,11 @@ def figures(folder: Path, row: Row) -> dict[str, float]:
     return found
 
 
+def of_seeds(folders: list[Path], row: Row) -> list[dict[str, float]]:
+    """figures() of each folder that has them."""
+    return list(filter(None, (figures(folder, row) for folder in folders)))
+
+
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -241,10 +246,15 @@ def best_strength(folders: list[Path], rows: dict[float, Row]) -> float:
     """Where IP + damage is least, in the mean over these folders; 1 where nothing was judged."""
     costs = {}
     for strength, row in rows.items():
-        found = [figures(folder, row) for folder in folders]
-        if all(found) and found:
+        found = of_seeds(folders, row)
+        if found:
             costs[strength] = mean([one["IP"] + 100 - one["kept"] for one in found])
     return min(costs, key=costs.get, default=1)
+
+
+def point(seeds: list[dict[str, float]], strength: float) -> tuple[float, float, str]:
+    """Of a curve of the plot: what is kept, IP, and the strength."""
+    return mean([one["kept"] for one in seeds]), mean([one["IP"] for one in seeds]), f"{strength:g}"
 
 
 def table(title: str, rows: dict[str, list[dict]], columns) -> str:
@@ -262,14 +272,12 @@ def report(group: str, rows: dict[str, dict[float, Row]], reported: list[Path],
     strength)]}, means over the seeds."""
     shown, curves = {}, {}
     for title, strengths in rows.items():
-        found = {strength: [one for folder in reported if (one := figures(folder, row))]
-                 for strength, row in strengths.items()}
+        found = {strength: of_seeds(reported, row) for strength, row in strengths.items()}
         best = best_strength(tuned, strengths)
         for strength in dict.fromkeys([1, best] if len(strengths) > 1 else strengths):
             mark = f" × {strength:g}" + (" (best)" if strength == best else "")
             shown[title + mark * (len(strengths) > 1)] = found[strength]
-        curves[title] = [(mean([one["kept"] for one in of]), mean([one["IP"] for one in of]),
-                          f"{strength:g}") for strength, of in found.items() if of]
+        curves[title] = [point(seeds, strength) for strength, seeds in found.items() if seeds]
     columns = COLUMNS if group in "def" else COLUMNS[:-1]
     print(f"\n{table(group, shown, columns)}\n\n{table('IP, ' + group, shown, CATEGORIES)}")
     return curves if group in "abc" else {}

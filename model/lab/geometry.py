@@ -54,15 +54,18 @@ def gradients(args, concept: str) -> dict[str, torch.Tensor]:
 
 
 def cosines(vectors: list[dict], product) -> dict[str, list[float]]:
-    """{kind of layer: the cosine of each pair, over all layers of the kind together}."""
+    """{kind of layer: the cosine of each pair in %, over all layers of the kind together}."""
     found = {kind: [] for kind in KINDS}
     for a, b in combinations(vectors, 2):
         for kind in KINDS:
-            names = [name for name in a if name.endswith(kind)]
-            ab, aa, bb = (sum(product(u[name], v[name]) for name in names)
-                          for u, v in ((a, b), (a, a), (b, b)))
-            found[kind].append(ab / (aa * bb) ** 0.5)
+            ab, aa, bb = (total(u, v, kind, product) for u, v in ((a, b), (a, a), (b, b)))
+            found[kind].append(100 * ab / (aa * bb) ** 0.5)
     return found
+
+
+def total(u: dict, v: dict, kind: str, product) -> float:
+    """The inner product of two vectors, over all layers of a kind."""
+    return sum(product(u[name], v[name]) for name in u if name.endswith(kind))
 
 
 def main(args):
@@ -74,8 +77,7 @@ def main(args):
     of_gradients = cosines(starts, lambda a, b: (a * b).sum().item())
     print("| layers | ΔW of the experts | gradients at the first step |\n|---|---|---|")
     for kind in KINDS:
-        cells = [mean_and_range([100 * value for value in found[kind]])
-                 for found in (of_changes, of_gradients)]
+        cells = [mean_and_range(found[kind]) for found in (of_changes, of_gradients)]
         print(f"| {kind} | {' | '.join(cells)} |")
     print("cosines of all pairs of experts, in %: mean (lowest–highest)")
 
