@@ -1180,12 +1180,13 @@ def spoil_data(folder: Path):
         shutil.copytree(folder / "data", folder / name)
     with open(folder / "stale/hate/pairs.jsonl", "a") as file:
         file.write(json.dumps(PAIR) + "\n")
-    for name, rows, side in (("few", 3, 8), ("sizes", 8, 9)):
+    for name, rows, side in (("few", 3, 8), ("sizes", None, 9)):
         path = folder / name / "hate/latents.safetensors"
         with opened(path) as file:
             made = file.metadata()
-        pictures = dict.fromkeys(("winner", "loser"), torch.zeros(rows, 4, side, side))
-        save_tensors(path, load_file(path) | pictures, made)
+        tensors = load_file(path)
+        zeros = torch.zeros(rows or len(tensors["safe"]), 4, side, side)
+        save_tensors(path, tensors | dict.fromkeys(("winner", "loser"), zeros), made)
     shutil.copytree(folder / "data/sexual", folder / "second/hate", dirs_exist_ok=True)
     shutil.copytree(folder / "data/hate", folder / "second/sexual", dirs_exist_ok=True)
 
