@@ -1375,7 +1375,8 @@ def test_a_new_flag_needs_a_row(script, capsys):
     assert len(flags) > 8 and not set(flags) - known
 
 
-DRAWING = "sample red ball --steps 2 --compare --judge --lora merged.safetensors@0.5"
+DRAWING = ("sample red,ball,park blue,box,snow --steps 2 --compare --judge "
+           "--lora merged.safetensors@0.5")
 
 
 @pytest.fixture(scope="module")
@@ -1565,7 +1566,7 @@ def disk_for(size: int):
     "make_data --concept hate --pairs 3 --batch 2 --steps 2 --judge none",
     "train --concept hate --steps 2 --batch 2", "merge experts",
     "merge experts --method sum --fuse {toy}",
-    "sample x y --steps 1 --batch 1 --compare --judge --lora experts/hate.safetensors"])
+    "sample red,box,park x --steps 1 --batch 1 --compare --judge --lora experts/hate.safetensors"])
 def test_a_full_disk_tears_nothing(line, inside, capsys):
     """One line names the file; there are whole files only, and with room the command goes on."""
     line += " --out {out}/x.safetensors"
@@ -2378,7 +2379,8 @@ CUDA = {"bf16": [
     TRAIN + "a --loss dpo --reuse 1", TRAIN + "b --checkpointing --accumulate 2",
     TRAIN + "c --loss model.lab.losses.duo", TRAIN + "d --loss model.lab.losses.sdpo",
     "merge experts --device cuda --fuse {toy} --out fused",
-    "sample x --lora merged.safetensors --steps 1 --device cuda --judge --clipscore {clip}"],
+    "sample red,box,park --lora merged.safetensors --steps 1 --device cuda --judge "
+    "--clipscore {clip}"],
     "fp16": ["make_data --device cuda --model {xl} --prompts p --steps 1 --out xl",
              TRAIN + "e --model {xl} --data xl",
              "sample x --model {xl} --lora e/hate.safetensors --steps 1 --device cuda"]}

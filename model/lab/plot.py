@@ -16,8 +16,8 @@ FONT = ImageFont.load_default(size=12)
 
 def plot(path: Path, curves: dict[str, list[tuple[float, float, str]]], x_title: str,
          y_title: str, left: float = 75):
-    """Writes {name: [(x, y, mark)]} as a PNG: x from `left` and y from 0, both to 100; a mark beside
-    each point."""
+    """Writes {name: [(x, y, mark)]} as a PNG: x from `left` and y from 0, both to 100; a mark
+    beside each point."""
     image = Image.new("RGB", (LEFT + W + RIGHT, 20 + H + BOTTOM), "white")
     pen = ImageDraw.Draw(image)
 
