@@ -59,7 +59,7 @@ from model.judges.intervals import effective, mean_interval, share_interval, wil
 from model.judges.table import measure, table
 from model.judges.toy import NOTHING, ToyJudge, Verdict
 from model.lab import checkpoints, fuzz, losses, strangers
-from model.lab.readme import commands_of
+from model.lab.readme import SHOWN, commands_of
 from model.schedule import NoiseSchedule, sample as solve, SAMPLERS
 from model.stable_diffusion import load, load_denoiser, StableDiffusion
 from model.text import build_encoder
@@ -1683,7 +1683,9 @@ def test_the_readme_leads_where_it_says():
 def test_a_command_in_a_readme_is_not_known_to_work():
     """Its scripts take these flags; an exercise's words are words of tests."""
     tests = re.findall(r"def (test_\w+)", (ROOT / "test_all.py").read_text())
-    for line in commands_of((ROOT / "README.md").read_text()):
+    readme = (ROOT / "README.md").read_text()
+    assert SHOWN.findall(readme)    # or there is nothing to compare
+    for line in commands_of(readme):
         program = re.fullmatch(r"(?:python|torchrun \S+) (?:-m )?([\w.]+?)(?:\.py)?( .*)?", line)
         if program and program[1] != "pytest":
             package = program[1] == "model.lab.bench"

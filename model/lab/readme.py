@@ -2,7 +2,7 @@
 
 What it is:  in a fresh clone of what is committed, runs the README's bash blocks whose output is
              shown, in order, and compares the last lines that they print with what is shown. Such a
-             block is followed, after at most 400 characters, by one without a language. Of its
+             block is followed, after at most 1500 characters, by one without a language. Of its
              commands those that start with "python" are run, by this Python.
 Gives:       blocks_of(), commands_of(), for the tests.
 """
@@ -19,7 +19,7 @@ from model.tools.command import BadInput, PlainParser, run
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-SHOWN = re.compile(r"^```bash\n((?:(?!```).)*)^```$((?:(?!```).){,400})^```\n(.*?)^```$",
+SHOWN = re.compile(r"^```bash\n((?:(?!```).)*)^```$((?:(?!```).){,1500})^```\n(.*?)^```$",
                    re.M | re.S)
 INLINE = re.compile(r"`((?:(?:python3?|pip|torchrun|pytest test_all\.py)\s|-k\s)[^`]+)`")
 
@@ -60,8 +60,10 @@ def printed(commands: list[str], folder: str) -> list[str]:
 def main(args):
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(["git", "clone", "-q", ROOT, folder], check=True)
-        different = []
-        for script, _, output in SHOWN.findall((Path(folder) / "README.md").read_text()):
+        different, blocks = [], SHOWN.findall((Path(folder) / "README.md").read_text())
+        if not blocks:
+            raise BadInput("README.md: shows no output; put a block below its command")
+        for script, _, output in blocks:
             commands = commands_of(f"```bash\n{script}```\n")
             shown = output.splitlines()
             lines = printed([part for part in commands if part.startswith("python ")], folder)
