@@ -1,7 +1,7 @@
 """The preference losses: pure functions from what a UNet predicts to a loss and its diagnostics.
 
 What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908), and the loss that this project trains
-             its experts with: the same with three terms that keep the picture whole.
+             its experts with: the same, with one term that keeps safe prompts as they are.
 Needs:       torch.
 Gives:       squared_error(), diffusion_dpo(), safety_dpo(), fine_tuning(), metrics(); LOSSES, by
              the names that train.py --loss knows. A loss of your own is one more Loss: train.py
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-GUARD, KEEP = 3.0, 8.0    # weights in safety_dpo()
+KEEP = 8.0    # weight in fine_tuning()
 
 
 def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -40,7 +40,9 @@ def diffusion_dpo(winner, loser, winner_ref, loser_ref, beta: float, **more):
                averaged AFTER the log-sigmoid
 
     ln 2 = 0.693 at the start, where policy and reference agree. It rewards a GAP, so nothing stops
-    both errors from rising together: watch `winner`.
+    both errors from rising together: watch `winner`. beta: the reference is better at the loser,
+    its own picture, by g = L_w,ref - L_l,ref. Where the policy is as good at both, the logit is
+    beta g / 2. A beta much above 2 / g makes the sigmoid flat before that: nothing pulls any more.
     """
     margin = -((winner - winner_ref) - (loser - loser_ref))
     loss = -F.logsigmoid(beta / 2 * margin).mean()
@@ -48,21 +50,15 @@ def diffusion_dpo(winner, loser, winner_ref, loser_ref, beta: float, **more):
 
 
 def safety_dpo(winner, loser, winner_ref, loser_ref, drift, beta: float):
-    """The default [ours; README, eq. 4]: Diffusion-DPO that may not pay with the picture.
+    """The default [ours; README, eq. 4]: Diffusion-DPO, and safe prompts draw what they drew.
+
+        loss = diffusion_dpo + beta drift
 
     drift [B] = mean squared difference of policy and reference on the winner under the SAFE prompt.
-
-        d_w = L_w - L_w,ref,   d_l = L_l - L_l,ref
-        loss = -log sigmoid( -beta/2 [ d_w - d_l + 2 GUARD max(0, d_w) ] )
-             + beta d_w + KEEP beta drift
-
-    GUARD: a winner that gets worse costs extra (DPO-Positive, 2402.13228). beta d_w: the winner's
-    own error must fall, also where the sigmoid is flat. KEEP: safe prompts draw what they drew.
     """
-    d_w, d_l = winner - winner_ref, loser - loser_ref
-    preference = -F.logsigmoid(-beta / 2 * (d_w - d_l + 2 * GUARD * d_w.clamp(min=0)))
-    loss = (preference + beta * (d_w + KEEP * drift)).mean()
-    return loss, metrics(winner, loser, winner_ref, loser_ref, preference, drift=drift)
+    errors = winner, loser, winner_ref, loser_ref
+    preference, values = diffusion_dpo(*errors, beta, drift=drift)
+    return preference + beta * drift.mean(), values
 
 
 def fine_tuning(winner, loser, winner_ref, loser_ref, drift, beta: float):

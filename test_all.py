@@ -258,9 +258,7 @@ def test_a_loss_is_its_equation_averaged_after_the_log_sigmoid(name):
     by_hand = {"dpo": preference(d_w - d_l), "sft": w + 8 * drift,
                "model.lab.losses.sdpo": preference(d_w - d_l),
                "model.lab.losses.duo": preference(2 * (d_w - d_l)) + 1e6 * 3.0 / 100 * drift,
-               "safety": preference(d_w - d_l + 2 * 3 * d_w.clamp(min=0)) + 1 * 3.0 * d_w
-                         + 8 * 3.0 * drift}
-    assert d_w.min() < 0 < d_w.max()    # both sides of the guard
+               "safety": preference(d_w - d_l) + 3.0 * drift}
     assert loss.item() == pytest.approx(by_hand[name].mean().item(), rel=3e-6)
     wanted = dict(winner=w, loser=l, winner_ref=w_ref, loser_ref=l_ref, drift=drift,
                   margin=d_l - d_w, accuracy=(d_l > d_w).double())
@@ -434,8 +432,8 @@ def test_an_expert_is_a_plain_loop_on_w_plus_b_a(tmp_path, monkeypatch):
                               for x_t, prompt in ((w, unsafe), (l, unsafe), (w, safe))]
                              for changes in ({name: up[name] @ down[name] for name in up}, {}))
         d_w, d_l = (error(policy[i], noise) - error(reference[i], noise) for i in (0, 1))
-        loss = (-nn.functional.logsigmoid(-100 / 2 * (d_w - d_l + 2 * 3 * d_w.clamp(min=0)))
-                + 100 * d_w + 8 * 100 * error(policy[2], reference[2])).mean()
+        loss = (-nn.functional.logsigmoid(-10 / 2 * (d_w - d_l))
+                + 10 * error(policy[2], reference[2])).mean()
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -1420,7 +1418,7 @@ def test_nothing_asks_the_network(again):
 
 def test_a_file_says_how_it_was_made(again):
     folder, hashes = again[0], {**contents(TOY), **contents(again[0])}
-    expected = {"concept": "hate", "loss": "safety", "beta": "100.0", "steps": "4", "batch": "4",
+    expected = {"concept": "hate", "loss": "safety", "beta": "10.0", "steps": "4", "batch": "4",
                 "rank": "4", "lr": "0.002", "seed": "0", "reuse": "0", "caption_dropout": "0.0",
                 "base_model_hash": hashes[WEIGHTS],
                 "data_hash": hashes["data/hate/latents.safetensors"]}

@@ -57,12 +57,12 @@ def parse_arguments(argv=None):
     add("--data", type=Path, default=Path("data"), help="what make_data.py wrote")
     add("--out", type=Path,
         help="folder to write (default: experts; with --joint the current folder)")
-    add("--loss", default="safety", help="safety: DPO with guard, anchor and preservation; dpo: as "
-        "published; sft: fine-tuning on the winner, with preservation; or a dotted name: "
+    add("--loss", default="safety", help="safety: DPO, and safe prompts draw what they drew; dpo: "
+        "as published; sft: fine-tuning on the winner in its place; or a dotted name: "
         "model.lab.losses.duo, model.lab.losses.sdpo")
-    add("--beta", type=rate, default=100.0, help="strength of the preference, on the MEAN squared "
+    add("--beta", type=rate, default=10.0, help="how steep the preference is in the MEAN squared "
         "error; published: 5000")
-    add("--steps", type=positive, default=220, help="optimiser steps for each concept")
+    add("--steps", type=positive, default=110, help="optimiser steps for each concept")
     add("--batch", type=positive, default=8,
         help="pairs that one process takes through the UNet at once")
     add("--accumulate", type=positive, default=1, help="batches in a step: so many times the "

@@ -35,22 +35,24 @@ from model.tools.command import BadInput, PlainParser, natural, run
 from model.tools.files import opened, read_json, read_jsonl, save_tensors, sha256, write_jsonl
 from model.toy.world import CATEGORIES, parse, seen_words
 
-SCRIPTS = ("make_data", "train", "merge", "sample")    # each needs those before
-GRID = (0.5, 0.7, 1, 1.4)
-# a. train.py's flags of each row.
-LOSSES = {"default": "", "sft": "--loss sft", "dpo, β 500": "--loss dpo --beta 500"}
-# b. merge.py's flags, and the strengths that are tried beside 1: a rule has a scale of its own.
-RULES = {"co-merge": ("", GRID), "not rescaled": ("--no-rescale", (1, 1.5, 2, 3)),
-         "average": ("--method average", (1, 2.5, 3.5, 5, 7)),
-         "sum": ("--method sum", (0.25, 0.35, 0.5, 0.7, 1)),
-         "ties": ("--method ties", (0.7, 1, 1.4, 2)),
-         "dare": ("--method dare", (0.25, 0.35, 0.5, 0.7, 1)),
-         "random": ("--method random", (1, 1.5, 2, 3)),
-         "largest rows": ("--method largest", (1, 1.5, 2, 3))}
+SCRIPTS = ("make_data", "train", "merge", "sample")    # each needs those before it
+GRID = (0.7, 1, 1.4)
+# a. train.py's flags of each row, and the strengths. "dpo" is the default without its second term;
+# "sft" has another term in place of its first.
+LOSSES = {"default": ("", GRID), "sft": ("--loss sft", GRID),
+          "dpo": ("--loss dpo", (0.35, 0.5, 0.7, 1)),
+          "dpo, β 500": ("--loss dpo --beta 500", (0.7, 1, 1.4))}
+# b. merge.py's flags; a rule has a scale of its own.
+RULES = {"co-merge": ("", GRID), "not rescaled": ("--no-rescale", (1, 1.5)),
+         "average": ("--method average", (1, 3.5, 5)),
+         "sum": ("--method sum", (0.5, 0.7, 1)), "ties": ("--method ties", (1, 1.4)),
+         "dare": ("--method dare", (0.5, 0.7, 1)), "random": ("--method random", (1, 2, 3)),
+         "largest rows": ("--method largest", (1, 1.5))}
 # c. All-single: steps for each category, so that a seventh of the default is one expert's budget.
-JOINT = {"joint, an expert's steps": "--steps 32", "joint, all experts' steps": "",
+JOINT = {"joint, an expert's steps": "--steps 16", "joint, all experts' steps": "",
          "joint, all their steps and ranks": "--rank 28"}
-HARDEST = "harassment"
+OF_JOINT = (0.5, 0.7, 1)    # strengths
+HARDEST = "sexual"
 # e. (pairs, concept words): the first such pairs of MOST_PAIRS, of which one word of four has 64.
 DATA = ((4, 4), (16, 4), (64, 4), (160, 4), (256, 4), (64, 2), (64, 1))
 MOST_PAIRS = 320
@@ -68,12 +70,14 @@ class Row(NamedTuple):
 
 
 class Plan:
-    """What is made in the folder of any seed. commands: {script: {file: the arguments that make
+    """What is made in the folder of a seed. commands: {script: {file: the arguments that make
     it}}. cuts: {folder: arguments of subset()}. rows: {group: {title: {strength: Row}}}."""
 
-    def __init__(self):
+    def __init__(self, groups: list[str]):
         self.commands, self.cuts, self.rows = {script: {} for script in SCRIPTS}, {}, {}
         self.commands["make_data"]["data/test.jsonl"] = ""
+        for group in groups:
+            EXPERIMENTS[group](self)
 
     def train(self, concept: str, flags="", folder="experts", data="data") -> str:
         file = f"{folder}/{concept}.safetensors"
@@ -106,10 +110,10 @@ def slug(name: str) -> str:
 
 def losses(plan: Plan):
     plan.judge("a", "base", None)
-    for name, flags in LOSSES.items():
+    for name, (flags, strengths) in LOSSES.items():
         experts = plan.train_all(name, flags)
         file = plan.merge(experts, "co-merge" if name == "default" else name)
-        plan.judge("a", name, file, GRID)
+        plan.judge("a", name, file, strengths)
 
 
 def rules(plan: Plan):
@@ -122,7 +126,7 @@ def joint(plan: Plan):
     for name, flags in JOINT.items():
         file = f"joint/{slug(name)}/joint.safetensors"
         plan.commands["train"][file] = f"--joint --out {Path(file).parent} {flags}"
-        plan.judge("c", name, file, GRID)
+        plan.judge("c", name, file, OF_JOINT)
 
 
 def joining(plan: Plan):
@@ -148,6 +152,7 @@ def each_expert(plan: Plan):
 
 
 EXPERIMENTS = {"a": losses, "b": rules, "c": joint, "d": joining, "e": data, "f": each_expert}
+CURVES = ("a", "b", "c")    # over strength
 
 
 def largest_rows(parts: list[Factors], layer: merge.Layer) -> Factors:
@@ -193,16 +198,25 @@ def make(_, job: tuple[str, int, Path, str]) -> str:
     return ""
 
 
-def make_all(script: str, files: dict[str, str], folders: dict[int, Path]) -> int:
-    """Makes what is not there for each seed, a command on each core at a time. Returns how many
-    failed."""
-    jobs = [(script, seed, folder, arguments) for seed, folder in folders.items()
-            for file, arguments in files.items() if not (folder / file).exists()]
+def make_all(script: str, folders: dict[tuple[int, Path], Plan]) -> int:
+    """Makes what is not there for each (seed, folder), a command on each core at a time. Returns
+    how many failed."""
+    jobs = [(script, seed, folder, arguments) for (seed, folder), plan in folders.items()
+            for file, arguments in plan.commands[script].items() if not (folder / file).exists()]
     done, failed = processes.spread(None, make, jobs, processes.cores()), 0
     for (_, seed, _, arguments), fault in zip(jobs, done):
         print(f"seed {seed}: python {script}.py {arguments}", fault, flush=True)
         failed += bool(fault)
     return failed
+
+
+def cut_data(folder: Path, plan: Plan):
+    """Writes half of the test prompts, and the plan's subsets of the pairs."""
+    rows = read_jsonl(folder / "data/test.jsonl")
+    half = [row for i, row in enumerate(rows) if i % 4 < 2]    # phrasings take turns
+    write_jsonl(folder / "half.jsonl", half)
+    for name, (source, pairs, words) in plan.cuts.items():
+        subset(folder / name, folder / source, pairs, words)
 
 
 def figures(folder: Path, row: Row) -> dict[str, float]:
@@ -280,7 +294,7 @@ def report(group: str, rows: dict[str, dict[float, Row]], reported: list[Path],
         curves[title] = [point(seeds, strength) for strength, seeds in found.items() if seeds]
     columns = COLUMNS if group in "def" else COLUMNS[:-1]
     print(f"\n{table(group, shown, columns)}\n\n{table('IP, ' + group, shown, CATEGORIES)}")
-    return curves if group in "abc" else {}
+    return curves if group in CURVES else {}
 
 
 def parse_arguments(argv=None):
@@ -294,25 +308,22 @@ def parse_arguments(argv=None):
 
 
 def main(args):
-    folders = {seed: args.out.resolve() / f"seed{seed}" for seed in [*args.tune, *args.seeds]}
-    plan = Plan()
-    for name in sorted(args.only):
-        EXPERIMENTS[name](plan)
-    failed = 0
-    for folder in folders.values():
+    groups, out = sorted(args.only), args.out.resolve()
+    whole, tuning = Plan(groups), Plan([group for group in groups if group in CURVES])
+    reported, tuned = ({(seed, out / f"seed{seed}"): plan for seed in seeds}
+                       for seeds, plan in ((args.seeds, whole), (args.tune, tuning)))
+    folders, failed = {**tuned, **reported}, 0
+    for _, folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    for script in SCRIPTS:
-        failed += make_all(script, plan.commands[script], folders)
-        for folder in folders.values() if script == "make_data" else ():
-            rows = read_jsonl(folder / "data/test.jsonl")
-            half = [row for i, row in enumerate(rows) if i % 4 < 2]    # phrasings take turns
-            write_jsonl(folder / "half.jsonl", half)
-            for name, (source, pairs, words) in plan.cuts.items():
-                subset(folder / name, folder / source, pairs, words)
+    failed += make_all("make_data", folders)
+    for (_, folder), plan in folders.items():
+        cut_data(folder, plan)
+    for script in SCRIPTS[1:]:
+        failed += make_all(script, folders)
     print(f"\nseeds {args.seeds}: mean (lowest–highest), in %; best strengths by seeds {args.tune}")
-    reported, tuned = ([folders[seed] for seed in seeds] for seeds in (args.seeds, args.tune))
-    curves = [report(group, rows, reported, tuned) for group, rows in sorted(plan.rows.items())]
-    plot(args.out / "plot.png", {k: v for group in curves for k, v in group.items() if len(v) > 1},
+    reported, tuned = ([folder for _, folder in part] for part in (reported, tuned))
+    curves = [report(group, rows, reported, tuned) for group, rows in sorted(whole.rows.items())]
+    plot(out / "plot.png", {k: v for group in curves for k, v in group.items() if len(v) > 1},
          "scenes and accessories kept, %", "IP, %")
     if failed:
         raise BadInput(f"commands that failed: {failed}; mend what they say above, and run this "
