@@ -89,9 +89,12 @@ class Loss(NamedTuple):
            prompt    unsafe, safe, empty; "safe or empty": the empty one for a quarter of the pairs
        function(policy, reference, target, beta) -> (loss, metrics): three lists of [B, C, H, W],
        one for each input: outputs of the policy and of the reference, and what they should have
-       been. The metrics are those of metrics(), and more if it likes."""
+       been. The metrics are those of metrics(), and more if it likes.
+       of_pairs(tensors) -> [P]: a number of each pair, from what latents.safetensors holds, asked
+       for once; those of the step's pairs, [B], are then function()'s last argument."""
     inputs: tuple[str, ...]
     function: Callable
+    of_pairs: Callable | None = None
 
 
 def errors_of(policy, reference, target):

@@ -93,6 +93,11 @@ class Plan:
         self.commands["merge"][file] = f"{' '.join(experts)} --out {file} {flags}"
         return file
 
+    def joint(self, name: str, flags="") -> str:
+        file = f"joint/{slug(name)}/joint.safetensors"
+        self.commands["train"][file] = f"--joint --out {Path(file).parent} {flags}"
+        return file
+
     def judge(self, group: str, title: str, lora: str | None, strengths=(1,), own=CATEGORIES):
         for strength in strengths:
             folder = "judged/" + slug(f"{lora} {strength}")
@@ -124,9 +129,7 @@ def rules(plan: Plan):
 def joint(plan: Plan):
     plan.judge("c", "co-merge", plan.merge(plan.train_all(), "co-merge"), GRID)
     for name, flags in JOINT.items():
-        file = f"joint/{slug(name)}/joint.safetensors"
-        plan.commands["train"][file] = f"--joint --out {Path(file).parent} {flags}"
-        plan.judge("c", name, file, OF_JOINT)
+        plan.judge("c", name, plan.joint(name, flags), OF_JOINT)
 
 
 def joining(plan: Plan):

@@ -1,20 +1,26 @@
-"""Two rivals of dpo.py's losses: `python train.py --loss model.lab.losses.duo --beta 500`
+"""Three rivals of dpo.py's losses: `python train.py --loss model.lab.losses.duo --beta 500`
 
 What it is:  DUO (2407.21035) and Diffusion-SDPO (2511.03317), with the weights of their released
-             code. A loss here replaces the loss alone. The rest of a recipe is train.py's and stays
-             as it is for every loss: DUO also trains self-attention only, at timesteps up to 750,
-             on pairs made by SDEdit, so that its figures here are those of its loss, not of DUO.
-Needs:       torch; dpo.py.
-Gives:       duo, sdpo; their equations prior_dpo(), winner_safe(), winner_safe_dpo().
+             code, and SC-DPO (2504.14290), a reconstruction from its summary. A loss here replaces
+             the loss alone. The rest of a recipe is train.py's and stays as it is for every loss:
+             DUO also trains self-attention only, at timesteps up to 750, on pairs made by SDEdit,
+             so that its figures here are those of its loss, not of DUO.
+Needs:       torch; dpo.py. SC-DPO also the pairs' latents, on which it first learns what harm is.
+Gives:       duo, sdpo, sc_dpo; their equations prior_dpo(), winner_safe(), winner_safe_dpo(),
+             cost_loss(), safety_constrained_dpo(); cost_model().
 
 Letters: B pairs, C H W a latent's shape.
 """
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from dpo import Loss, diffusion_dpo, errors_of, on_errors
+from model.tools.training import generator, set_rate
 
 PRIOR = 1e6    # DUO's base_lambda
 MU = 0.9       # Diffusion-SDPO's for SD 1.5; 0.6 for SDXL
+COST, FOCUS = 1.0, 2.0    # SC-DPO's lambda and gamma [ours]
 
 
 def prior_dpo(winner, loser, winner_ref, loser_ref, drift, beta: float):
@@ -59,5 +65,61 @@ def with_safe_winner(policy, reference, target, beta: float):
     return winner_safe_dpo(*errors_of(policy, reference, target), factor, beta)
 
 
+def cost_loss(unsafe, safe) -> torch.Tensor:
+    """What a cost model C is trained with; unsafe, safe [B]: C of both pictures of each pair. C > 0
+    is harm. The form is that of Safe RLHF (2310.12773) [ours].
+
+        contrast: -log sigmoid( C(x_l) - C(x_w) )
+        anchors:  -log sigmoid( C(x_l) ) - log sigmoid( -C(x_w) )
+    """
+    return -(F.logsigmoid(unsafe - safe) + F.logsigmoid(unsafe) + F.logsigmoid(-safe)).mean()
+
+
+def cost_model(tensors: dict[str, torch.Tensor], steps: int = 300, batch: int = 64) -> nn.Module:
+    """C: latents [B, C, h, w] -> [B], of the "winner" and "loser" of pairs. The paper's is a small
+    head on CLIP's frozen image encoder."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        C = nn.Sequential(nn.Conv2d(tensors["winner"].shape[1], 32, 3, padding=1), nn.SiLU(),
+                          nn.Conv2d(32, 64, 3, padding=1), nn.SiLU(),
+                          nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * 64, 1),
+                          nn.Flatten(0))
+    optimiser = torch.optim.AdamW(C.parameters(), 2e-3, weight_decay=1e-2)
+    for step in range(steps):
+        set_rate(optimiser, 2e-3, step, steps)
+        pairs = torch.randint(len(tensors["winner"]), (batch,), generator=generator("cost", step))
+        unsafe, safe = (C(tensors[side][pairs]) for side in ("loser", "winner"))
+        optimiser.zero_grad()
+        cost_loss(unsafe, safe).backward()
+        optimiser.step()
+    return C.requires_grad_(False)
+
+
+def extra_cost(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    """How much more harmful the loser of each pair is: sigmoid C(x_l) - sigmoid C(x_w), [P]."""
+    C = cost_model(tensors)
+    return C(tensors["loser"]).sigmoid() - C(tensors["winner"]).sigmoid()
+
+
+def safety_constrained_dpo(winner, loser, winner_ref, loser_ref, cost, beta: float):
+    """SC-DPO [a reconstruction]. Errors [B]; cost [B] of extra_cost(). -> (loss, metrics)
+
+    The best policy for "reward minus lambda cost" is p_ref exp((r - lambda C) / beta'), so that
+    r = beta' log(p / p_ref) + lambda C + const. Put into Bradley-Terry's sigmoid(r_w - r_l):
+
+        p = sigmoid( -beta/2 [ d_w - d_l ] - lambda (C_l - C_w) )     d = L_theta - L_ref
+        loss = -(1 - p)^gamma log p          the focus on pairs that are still hard [ours]
+    """
+    _, values = diffusion_dpo(winner, loser, winner_ref, loser_ref, beta)
+    margin = (loser - loser_ref) - (winner - winner_ref)
+    logit = beta / 2 * margin - COST * cost
+    return -((-logit).sigmoid() ** FOCUS * F.logsigmoid(logit)).mean(), values
+
+
+def with_cost(policy, reference, target, beta: float, cost):
+    return safety_constrained_dpo(*errors_of(policy, reference, target), cost, beta)
+
+
 duo = Loss(("winner|unsafe", "loser|unsafe", "noise|empty"), on_errors(prior_dpo))
 sdpo = Loss(("winner|unsafe", "loser|unsafe"), with_safe_winner)
+sc_dpo = Loss(("winner|unsafe", "loser|unsafe"), with_cost, extra_cost)

@@ -1,0 +1,231 @@
+"""Rivals that stand before and after the drawing: each a function prepare(sd, data, seed, knob) ->
+draw(prompts, seeds) -> uint8 pictures [N, S, S, 3]. A refusal is a plain grey picture.
+
+What it is:  latent_guard    Latent Guard (Liu et al. 2024, 2404.08031)
+             guard_t2i       GuardT2I (Yang et al. 2024, 2403.01446), in this world's measure
+             wrapper         the two outer stages of T2VShield (2025), on a picture: a rewritten
+                             prompt before, a classifier after
+Needs:       pairs of prompts, and of pictures for the wrapper; the text encoder's states; a list of
+             the unwanted concepts' words, which can be changed at any time. A small network is
+             trained in seconds. The UNet is not touched.
+Gives:       those; contrast(), roc(), auc(), reading(); SEEN and ALL, the lists.
+
+Letters: N prompts, M concepts, n prompts of a step, L tokens, D context width, h heads of width d,
+V tokens that there are, S a picture's side.
+"""
+import re
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model.data.pairs import read_latents
+from model.formats.checkpoint import encoder_files
+from model.lab.losses import cost_model
+from model.lab.steering import all_pairs, plain
+from model.tools.files import sha256
+from model.tools.training import generator, set_rate
+from model.toy import world
+
+SEEN = [word for category in world.CATEGORIES for word in world.seen_words(category)]
+ALL = list(world.CATEGORY_OF)
+GREY = 64    # the toy judge takes 112 to 136 for an inverted picture, which is a harm
+
+
+def refusing(sd, allowed):
+    """A draw() that gives grey where allowed(prompts) -> [N] says no, and draws the others."""
+    def draw(prompts, seeds) -> np.ndarray:
+        pictures = np.full((len(prompts), sd.size, sd.size, 3), GREY, np.uint8)
+        kept = [i for i, yes in enumerate(allowed(prompts)) if yes]
+        if kept:
+            pictures[kept] = plain(sd)([prompts[i] for i in kept], [seeds[i] for i in kept])
+        return pictures
+    return draw
+
+
+# ---- Latent Guard
+
+class EmbeddingMapping(nn.Module):
+    """Each concept looks for itself among a prompt's tokens, by attention; of the published size.
+    states of prompts [N, L+1, D] and of concepts [M, D] -> cosines [N, M]."""
+
+    def __init__(self, D: int, heads: int = 16, width: int = 32, out: int = 128):
+        super().__init__()
+        self.heads = heads
+        self.key, self.value, self.query = (nn.Linear(D, heads * width) for _ in range(3))
+        self.of_prompt, self.of_concept = (nn.Linear(heads * width, out) for _ in range(2))
+        self.scale = nn.Parameter(torch.tensor(1 / 0.07))    # of the cosines in training
+
+    def forward(self, prompts: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
+        k, v, q = (layer(x).unflatten(-1, (self.heads, -1)) for layer, x in
+                   ((self.key, prompts), (self.value, prompts), (self.query, concepts)))
+        scores = torch.einsum("nlhd,mhd->nmhl", k, q) / q.shape[-1] ** 0.5
+        found = torch.einsum("nmhl,nlhd->nmhd", scores.softmax(-1), v)
+        return F.cosine_similarity(self.of_prompt(found.flatten(2)),
+                                   self.of_concept(q.flatten(1)), dim=-1)
+
+
+def end_and_states(sd, texts: list[str]) -> torch.Tensor:
+    """The state of the end token, which stands for the whole text, then all: [N, L+1, D]."""
+    ids, states = sd.text.tokenize(texts), sd.embed(texts).float()
+    end = (ids == sd.text.tokenizers[0].eos_token_id).int().argmax(1)    # the first
+    return torch.cat([states[torch.arange(len(ids)), end][:, None], states], 1)
+
+
+def contrast(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
+    """Latent Guard's loss. unsafe [n, n]: the scaled cosine of prompt i and concept j, i's own on
+    the diagonal; safe [n, n]: the same of the prompts' safe counterparts.
+
+        for each prompt:   its concept against other concepts, and the best score of each safe one
+        for each concept:  its prompt against other prompts, and all safe ones
+
+    both as cross-entropies."""
+    own, best = torch.arange(len(unsafe)), safe.max(1).values.expand(len(safe), -1)
+    return (F.cross_entropy(torch.cat([unsafe, best], 1), own)
+            + F.cross_entropy(torch.cat([unsafe, safe]).T, own))
+
+
+def train_mapping(sd, pairs: list[dict], seed: int, steps: int = 400) -> EmbeddingMapping:
+    """A step: for each seen word one of its pairs, drawn at random. AdamW and rate as published."""
+    torch.manual_seed(seed)
+    mapping = EmbeddingMapping(sd.unet.context_width)
+    words = [world.parse(pair["unsafe"]).extra for pair in pairs]
+    rows = [[i for i, word in enumerate(words) if word == one] for one in SEEN]
+    rows = [torch.tensor(row) for row in rows if row]
+    concepts = end_and_states(sd, [words[row[0]] for row in rows])[:, 0]
+    states = [end_and_states(sd, [pair[kind] for pair in pairs]) for kind in ("unsafe", "safe")]
+    optimiser = torch.optim.AdamW(mapping.parameters(), 1e-3)
+    for step in range(steps):
+        random = generator(seed, "latent guard", step)
+        chosen = torch.stack([row[torch.randint(len(row), (), generator=random)] for row in rows])
+        unsafe, safe = (mapping.scale * mapping(part[chosen], concepts) for part in states)
+        optimiser.zero_grad()
+        contrast(unsafe, safe).backward()
+        optimiser.step()
+    return mapping
+
+
+@torch.no_grad()
+def scores_of(sd, mapping: EmbeddingMapping, concepts: list[str], prompts) -> torch.Tensor:
+    """How near each prompt is to any concept of a list: the largest cosine, [N]."""
+    listed = end_and_states(sd, concepts)[:, 0]
+    return mapping(end_and_states(sd, list(prompts)), listed).max(1).values
+
+
+def latent_guard(sd, data: Path, seed: int, knob: float, concepts=SEEN):
+    """Refuses where a score is above the threshold. knob: the threshold, a cosine. A concept of the
+    list need not have been trained on."""
+    mapping = train_mapping(sd, all_pairs(data), seed)
+    return refusing(sd, lambda prompts: scores_of(sd, mapping, concepts, prompts) < knob)
+
+
+def roc(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
+    """Points [K, 2] of (safe refused, unsafe refused), for thresholds from high to low; scores of
+    unsafe and safe prompts, 1-d."""
+    thresholds = torch.cat([unsafe, safe]).unique().flip(0)
+    shares = [(scores >= thresholds[:, None]).double().mean(1) for scores in (safe, unsafe)]
+    return F.pad(torch.stack(shares, 1), (0, 0, 1, 0))
+
+
+def auc(unsafe: torch.Tensor, safe: torch.Tensor) -> float:
+    """The area under roc(): how often an unsafe prompt scores higher than a safe one."""
+    x, y = roc(unsafe, safe).T
+    return torch.trapezoid(y, x).item()
+
+
+# ---- GuardT2I
+
+class Reader(nn.Module):
+    """A decoder that writes a prompt down from its states [N, L, D]: tokens so far [N, K] -> logits
+    of the next at each place [N, K, V]."""
+
+    def __init__(self, V: int, L: int, D: int):
+        super().__init__()
+        self.word, self.place = nn.Embedding(V, D), nn.Embedding(L, D)
+        layer = nn.TransformerDecoderLayer(D, 4, 2 * D, 0.0, batch_first=True, norm_first=True)
+        self.layers = nn.TransformerDecoder(layer, 2, nn.LayerNorm(D))
+        self.to_word = nn.Linear(D, V)
+
+    def forward(self, ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        K = ids.shape[1]
+        later = torch.ones(K, K, dtype=torch.bool).triu(1)    # what a place may not look at
+        x = self.word(ids) + self.place.weight[:K]
+        return self.to_word(self.layers(x, states, tgt_mask=later))
+
+
+def train_reader(sd, prompts: list[str], seed: int, steps: int = 400, batch: int = 32) -> Reader:
+    """By the cross-entropy of the next token, on the tokens that are there."""
+    torch.manual_seed(seed)
+    ids, states = sd.text.tokenize(prompts), sd.embed(prompts).float()
+    reader = Reader(len(sd.text.tokenizers[0]), sd.text.length, states.shape[-1])
+    optimiser = torch.optim.AdamW(reader.parameters(), 3e-3)
+    for step in range(steps):
+        set_rate(optimiser, 3e-3, step, steps)
+        chosen = torch.randint(len(ids), (batch,), generator=generator(seed, "reader", step))
+        logits = reader(ids[chosen, :-1], states[chosen])
+        optimiser.zero_grad()
+        F.cross_entropy(logits.flatten(0, 1), ids[chosen, 1:].flatten()).backward()
+        optimiser.step()
+    return reader.eval()
+
+
+@torch.no_grad()
+def reading(sd, reader: Reader, prompts) -> list[str]:
+    """What the reader writes down, the likeliest token at each place."""
+    states = sd.embed(list(prompts)).float()
+    ids = torch.full((len(states), 1), sd.text.tokenizers[0].bos_token_id)
+    for _ in range(sd.text.length - 1):
+        ids = torch.cat([ids, reader(ids, states)[:, -1:].argmax(-1)], 1)
+    return sd.text.tokenizers[0].batch_decode(ids, skip_special_tokens=True)
+
+
+def likeness(a: str, b: str) -> float:
+    """The cosine of two texts' counts of words. The paper's: of a sentence encoder's embeddings."""
+    a, b = (Counter(re.findall(r"\w+", text.lower())) for text in (a, b))
+    shared = sum(count * b[word] for word, count in a.items())
+    sizes = [sum(count ** 2 for count in counts.values()) for counts in (a, b)]
+    return shared / max(1, sizes[0] * sizes[1]) ** 0.5
+
+
+def guard_t2i(sd, data: Path, seed: int, knob: float, concepts=SEEN):
+    """Refuses where a concept word is read, and where what is read is unlike the prompt. knob: the
+    least likeness (published: 0.66). The paper's reader is a large one, trained on 10 million
+    unfiltered captions; here it is trained on the pairs' prompts, and so has never met the
+    held-out words."""
+    pairs = all_pairs(data)
+    reader = train_reader(sd, [pair[kind] for pair in pairs for kind in ("unsafe", "safe")], seed)
+
+    def allowed(prompts) -> list[bool]:
+        return [not says(text, concepts) and likeness(text, prompt) >= knob
+                for text, prompt in zip(reading(sd, reader, prompts), prompts)]
+    return refusing(sd, allowed)
+
+
+def says(text: str, concepts: list[str]) -> bool:
+    return bool(set(re.findall(r"[\w-]+", text.lower())) & set(concepts))
+
+
+# ---- a wrapper
+
+def rewritten(prompt: str, concepts: list[str]) -> str:
+    """With an accessory for each word of the list."""
+    accessory = f"a {world.ACCESSORIES[0]}"
+    return re.sub(rf"\b({'|'.join(concepts)})\b", accessory, prompt, flags=re.IGNORECASE)
+
+
+def wrapper(sd, data: Path, seed: int, knob: float, concepts=SEEN):
+    """knob: the probability of harm from which a picture is withheld; 1: none is. The classifier is
+    NOT the judge that measures, which would make a perfect wrapper by definition: it is SC-DPO's
+    cost model, learned from the pairs alone, and so from seen words alone. (That judge did choose,
+    in make_data.py, which pairs were kept.)"""
+    C = cost_model(read_latents(data, list(world.CATEGORIES), sha256(*encoder_files(sd.path))))
+
+    def draw(prompts, seeds) -> np.ndarray:
+        pictures = plain(sd)([rewritten(prompt, concepts) for prompt in prompts], seeds)
+        harm = C(sd.encode(pictures)).sigmoid().numpy()    # [N]
+        return np.where((harm > knob)[:, None, None, None], np.uint8(GREY), pictures)
+    return draw

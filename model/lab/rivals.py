@@ -1,0 +1,199 @@
+"""Other ways to make it safe, on the same prompts, before the same judge: `python -m
+model.lab.rivals`
+
+What it is:  the table of rivals: methods that steer the drawing (steering.py), that stand before
+             and after it (guards.py), that edit weights (editing.py), and other losses (losses.py);
+             beside the base, Co-Merge and the joint LoRA. Each has one knob, what its paper leaves
+             to the user. It is chosen on the --tune seeds, where IP + damage is least, and reported
+             on the others.
+Needs:       the embedded toy; the folders of model/lab/experiments.py, or the time to make in them
+             what is missing.
+Gives:       results/seed<k>/rivals/<method>-<knob>/, pictures and judge.json; and on stdout a
+             Markdown table of means and ranges over the --seeds. What is there is not made again.
+
+A refusal shows neither harm nor scene, and so costs what it refuses.
+"""
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import lora
+from model.data.prompt_files import read_requests
+from model.formats.fit import match
+from model.formats.lora_file import load as load_lora
+from model.judges.table import measure
+from model.judges.toy import ToyJudge
+from model.lab import editing, guards, steering
+from model.lab.attack import BATCH
+from model.lab.experiments import (best_strength, figures, GRID, halve, make, make_all, Plan, Row,
+                                   SCRIPTS, slug, table)
+from model.stable_diffusion import load
+from model.tools import processes
+from model.tools.command import BadInput, natural, PlainParser, run
+from model.tools.files import read_json, write_json
+from model.tools.pictures import write_picture
+from model.toy import TOY, world
+
+COLUMNS = ("IP seen", "IP held-out", "IP held-out phrasing", "scene", "safe: scene",
+           "safe: accessory", "safe: change", "preparation, s", "cost")
+
+
+class Rival(NamedTuple):
+    """needs: in words. knobs: what is tried. prepare(sd, data, seed, knob) -> draw(prompts, seeds)
+    -> uint8 pictures [B, S, S, 3]; sd is the rival's own, and may be changed."""
+    needs: str
+    knobs: tuple
+    prepare: Callable
+
+
+def base(sd, data: Path, seed: int, knob: None):
+    return steering.plain(sd)
+
+
+def trained(add, sd, data: Path, seed: int, knob: float):
+    """A LoRA that the scripts train. add(plan) -> its file. knob: its strength."""
+    plan, folder = Plan(), data.parent
+    file = folder / add(plan)
+    commands = [(script, made, arguments) for script in SCRIPTS
+                for made, arguments in plan.commands[script].items()]
+    for script, made, arguments in [] if file.exists() else commands:
+        fault = "" if (folder / made).exists() else make(None, (script, seed, folder, arguments))
+        if fault:
+            raise BadInput(f"seed {seed}: python {script}.py {arguments}: {fault}")
+    factors = match(sd.unet, load_lora(file)[0], str(file))
+    lora.inject(sd.unet, lora.compose([factors], [knob]))
+    return steering.plain(sd)
+
+
+def of_plan(needs: str, add) -> Rival:
+    return Rival(needs, GRID, partial(trained, add))
+
+
+def with_loss(name: str) -> Rival:
+    """One LoRA on all pairs, by a loss of model/lab/losses.py."""
+    flags = f"--loss model.lab.losses.{name} --beta 500"
+    return of_plan("pairs; training of a LoRA", lambda plan: plan.joint(name, flags))
+
+
+WORDS, TEXTS = "the words", "the words, pairs of prompts; training of a small network"
+RIVALS = {
+    "base": Rival("nothing", (None,), base),
+    "Co-Merge": of_plan("pairs; training of 7 LoRAs", lambda p: p.merge(p.train_all(), "co-merge")),
+    "joint": of_plan("pairs; training of a LoRA", lambda p: p.joint("joint, all experts' steps")),
+    "DUO's loss": with_loss("duo"), "Diffusion-SDPO's loss": with_loss("sdpo"),
+    "SC-DPO's loss": with_loss("sc_dpo"),
+    "negative prompt": Rival(WORDS, (2.0, 3.0, 5.0, 7.5), steering.negative_prompt),
+    "SLD": Rival(WORDS, tuple(steering.PRESETS), steering.safe_latent_diffusion),
+    "dual latents": Rival("pairs of prompts", (0.6, 0.8, 0.9, 1.0), steering.dual_latents),
+    "Latent Guard": Rival(TEXTS, (0.3, 0.5, 0.7, 0.9), guards.latent_guard),
+    "Latent Guard, held-out words listed": Rival(
+        TEXTS, (0.3, 0.5, 0.7, 0.9), partial(guards.latent_guard, concepts=guards.ALL)),
+    "GuardT2I": Rival(TEXTS, (0.0, 0.5, 0.66, 0.8), guards.guard_t2i),
+    "rewriting and a classifier": Rival(
+        "the words, pairs of pictures; training of a small network", (0.1, 0.5, 0.9, 1.0),
+        guards.wrapper),
+    "ESD-x": Rival("the words; training of cross-attention", (250, 500, 1000), editing.esd),
+    "UCE": Rival("the words, safe prompts", (0.1, 0.3, 1.0, 3.0), editing.uce)}
+
+
+class Job(NamedTuple):
+    folder: Path    # of a seed
+    seed: int
+    name: str
+    knob: object
+
+    def place(self) -> str:
+        knob = "" if self.knob is None else f"-{self.knob}"
+        return f"rivals/{slug(self.name)}{slug(knob) and '-' + slug(knob)}"
+
+    def row(self) -> Row:
+        return Row(f"{self.place()}/judge.json", list(world.CATEGORIES))
+
+
+def perform(_, job: Job):
+    """Prepares a rival, draws the test prompts as experiments.py has them drawn, and judges. Times
+    are of this process's CPU."""
+    torch.set_num_threads(1)
+    requests, _ = read_requests(job.folder / "half.jsonl")
+    prompts = [request.prompt for request in requests]
+    noise = range(10_000_000 + 1000 * job.seed, 10_000_000 + 1000 * job.seed + len(prompts))
+    sd, times = load(TOY, torch.device("cpu")), [time.process_time()]
+    draw = RIVALS[job.name].prepare(sd, job.folder / "data", job.seed, job.knob)
+    times.append(time.process_time())
+    drawn = [draw(prompts[k:k + BATCH], noise[k:k + BATCH]) for k in range(0, len(prompts), BATCH)]
+    times.append(time.process_time())
+    place, first = job.folder / job.place(), job.folder / Job(*job[:2], "base", None).place()
+    for i, picture in enumerate(np.concatenate(drawn)):
+        write_picture(place / f"{i:05d}.png", picture)
+    judge = ToyJudge.load(TOY / "judge")
+    measured = measure({job.name: place, "base": first}, requests, judge, base="base")
+    counts = {key: vars(figure) for key, figure in measured.figures[job.name].items()}
+    write_json(place / "judge.json", {"columns": {job.name: counts},
+                                      "preparation, s": times[1] - times[0],
+                                      "drawing, s": (times[2] - times[1]) / len(prompts)})
+
+
+def perform_all(jobs: list[Job], label: str):
+    """Those that are not there yet, one on each core at a time."""
+    todo = [job for job in jobs if not (job.folder / job.row().judged).is_file()]
+    done = processes.spread(None, perform, todo, processes.cores())
+    for _ in tqdm(done, desc=label, total=len(todo)):
+        pass
+
+
+def found(job: Job) -> dict[str, float]:
+    """The figures of a finished job, by column."""
+    own, bare = (read_json(one.folder / one.row().judged)
+                 for one in (job, Job(*job[:2], "base", None)))
+    change = own["columns"][job.name].get("safe: change", {"total": 0, "n": 1})    # the base's: 0
+    return {**figures(job.folder, job.row()), "safe: change": change["total"] / change["n"],
+            "preparation, s": own["preparation, s"],
+            "cost": own["drawing, s"] / bare["drawing, s"]}
+
+
+def parse_arguments(argv=None):
+    parser = PlainParser("Compares other ways to make it safe, for several seeds, in one table.")
+    add = parser.add_argument
+    add("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="seeds that are reported")
+    add("--tune", type=natural, nargs="+", default=[100], help="seeds that knobs are chosen on")
+    add("--only", nargs="+", choices=RIVALS, default=list(RIVALS), help="which methods")
+    add("--out", type=Path, default=Path("results"), help="folder to write")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    folders = {seed: args.out.resolve() / f"seed{seed}" for seed in [*args.tune, *args.seeds]}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    if make_all("make_data", Plan().commands["make_data"], folders):
+        raise BadInput("the data were not made; mend what is said above, and run this again")
+    for folder in folders.values():
+        halve(folder)
+    jobs_of = lambda seeds, name, knobs: [Job(folders[seed], seed, name, knob)
+                                          for seed in seeds for knob in knobs]
+    perform_all(jobs_of(folders, "base", (None,)), "base")
+    tried = {name: jobs_of(args.tune, name, RIVALS[name].knobs) for name in args.only}
+    perform_all(sum(tried.values(), []), "choosing knobs")
+    best, tuned = {}, [folders[seed] for seed in args.tune]
+    for name, jobs in tried.items():
+        best[name] = best_strength(tuned, {job.knob: job.row() for job in jobs})
+    reported = {name: jobs_of(args.seeds, name, (knob,)) for name, knob in best.items()}
+    perform_all(sum(reported.values(), []), "reporting")
+    rows = {name if best[name] is None else f"{name} ({best[name]})": list(map(found, jobs))
+            for name, jobs in reported.items()}
+    print(table("method (its knob)", rows, COLUMNS))
+    print(f"seeds {args.seeds}: mean (lowest–highest), in %; change of 255; knobs by seeds "
+          f"{args.tune}; preparation in CPU seconds, a LoRA that was there already took none; cost "
+          "of a picture, of the base's")
+    for name in args.only:
+        print(f"{name} needs: {RIVALS[name].needs}")
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())

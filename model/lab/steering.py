@@ -1,0 +1,150 @@
+"""Rivals that steer the drawing and change no weight: each a function prepare(sd, data, seed, knob)
+-> draw(prompts, seeds) -> uint8 pictures [B, S, S, 3].
+
+What it is:  negative_prompt           what guidance subtracts
+             safe_latent_diffusion     SLD (Schramowski et al. 2022, 2211.05105)
+             dual_latents              two streams of latents, one of them safe (Vice et al. 2024,
+                                       2411.13982)
+Needs:       the unwanted concepts' words; dual_latents also pairs of prompts, unsafe and safe. No
+             training. Time at each step: none more for a negative prompt, a half more for SLD (a
+             third answer of the UNet), twice for two streams.
+
+The safety text is the first two seen words of each category: 14 tokens, all that the toy can read.
+
+Letters: B pictures of a batch, C H W a latent's shape, S a picture's side, L tokens, D context
+width, t a timestep.
+"""
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from model.data.pairs import read_pairs
+from model.lab.attack import GUIDANCE, STEPS
+from model.schedule import sample, SAMPLERS
+from model.toy import world
+
+SAMPLER = "dpm++"
+SAFETY = " ".join(word for category in world.CATEGORIES
+                  for word in world.seen_words(category)[:2])
+LAST_APART = 0.2    # of dual_latents: the share of steps before the streams meet
+RIDGE = 0.1
+
+
+def plain(sd):
+    """How sample.py draws the toy."""
+    return partial(sd.draw, steps=STEPS, guidance=GUIDANCE, sampler=SAMPLER)
+
+
+def all_pairs(data: Path) -> list[dict]:
+    return [pair for category in world.CATEGORIES for pair in read_pairs(data, category)]
+
+
+def negative_prompt(sd, data: Path, seed: int, knob: float):
+    """eps = eps(negative) + guidance (eps(prompt) - eps(negative)).    knob: guidance"""
+    return partial(plain(sd), guidance=knob, negative=SAFETY)
+
+
+class Preset(NamedTuple):
+    """Of SLD, as published. warm_up: in steps of 50."""
+    warm_up: int
+    scale: float        # s_S
+    threshold: float    # lambda
+    momentum: float     # s_m
+    memory: float       # beta_m
+
+
+PRESETS = {"weak": Preset(15, 20, 0.0, 0.0, 0.0), "medium": Preset(10, 1000, 0.01, 0.3, 0.4),
+           "strong": Preset(7, 2000, 0.025, 0.5, 0.7), "max": Preset(0, 5000, 1.0, 0.5, 0.7)}
+
+
+def safety_guidance(preset: Preset, prompt, without, safety, momentum):
+    """(gamma, the next momentum nu), all [B, C, H, W]: what SLD takes from the guidance, of the
+    UNet's answers to the prompt (eps_p), to none (eps_0) and to the safety text (eps_S).
+
+        mu = min(1, s_S |eps_p - eps_S|) where eps_p - eps_S < lambda, else 0
+        gamma = mu (eps_S - eps_0) + s_m nu,        nu <- beta_m nu + (1 - beta_m) gamma
+    """
+    apart = prompt - safety
+    mu = (preset.scale * apart.abs()).clamp(max=1) * (apart < preset.threshold)
+    gamma = mu * (safety - without) + preset.momentum * momentum
+    return gamma, preset.memory * momentum + (1 - preset.memory) * gamma
+
+
+class SafePrediction:
+    """What sample() asks at each step of one batch: eps_0 + s_g (eps_p - eps_0 - gamma), gamma from
+    the end of the warm-up on."""
+
+    def __init__(self, sd, prompts: list[str], preset: Preset):
+        B = len(prompts)
+        self.sd, self.preset, self.step, self.momentum = sd, preset, 0, 0.0
+        self.context = sd.embed([""] * B + list(prompts) + [SAFETY] * B)    # [3B, L, D]
+
+    def __call__(self, x_t: torch.Tensor, t: int) -> torch.Tensor:
+        times = torch.full((len(self.context),), t, device=self.sd.device)
+        output = self.sd.predict(x_t.repeat(3, 1, 1, 1), times, self.context).float()
+        without, prompt, safety = output.chunk(3)
+        gamma, self.momentum = safety_guidance(self.preset, prompt, without, safety, self.momentum)
+        warm = self.step >= self.preset.warm_up * STEPS / 50
+        self.step += 1
+        return without + GUIDANCE * (prompt - without - gamma * warm)
+
+
+def safe_latent_diffusion(sd, data: Path, seed: int, knob: str):
+    """knob: a published preset."""
+    def draw(prompts, seeds) -> np.ndarray:
+        predict = SafePrediction(sd, prompts, PRESETS[knob])
+        noise = sd.noise(seeds, sd.size).to(sd.device)
+        with torch.no_grad():
+            return sd.decode(sample(predict, noise, sd.schedule, STEPS, SAMPLER))
+    return draw
+
+
+@torch.no_grad()
+def two_streams(sd, contexts: list[torch.Tensor], seeds, weight: float) -> np.ndarray:
+    """Pictures of contexts = [the prompts', the safe ones], [2B, L, D] each, from the same noise:
+
+        z <- (1 - weight) z + weight z_safe         after each step, once the layout stands
+    """
+    pairs, step = SAMPLERS[SAMPLER]
+    z = [sd.noise(seeds, sd.size).to(sd.device)] * 2
+    memory = [None, None]
+    for i, (t, s) in enumerate(pairs(sd.schedule, STEPS)):
+        for k, context in enumerate(contexts):
+            output = sd.guide(context, GUIDANCE, z[k], t)
+            z[k], memory[k] = step(sd.schedule, z[k], output, t, s, memory[k])
+        if i >= LAST_APART * STEPS:
+            z[0] = z[0] + weight * (z[1] - z[0])
+    return sd.decode(z[0])
+
+
+def safe_states(sd, pairs: list[dict]) -> torch.Tensor:
+    """The closest affine maps [L, D+1, D] of a prompt's states, one for each place, that take
+    unsafe prompts to their safe ones, and leave safe prompts as they are."""
+    unsafe, safe = (sd.embed([pair[kind] for pair in pairs]).double()
+                    for kind in ("unsafe", "safe"))
+    x = with_one(torch.cat([unsafe, safe])).transpose(0, 1)     # [L, 2P, D+1]
+    y = torch.cat([safe, safe]).transpose(0, 1)                 # [L, 2P, D]
+    ridge = RIDGE * torch.eye(x.shape[-1], device=x.device).double()
+    return torch.linalg.solve(x.mT @ x + ridge, x.mT @ y)
+
+
+def with_one(states: torch.Tensor) -> torch.Tensor:
+    return F.pad(states, (0, 1), value=1.0)
+
+
+def dual_latents(sd, data: Path, seed: int, knob: float):
+    """[a reconstruction: of the paper we can read that there are two streams, of the prompt and of
+    a safe embedding, a tunable weighted sum, and a threshold for the global context]
+    knob: the weight. The safe stream reads the prompt's states through safe_states()."""
+    maps = safe_states(sd, all_pairs(data))
+
+    def draw(prompts, seeds) -> np.ndarray:
+        without, prompt = sd.embed([""] * len(prompts)), sd.embed(list(prompts))
+        safe = torch.einsum("bld,lde->ble", with_one(prompt.double()), maps).to(prompt.dtype)
+        contexts = [torch.cat([without, asked]) for asked in (prompt, safe)]
+        return two_streams(sd, contexts, seeds, knob)
+    return draw
