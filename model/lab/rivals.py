@@ -179,6 +179,9 @@ def main(args):
                                           for seed in seeds for knob in knobs]
     perform_all(jobs_of(folders, "base", (None,)), "base")
     tried = {name: jobs_of(args.tune, name, RIVALS[name].knobs) for name in args.only}
+    # One knob of each first: no two processes may train the same LoRA.
+    perform_all([job for job in sum(tried.values(), []) if job.knob == RIVALS[job.name].knobs[0]],
+                "first knobs")
     perform_all(sum(tried.values(), []), "choosing knobs")
     best, tuned = {}, [folders[seed] for seed in args.tune]
     for name, jobs in tried.items():
