@@ -94,7 +94,7 @@ class Loss(NamedTuple):
        for once; those of the step's pairs, [B], are then function()'s last argument."""
     inputs: tuple[str, ...]
     function: Callable
-    of_pairs: Callable | None = None
+    of_pairs: Callable = lambda tensors: None
 
 
 def errors_of(policy, reference, target):

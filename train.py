@@ -129,7 +129,7 @@ class Trainer:
     def __init__(self, args, device: torch.device, name: str, tensors: dict[str, torch.Tensor]):
         self.args, self.tensors, self.loss, self.log = args, tensors, loss_named(args.loss), []
         self.seed, self.shape = (args.seed, name), tensors["winner"].shape[1:]
-        self.numbers = self.loss.of_pairs(tensors) if self.loss.of_pairs else None
+        self.numbers = self.loss.of_pairs(tensors)
         self.denoiser = load_denoiser(args.model, device)
         unet = self.denoiser.unet
         # Every expert has its own LoRA initialisation.
@@ -198,7 +198,7 @@ class Trainer:
         for part in parts[processes.RANK::processes.WORLD]:
             reference = self.ask_reference(part)
             policy, target = self.ask(part)
-            numbers = [] if self.numbers is None else [self.numbers[part["pair"]].to(target[0])]
+            numbers = [] if self.numbers is None else [self.numbers[part["pair"]]]
             loss, values = self.loss.function(policy, reference, target, self.args.beta, *numbers)
             self.scaler.scale(loss / number).backward()    # the sum over parts is the step's mean
             sums = sums + torch.stack([loss.detach(), *values.values()]) / number

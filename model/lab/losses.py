@@ -117,7 +117,8 @@ def safety_constrained_dpo(winner, loser, winner_ref, loser_ref, cost, beta: flo
 
 
 def with_cost(policy, reference, target, beta: float, cost):
-    return safety_constrained_dpo(*errors_of(policy, reference, target), cost, beta)
+    errors = errors_of(policy, reference, target)
+    return safety_constrained_dpo(*errors, cost.to(errors[0]), beta)
 
 
 duo = Loss(("winner|unsafe", "loser|unsafe", "noise|empty"), on_errors(prior_dpo))

@@ -31,11 +31,11 @@ from model.judges.table import measure
 from model.judges.toy import ToyJudge
 from model.lab import editing, guards, steering
 from model.lab.attack import BATCH
-from model.lab.experiments import (best_strength, figures, GRID, halve, make, make_all, Plan, Row,
-                                   SCRIPTS, slug, table)
+from model.lab.experiments import (GRID, SCRIPTS, Plan, Row, best_strength, cut_data, figures,
+                                   make_all, slug, table)
 from model.stable_diffusion import load
 from model.tools import processes
-from model.tools.command import BadInput, natural, PlainParser, run
+from model.tools.command import BadInput, PlainParser, natural, run
 from model.tools.files import read_json, write_json
 from model.tools.pictures import write_picture
 from model.toy import TOY, world
@@ -56,50 +56,38 @@ def base(sd, data: Path, seed: int, knob: None):
     return steering.plain(sd)
 
 
-def trained(add, sd, data: Path, seed: int, knob: float):
-    """A LoRA that the scripts train. add(plan) -> its file. knob: its strength."""
-    plan, folder = Plan(), data.parent
-    file = folder / add(plan)
-    commands = [(script, made, arguments) for script in SCRIPTS
-                for made, arguments in plan.commands[script].items()]
-    for script, made, arguments in [] if file.exists() else commands:
-        fault = "" if (folder / made).exists() else make(None, (script, seed, folder, arguments))
-        if fault:
-            raise BadInput(f"seed {seed}: python {script}.py {arguments}: {fault}")
+# What experiments.py plans, so that the scripts make it: a function of the plan -> a LoRA's file.
+# The losses of losses.py train one LoRA on all pairs.
+LORAS = {"Co-Merge": lambda plan: plan.merge(plan.train_all(), "co-merge"),
+         "joint": lambda plan: plan.joint("joint, all experts' steps"),
+         "DUO's loss": lambda plan: plan.joint("duo", "--loss model.lab.losses.duo"),
+         "Diffusion-SDPO's loss": lambda plan: plan.joint("sdpo", "--loss model.lab.losses.sdpo"),
+         "SC-DPO's loss": lambda plan: plan.joint("sc-dpo", "--loss model.lab.losses.sc_dpo")}
+
+
+def trained(name: str, sd, data: Path, seed: int, knob: float):
+    """knob: the LoRA's strength."""
+    file = data.parent / LORAS[name](Plan([]))
     factors = match(sd.unet, load_lora(file)[0], str(file))
     lora.inject(sd.unet, lora.compose([factors], [knob]))
     return steering.plain(sd)
 
 
-def of_plan(needs: str, add) -> Rival:
-    return Rival(needs, GRID, partial(trained, add))
-
-
-def with_loss(name: str) -> Rival:
-    """One LoRA on all pairs, by a loss of model/lab/losses.py."""
-    flags = f"--loss model.lab.losses.{name} --beta 500"
-    return of_plan("pairs; training of a LoRA", lambda plan: plan.joint(name, flags))
-
-
 WORDS, TEXTS = "the words", "the words, pairs of prompts; training of a small network"
+CLASSIFIER = "the words, pairs of pictures; training of a small network"
 RIVALS = {
     "base": Rival("nothing", (None,), base),
-    "Co-Merge": of_plan("pairs; training of 7 LoRAs", lambda p: p.merge(p.train_all(), "co-merge")),
-    "joint": of_plan("pairs; training of a LoRA", lambda p: p.joint("joint, all experts' steps")),
-    "DUO's loss": with_loss("duo"), "Diffusion-SDPO's loss": with_loss("sdpo"),
-    "SC-DPO's loss": with_loss("sc_dpo"),
+    **{name: Rival("pairs; training of LoRAs", GRID, partial(trained, name)) for name in LORAS},
     "negative prompt": Rival(WORDS, (2.0, 3.0, 5.0, 7.5), steering.negative_prompt),
     "SLD": Rival(WORDS, tuple(steering.PRESETS), steering.safe_latent_diffusion),
-    "dual latents": Rival("pairs of prompts", (0.6, 0.8, 0.9, 1.0), steering.dual_latents),
-    "Latent Guard": Rival(TEXTS, (0.3, 0.5, 0.7, 0.9), guards.latent_guard),
+    "dual latents": Rival("pairs of prompts", (0.6, 0.8, 1.0), steering.dual_latents),
+    "Latent Guard": Rival(TEXTS, (0.3, 0.5, 0.7), guards.latent_guard),
     "Latent Guard, held-out words listed": Rival(
-        TEXTS, (0.3, 0.5, 0.7, 0.9), partial(guards.latent_guard, concepts=guards.ALL)),
-    "GuardT2I": Rival(TEXTS, (0.0, 0.5, 0.66, 0.8), guards.guard_t2i),
-    "rewriting and a classifier": Rival(
-        "the words, pairs of pictures; training of a small network", (0.1, 0.5, 0.9, 1.0),
-        guards.wrapper),
-    "ESD-x": Rival("the words; training of cross-attention", (250, 500, 1000), editing.esd),
-    "UCE": Rival("the words, safe prompts", (0.1, 0.3, 1.0, 3.0), editing.uce)}
+        TEXTS, (0.3, 0.5, 0.7), partial(guards.latent_guard, concepts=guards.ALL)),
+    "GuardT2I": Rival(TEXTS, (0.0, 0.66), guards.guard_t2i),
+    "rewriting and a classifier": Rival(CLASSIFIER, (0.1, 0.5, 1.0), guards.wrapper),
+    "ESD-x": Rival("the words; training of cross-attention", (250, 500), editing.esd),
+    "UCE": Rival("the words, safe prompts", (0.3, 1.0, 3.0), editing.uce)}
 
 
 class Job(NamedTuple):
@@ -167,21 +155,28 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
+def make_loras(names: list[str], folders: dict[int, Path]):
+    """The data, half of the test prompts, and the LoRAs that these methods need."""
+    plan = Plan([])
+    for name in set(names) & LORAS.keys():
+        LORAS[name](plan)
+    planned = {(seed, folder): plan for seed, folder in folders.items()}
+    for script in SCRIPTS[:3]:
+        if make_all(script, planned):
+            raise BadInput(f"{script}.py failed; mend what it says above, and run this again")
+    for folder in folders.values():
+        cut_data(folder, plan)
+
+
 def main(args):
     folders = {seed: args.out.resolve() / f"seed{seed}" for seed in [*args.tune, *args.seeds]}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    if make_all("make_data", Plan().commands["make_data"], folders):
-        raise BadInput("the data were not made; mend what is said above, and run this again")
-    for folder in folders.values():
-        halve(folder)
+    make_loras(args.only, folders)
     jobs_of = lambda seeds, name, knobs: [Job(folders[seed], seed, name, knob)
                                           for seed in seeds for knob in knobs]
     perform_all(jobs_of(folders, "base", (None,)), "base")
     tried = {name: jobs_of(args.tune, name, RIVALS[name].knobs) for name in args.only}
-    # One knob of each first: no two processes may train the same LoRA.
-    perform_all([job for job in sum(tried.values(), []) if job.knob == RIVALS[job.name].knobs[0]],
-                "first knobs")
     perform_all(sum(tried.values(), []), "choosing knobs")
     best, tuned = {}, [folders[seed] for seed in args.tune]
     for name, jobs in tried.items():
@@ -192,8 +187,8 @@ def main(args):
             for name, jobs in reported.items()}
     print(table("method (its knob)", rows, COLUMNS))
     print(f"seeds {args.seeds}: mean (lowest–highest), in %; change of 255; knobs by seeds "
-          f"{args.tune}; preparation in CPU seconds, a LoRA that was there already took none; cost "
-          "of a picture, of the base's")
+          f"{args.tune}; preparation in CPU seconds, without a LoRA's training; cost of a picture, "
+          "of the base's")
     for name in args.only:
         print(f"{name} needs: {RIVALS[name].needs}")
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from model.data.pairs import read_pairs
 from model.lab.attack import GUIDANCE, STEPS
-from model.schedule import sample, SAMPLERS
+from model.schedule import SAMPLERS, sample
 from model.toy import world
 
 SAMPLER = "dpm++"
