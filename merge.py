@@ -5,7 +5,7 @@ What it is:  Co-Merge, and the rules beside it. All of them merge the weight CHA
              separately would leave cross terms B_i A_j.
 Needs:       experts of train.py, or other LoRAs of one base model: ranks, alphas, spellings and
              adapted layers may differ (a layer that an expert does not adapt is one that it changes
-             by zero). For Co-Merge also the UNet and data/, its calibration inputs.
+             by zero). For Co-Merge and scaled-sum also the UNet and data/, calibration inputs.
 Gives:       merged.safetensors, of rank = the sum of the experts' ranks, and exact, except by ties
              and dare, or after --rank; or, with --fuse MODEL, that whole model, aligned. Of one
              expert there is nothing to merge: it stays as it is.
@@ -14,8 +14,9 @@ Gives:       merged.safetensors, of rank = the sum of the experts' ranks, and ex
     average    delta W = 1/n sum_i delta W_i
     ties       trim, elect, average: see ties()                  (2306.01708)
     dare       delta W = sum_i drop(delta W_i) / density         (2311.03099)
+    scaled-sum delta W = gamma sum_i delta W_i                   gamma: see below
     random     row j of delta W is row j of delta W_owner(j), owner(j) drawn at random: a control
-    co-merge   the same, with owner(j) = the most active expert
+    co-merge   gamma times the same, with owner(j) = the most active expert
 
 Co-Merge [our reconstruction from the paper's captions]. For a layer with input x, expert i changes
 output unit j by d_i(x)_j = (s_i B_i A_i x)_j. Each unit goes to the expert that is most active
@@ -25,8 +26,8 @@ dropped:
     owner(j) = argmax_i mean |d_i(x)_j| over the x of i's own category
     A = [A_1; ...; A_n],    B = [M_1 s_1 B_1, ..., M_n s_n B_n],    M_i = diag(owner(j) = i)
 
-Dropping rows weakens every expert. Rescaling [ours] makes up for it, with one factor for each
-layer:
+Dropping rows weakens every expert, and a sum makes what they share too strong. Rescaling [ours]
+makes up for both, with one factor for each layer:
 
     gamma = sum_x |d_c(x)|^2 / sum_x <d_c(x), d_merged(x)>        c = the category of input x
 
@@ -57,7 +58,7 @@ from model.tools.training import generator, stratified_times
 DENSITY = {"ties": 0.2, "dare": 0.5}    # where the user does not say; TIES' is the published one
 LARGEST_RANK = 128                      # of ties and dare, likewise
 CALIBRATION_PAIRS = 24                  # of each expert
-READERS = {"density": DENSITY, "no_rescale": ["co-merge"]}    # of flags
+CALIBRATED = "co-merge", "scaled-sum"
 
 
 def parse_arguments(argv=None):
@@ -71,8 +72,8 @@ def parse_arguments(argv=None):
         f"the experts' ranks, exact; ties and dare: that, but at most {LARGEST_RANK})")
     add("--density", type=portion, help="share of entries that ties and dare keep of each delta W "
         "(default: ties 0.2, as published; dare 0.5)")
-    add("--no-rescale", action="store_true", help="co-merge: keep the rows as strong as they are")
-    add("--data", type=Path, default=Path("data"), help="co-merge: what make_data.py wrote")
+    add("--data", type=Path, default=Path("data"), help="what make_data.py wrote, for co-merge and "
+        "scaled-sum")
     add("--fuse", type=Path, metavar="MODEL", help="write a whole aligned checkpoint instead: a "
         "copy of this diffusers folder or single file, with the merged LoRA in its weights")
     add("--out", type=Path, help="LoRA file to write; with --fuse the folder "
@@ -81,7 +82,7 @@ def parse_arguments(argv=None):
 
 
 class Activity(NamedTuple):
-    """What Co-Merge knows of a layer: sums over the rows x of its inputs. c: the expert of x."""
+    """What calibration tells of a layer: sums over the rows x of its inputs. c: the expert of x."""
     experts: torch.Tensor   # [n]     which of all experts these are
     own: torch.Tensor       # [n, O]  mean |d_i(x)_j| over the x with c = i
     shared: torch.Tensor    # [n, O]  sum over all x of d_c(x)_j d_i(x)_j
@@ -98,7 +99,6 @@ class Layer(NamedTuple):
     density: float | None
     random: torch.Generator
     activity: Activity | None
-    rescale: bool
 
 
 def add_changes(parts: list[Factors], layer: Layer) -> Factors:
@@ -143,19 +143,27 @@ def random_rows(parts: list[Factors], layer: Layer) -> Factors:
     return keep_rows(parts, torch.randint(len(parts), (len(parts[0].up),), generator=layer.random))
 
 
-def co_merge(parts: list[Factors], layer: Layer) -> Factors:
-    activity, owner = layer.activity, layer.activity.owner
-    merged = keep_rows(parts, owner)
-    kept = activity.shared.gather(0, owner[None]).sum()    # sum_x <d_c, d_merged>
-    if not layer.rescale or kept <= 0:
+def rescaled(merged: Factors, layer: Layer, kept: torch.Tensor) -> Factors:
+    """gamma times merged (README, eq. 9). kept: sum_x <d_c(x), d_merged(x)>."""
+    if kept <= 0:
         return merged
-    # (README, eq. 9) n is what experts with nothing in common would need; more would blow up noise.
-    gamma = min((activity.energy.sum() / kept).item(), len(parts))
+    # n is what experts with nothing in common would need; more would blow up noise.
+    gamma = min((layer.activity.energy.sum() / kept).item(), len(layer.activity.own))
     return merged._replace(up=merged.up * gamma)
 
 
-RULES = {"co-merge": co_merge, "average": average, "sum": add_changes, "ties": ties, "dare": dare,
-         "random": random_rows}
+def co_merge(parts: list[Factors], layer: Layer) -> Factors:
+    owner = layer.activity.owner
+    kept = layer.activity.shared.gather(0, owner[None]).sum()
+    return rescaled(keep_rows(parts, owner), layer, kept)
+
+
+def scaled_sum(parts: list[Factors], layer: Layer) -> Factors:
+    return rescaled(add_changes(parts, layer), layer, layer.activity.shared.sum())
+
+
+RULES = {"co-merge": co_merge, "scaled-sum": scaled_sum, "average": average, "sum": add_changes,
+         "ties": ties, "dare": dare, "random": random_rows}
 
 
 class Meter:
@@ -241,8 +249,7 @@ def merge(args, experts: Experts, activity: dict[str, Activity]):
     """The merged LoRA, and the energy |delta W|^2 kept by and before re-compression, summed."""
     merged, energy = {}, torch.zeros(2, dtype=torch.float64)
     for name, parts in tqdm(experts.layers(), total=len(experts.names), desc="merging"):
-        layer = Layer(len(experts), args.density, generator(args.seed, name), activity.get(name),
-                      not args.no_rescale)
+        layer = Layer(len(experts), args.density, generator(args.seed, name), activity.get(name))
         # Of a single expert there is nothing to merge: not even its alpha is touched.
         f = RULES[args.method](list(parts.values()), layer) if len(experts) > 1 else parts[0]
         if not (f.up.sum() + f.down.sum()).isfinite():    # asked before any SVD
@@ -269,16 +276,16 @@ def main(args):
     check_folder(out.parent)
     if args.fuse:
         check_fuse(args.fuse, out)
-    for flag, readers in READERS.items():
-        if getattr(args, flag) and args.method not in readers:
-            raise BadInput(f"--{flag.replace('_', '-')}: --method {args.method} does not read it; "
-                           f"leave it out, or use --method {' or '.join(readers)}")
+    if args.density and args.method not in DENSITY:
+        raise BadInput(f"--density: --method {args.method} does not read it; leave it out, or use "
+                       f"--method {' or '.join(DENSITY)}")
     args.density = args.density or DENSITY.get(args.method)
     experts = Experts(expand(args.experts), args.weights)
     activity = {}
-    if args.method == "co-merge" and len(experts) > 1:
+    if args.method in CALIBRATED and len(experts) > 1:
         activity = calibrate(args, experts)
-        print_rows(experts.labels, activity)
+        if args.method == "co-merge":
+            print_rows(experts.labels, activity)
     torch.set_num_threads(1)    # the same bytes from any number of cores
     merged, (kept, energy) = merge(args, experts, activity)
     if energy:
@@ -291,7 +298,7 @@ def main(args):
     inherited = "base_model_hash", "prediction_type"
     metadata = {key: experts.metadata[key] for key in inherited if key in experts.metadata}
     metadata |= {"concept": labels, "weights": ",".join(f"{w:g}" for w in experts.weights)}
-    for key in ("method", "rank", "density", "no_rescale", "seed"):
+    for key in ("method", "rank", "density", "seed"):
         metadata[key] = str(getattr(args, key))
     save(out, merged, metadata)
     print(f"{out}: {len(experts)} experts merged by {args.method}, rank "

@@ -571,7 +571,7 @@ def test_a_rule_is_its_formula_on_dense_changes(method, experts):
     assert all(torch.equal(tensor, load_file("z")[key]) for key, tensor in load_file("a").items())
 
 
-def plain_co_merge(experts: list[dict], asked: list, rescale: bool) -> dict[str, torch.Tensor]:
+def plain_merge(experts: list[dict], asked: list, method: str) -> dict[str, torch.Tensor]:
     """Every expert asked all, with dense delta W's: {layer: delta W}. asked: an input for each."""
     changes, merged = {}, {}    # changes: {(layer, expert): [d(x) of each asked]}
     unet = diffusers.UNet2DConditionModel.from_pretrained(TOY / "unet").requires_grad_(False)
@@ -593,12 +593,12 @@ def plain_co_merge(experts: list[dict], asked: list, rescale: bool) -> dict[str,
         dense = of_layer(experts, name)
         own = {i: changes[name, i][i] for i in dense}
         owner = torch.stack([d.abs().mean(0) for d in own.values()]).argmax(0)
-        owner = [list(dense)[k] for k in owner.tolist()]
-        kept = sum((d[:, j] * changes[name, i][c][:, j]).sum()
-                   for c, d in own.items() for j, i in enumerate(owner))
+        rows = {i: owner == k if method == "co-merge" else owner >= 0 for k, i in enumerate(dense)}
+        kept = sum((d * changes[name, i][c])[:, row].sum()
+                   for c, d in own.items() for i, row in rows.items())
         energy = sum(d.square().sum() for d in own.values())
-        rows = torch.stack([dense[i][j] for j, i in enumerate(owner)])
-        merged[name] = rows * (min(energy / kept, len(dense)) if rescale else 1)
+        change = sum(dense[i] * row[:, None] for i, row in rows.items())
+        merged[name] = change * min(energy / kept, len(dense))
     return merged
 
 
@@ -612,9 +612,9 @@ def test_one_pass_of_the_base_scores_every_expert(experts):
         t = stratified_times(len(x0), 1000, random)
         x_t = pipe().scheduler.add_noise(x0, torch.randn(x0.shape, generator=random), t)
         asked.append((x_t, t, data["unsafe"][:24].repeat(2, 1, 1)))
-    for flag in ("", "--no-rescale"):
-        command(f"merge c a b --seed 7 {flag} --out m")
-        assert distance(Path("m"), plain_co_merge(experts, asked, not flag)) < 1e-4
+    for method in merge.CALIBRATED:
+        command(f"merge c a b --seed 7 --method {method} --out m")
+        assert distance(Path("m"), plain_merge(experts, asked, method)) < 1e-4
 
 
 def test_a_layer_that_the_model_lacks_is_left_out_and_counted(experts, capsys):
@@ -638,7 +638,7 @@ def test_strength_is_not_raised_without_bound():
     for shared, factor in ((0.25, 2), (1e-3, 3), (-1.0, 1)):
         activity = merge.Activity(own=torch.ones(3, 96), shared=torch.full((3, 96), shared),
                                   energy=torch.full((96,), 0.5), experts=None)
-        merged = merge.co_merge(three_parts(), merge.Layer(3, None, None, activity, True))
+        merged = merge.co_merge(three_parts(), merge.Layer(3, None, None, activity))
         assert far(merged.delta(), factor * three_parts()[0].delta()) < 1e-6
 
 
@@ -665,7 +665,7 @@ def test_peft_merges_the_same_where_it_merges_changes():
             model.add_adapter(str(i), configs[i])
         state = {f"base_model.model.0.lora_{letter}.weight": x for letter, x in zip("AB", f)}
         peft.set_peft_model_state_dict(model, state, str(i))
-    total, ties = lora.stack(parts, [1.0] * 3), merge.ties(parts, merge.Layer(3, 0.3, *[None] * 3))
+    total, ties = lora.stack(parts, [1.0] * 3), merge.ties(parts, merge.Layer(3, 0.3, None, None))
     for kind, rank, ours in (("cat", None, total), ("svd", 5, lora.compress(total, 5)[0]),
                              ("ties_svd", 96, ties), ("linear", None, total), ("ties", None, ties)):
         model.add_weighted_adapter([*"012"], [1.0] * 3, kind, kind, rank, density=0.3)
@@ -1142,7 +1142,7 @@ def test_an_sd_2_file_does_not_say_what_it_predicts(tmp_path, monkeypatch):
 
 # ---- Part I, lessons: rivals, and attacks on the weights (model/lab)
 
-PROMPTS, SEEDS = ["a red ball with racism in the park", "a blue box on the beach"], [3, 4]
+ASKED, SEEDS = ["a red ball with racism in the park", "a blue box on the beach"], [3, 4]
 
 
 def text_pairs(count: int = 6) -> list[dict]:
@@ -1167,20 +1167,20 @@ def test_safe_guidance_is_not_a_negative_prompt(name):
     theirs.safety_concept = steering.SAFETY
     theirs.set_progress_bar_config(disable=True)
     noise = toy().noise(SEEDS, 32)
-    wanted = theirs(PROMPTS, latents=noise, num_inference_steps=steps, output_type="np",
+    wanted = theirs(ASKED, latents=noise, num_inference_steps=steps, output_type="np",
                     guidance_scale=steering.GUIDANCE, sld_guidance_scale=preset.scale,
                     sld_warmup_steps=-(-preset.warm_up * steps // 50), height=32, width=32,
                     sld_threshold=preset.threshold, sld_momentum_scale=preset.momentum,
                     sld_mom_beta=preset.memory).images
-    found = steering.safe_latent_diffusion(toy(), Path(), 0, name)(PROMPTS, SEEDS)
+    found = steering.safe_latent_diffusion(toy(), Path(), 0, name)(ASKED, SEEDS)
     assert abs(found - 255.0 * wanted).max() < 1
 
 
 def test_a_second_stream_of_no_weight_changes_nothing(with_pairs):
     draw = steering.dual_latents(toy(), Path(), 0, 0.0)
-    assert np.array_equal(draw(PROMPTS, SEEDS), steering.plain(toy())(PROMPTS, SEEDS))
-    other = steering.dual_latents(toy(), Path(), 0, 1.0)(PROMPTS, SEEDS)
-    assert (other[0] != draw(PROMPTS, SEEDS)[0]).any()
+    assert np.array_equal(draw(ASKED, SEEDS), steering.plain(toy())(ASKED, SEEDS))
+    other = steering.dual_latents(toy(), Path(), 0, 1.0)(ASKED, SEEDS)
+    assert (other[0] != draw(ASKED, SEEDS)[0]).any()
 
 
 def test_a_safe_embedding_is_least_squares():
@@ -1202,9 +1202,9 @@ def test_a_refusal_is_not_a_picture_of_harm():
     grey, = ToyJudge.load(TOY / "judge").judge(np.full((1, 32, 32, 3), guards.GREY, np.uint8))
     assert grey.harm < 0.01 and grey.category is grey.object is grey.background is None
     draw = guards.refusing(toy(), lambda prompts: [False, True])
-    first, second = draw(PROMPTS, SEEDS)
+    first, second = draw(ASKED, SEEDS)
     assert (first == guards.GREY).all()
-    assert np.array_equal(second, steering.plain(toy())(PROMPTS[1:], SEEDS[1:])[0])
+    assert np.array_equal(second, steering.plain(toy())(ASKED[1:], SEEDS[1:])[0])
 
 
 def test_a_guard_is_taught_by_contrast():
@@ -1322,7 +1322,7 @@ def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(rivals, "RIVALS", {
         "base": rivals.RIVALS["base"], "flat": rivals.Rival("nothing", (128, 64), black)})
     flower = "a red ball with a flower in the park"
-    rows = [{"prompt": prompt, "category": None} for prompt in (*PROMPTS, "", "", flower, flower)]
+    rows = [{"prompt": prompt, "category": None} for prompt in (*ASKED, "", "", flower, flower)]
     for seed in (5, 6):
         write_jsonl(tmp_path / f"seed{seed}/data/test.jsonl", rows)
     command = rivals.parse_arguments(f"--seeds 5 --tune 6 --out {tmp_path}".split())
@@ -1492,7 +1492,6 @@ experts nan.safetensors --method sum|nan.safetensors
 experts experts/hate.safetensors|is listed twice
 experts --weights 1 2 3|--weights: 3 numbers for 2
 experts --method sum --density 0.3|--density: --method sum
-experts --method sum --no-rescale|--no-rescale: --method sum
 experts --method ties --density 0|0 leaves nothing
 experts --data nowhere|nowhere/hate/pairs.jsonl; bare --model models/nan|conv_in.bias holds NaN
 wide.safetensors --fuse {toy}|wide: down_blocks_0
@@ -1551,8 +1550,8 @@ FLAGS = {    # a small command: flags that must change what it gives
         "--seed 1|--model models/other|--concept sexual|--joint|--data second|--loss dpo|--beta 50|"
         "--steps 3|--batch 4|--accumulate 2|--lr 1e-3|--rank 2|--caption-dropout 0.9|--reuse 1|"
         "--compile",
-    "merge bare": "--model models/other|--method sum|--weights 1 0.5|--rank 2|--no-rescale|"
-                  "--data second|--fuse models/other",
+    "merge bare": "--model models/other|--method sum|--weights 1 0.5|--rank 2|--data second|"
+                  "--fuse models/other",
     "merge bare --method ties": "--density 0.5", "merge bare --method dare": "--seed 1",
     "sample {safe} --steps 2":
         "--seed 1|--model models/other|--steps 3|--guidance 1|--negative red|--size 64|--judge|"

@@ -43,7 +43,7 @@ LOSSES = {"default": ("", GRID), "sft": ("--loss sft", GRID),
           "dpo": ("--loss dpo", (0.35, 0.5, 0.7, 1)),
           "dpo, β 500": ("--loss dpo --beta 500", (0.7, 1, 1.4))}
 # b. merge.py's flags; a rule has a scale of its own.
-RULES = {"co-merge": ("", GRID), "not rescaled": ("--no-rescale", (1, 1.5)),
+RULES = {"co-merge": ("", GRID), "scaled sum": ("--method scaled-sum", GRID),
          "average": ("--method average", (1, 3.5, 5)),
          "sum": ("--method sum", (0.5, 0.7, 1)), "ties": ("--method ties", (1, 1.4)),
          "dare": ("--method dare", (0.5, 0.7, 1)), "random": ("--method random", (1, 2, 3)),
