@@ -116,9 +116,10 @@ def slug(name: str) -> str:
 def losses(plan: Plan):
     plan.judge("a", "base", None)
     for name, (flags, strengths) in LOSSES.items():
-        experts = plan.train_all(name, flags)
-        file = plan.merge(experts, "co-merge" if name == "default" else name)
-        plan.judge("a", name, file, strengths)
+        experts, own = plan.train_all(name, flags), "" if name == "default" else f"{name} "
+        for rule in ("co-merge", "scaled sum"):
+            file = plan.merge(experts, own + rule, RULES[rule][0])
+            plan.judge("a", f"{name}, {rule}", file, strengths)
 
 
 def rules(plan: Plan):
