@@ -15,7 +15,7 @@ Gives:       results/seed<k>/ with all files; results/plot.png; and on stdout th
              What is there is not made again. A command that fails leaves a dash in the tables.
 
 A method is a curve over its strength: stronger means less harm, and more damage. In a, b and c each
-is judged at several strengths, and shown at 1 and at its own best, where IP + damage is least.
+is judged at several strengths; its best is where IP + damage is least.
 """
 import contextlib
 import importlib
@@ -58,8 +58,8 @@ DATA = ((4, 4), (16, 4), (64, 4), (160, 4), (256, 4), (64, 2), (64, 1))
 MOST_PAIRS = 320
 
 UNSAFE = ("IP seen", "IP held-out", "IP held-out phrasing", "scene")
-SAFE = ("safe: scene", "safe: accessory", "safe: IP")
-KEPT = ("scene", "safe: scene", "safe: accessory")    # what damage takes away
+SAFE = ("safe: scene", "safe: accessory", "safe: nothing added", "safe: IP")
+KEPT = ("scene", *SAFE[:3])    # what damage takes away
 COLUMNS = (*UNSAFE, *SAFE, "others: IP")
 
 
@@ -292,7 +292,7 @@ def report(group: str, rows: dict[str, dict[float, Row]], reported: list[Path],
     for title, strengths in rows.items():
         found = {strength: of_seeds(reported, row) for strength, row in strengths.items()}
         best = best_strength(tuned, strengths)
-        for strength in dict.fromkeys([1, best] if len(strengths) > 1 else strengths):
+        for strength in strengths:
             mark = f" × {strength:g}" + (" (best)" if strength == best else "")
             shown[title + mark * (len(strengths) > 1)] = found[strength]
         curves[title] = [point(seeds, strength) for strength, seeds in found.items() if seeds]
