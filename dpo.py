@@ -3,9 +3,9 @@
 What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908), and the loss that this project trains
              its experts with: the same, with one term that keeps safe prompts as they are.
 Needs:       torch.
-Gives:       squared_error(), diffusion_dpo(), safety_dpo(), fine_tuning(), metrics(); LOSSES, by
-             the names that train.py --loss knows. A loss of your own is one more Loss: train.py
-             takes it by its dotted name, as it takes those of model/lab/losses.py.
+Gives:       squared_error(), diffusion_dpo(), safety_dpo(), fine_tuning(); LOSSES, by the names that
+             train.py --loss knows. A loss of your own is one more Loss: train.py takes it by its
+             dotted name, as it takes those of model/lab/losses.py.
 
 A pair is a prompt y with a winner x_w and a loser x_l, noised with the SAME noise and timestep, so
 that all that differs between their errors is the content:
@@ -34,7 +34,6 @@ def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def diffusion_dpo(winner, loser, winner_ref, loser_ref, beta: float, **more):
     """The published loss (README, eq. 3). Errors [B] of policy and reference -> (loss, metrics).
-    more: what else to log.
 
         loss = -log sigmoid( -beta/2 [ (L_w - L_l)_theta - (L_w - L_l)_ref ] ),
                averaged AFTER the log-sigmoid
@@ -43,10 +42,18 @@ def diffusion_dpo(winner, loser, winner_ref, loser_ref, beta: float, **more):
     both errors from rising together: watch `winner`. beta: the reference is better at the loser,
     its own picture, by g = L_w,ref - L_l,ref. Where the policy is as good at both, the logit is
     beta g / 2. A beta much above 2 / g makes the sigmoid flat before that: nothing pulls any more.
+
+    The metrics are means, more among them. preference: this loss. accuracy: share of pairs that the
+    policy, read as a reward model, orders rightly. margin: mean error gap won over the reference.
+    winner, loser, winner_ref, loser_ref: the four errors; healthy is winner <= winner_ref and loser
+    > loser_ref.
     """
-    margin = -((winner - winner_ref) - (loser - loser_ref))
-    loss = -F.logsigmoid(beta / 2 * margin).mean()
-    return loss, metrics(winner, loser, winner_ref, loser_ref, loss, **more)
+    margin = (loser - loser_ref) - (winner - winner_ref)
+    preference = -F.logsigmoid(beta / 2 * margin)
+    values = {"preference": preference, "accuracy": (margin > 0).float(), "margin": margin,
+              "winner": winner, "winner_ref": winner_ref, "loser": loser, "loser_ref": loser_ref,
+              **more}
+    return preference.mean(), {name: value.mean().detach() for name, value in values.items()}
 
 
 def safety_dpo(winner, loser, winner_ref, loser_ref, drift, beta: float):
@@ -71,25 +78,13 @@ def fine_tuning(winner, loser, winner_ref, loser_ref, drift, beta: float):
     return (winner + KEEP * drift).mean(), values
 
 
-def metrics(winner, loser, winner_ref, loser_ref, preference, **more):
-    """What to watch. preference: the log-sigmoid term, 0.693 = no preference learned yet. accuracy:
-    share of pairs that the policy, read as a reward model, orders rightly. margin: mean error gap
-    won over the reference. winner, loser, winner_ref, loser_ref: the four errors; healthy is
-    winner <= winner_ref and loser > loser_ref."""
-    margin = (loser - loser_ref) - (winner - winner_ref)
-    values = {"preference": preference, "accuracy": (margin > 0).float(), "margin": margin,
-              "winner": winner, "winner_ref": winner_ref, "loser": loser, "loser_ref": loser_ref,
-              **more}
-    return {name: value.mean().detach() for name, value in values.items()}
-
-
 class Loss(NamedTuple):
     """inputs: what the UNet is asked in a step, as "picture|prompt".
            picture   winner, loser: noised; noise: the noise alone, at the last timestep
            prompt    unsafe, safe, empty; "safe or empty": the empty one for a quarter of the pairs
        function(policy, reference, target, beta) -> (loss, metrics): three lists of [B, C, H, W],
        one for each input: outputs of the policy and of the reference, and what they should have
-       been. The metrics are those of metrics(), and more if it likes.
+       been. The metrics are those of diffusion_dpo(), and more if it likes.
        of_pairs(tensors) -> [P]: a number of each pair, from what latents.safetensors holds, asked
        for once; those of the step's pairs, [B], are then function()'s last argument."""
     inputs: tuple[str, ...]
