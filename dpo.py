@@ -3,9 +3,9 @@
 What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908), and the loss that this project trains
              its experts with: the same, with one term that keeps safe prompts as they are.
 Needs:       torch.
-Gives:       squared_error(), diffusion_dpo(), safety_dpo(), fine_tuning(); LOSSES, by the names that
-             train.py --loss knows. A loss of your own is one more Loss: train.py takes it by its
-             dotted name, as it takes those of model/lab/losses.py.
+Gives:       squared_error(), diffusion_dpo(), safety_dpo(), fine_tuning(); LOSSES, by the names of
+             train.py --loss. A loss of your own is one more Loss: train.py takes it by its dotted
+             name, as it takes those of model/lab/losses.py.
 
 A pair is a prompt y with a winner x_w and a loser x_l, noised with the SAME noise and timestep, so
 that all that differs between their errors is the content:
