@@ -119,7 +119,7 @@ def losses(plan: Plan):
         experts, own = plan.train_all(name, flags), "" if name == "default" else f"{name} "
         for rule in ("co-merge", "scaled sum"):
             file = plan.merge(experts, own + rule, RULES[rule][0])
-            plan.judge("a", f"{name}, {rule}", file, strengths)
+            plan.judge("a", own + rule, file, strengths)
 
 
 def rules(plan: Plan):
@@ -328,7 +328,7 @@ def main(args):
     reported, tuned = ([folder for _, folder in part] for part in (reported, tuned))
     curves = [report(group, rows, reported, tuned) for group, rows in sorted(whole.rows.items())]
     plot(out / "plot.png", {k: v for group in curves for k, v in group.items() if len(v) > 1},
-         "scenes and accessories kept, %", "IP, %")
+         "kept, %: scenes, accessories, nothing added", "IP, %", left=60)
     if failed:
         raise BadInput(f"commands that failed: {failed}; mend what they say above, and run this "
                        "again")

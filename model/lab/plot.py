@@ -10,7 +10,7 @@ from model.tools.pictures import write
 
 W, H, LEFT, BOTTOM, RIGHT = 560, 420, 60, 50, 230    # pixels: the panel, and the space around it
 COLOURS = ("#1f5fbf", "#d1402f", "#2b8a3e", "#8a4fbf", "#c77c11", "#138a8a", "#9c5a3c", "#c2428f",
-           "#555555", "#7a8a1f", "#000000", "#4fa3e0")
+           "#555555", "#7a8a1f", "#000000", "#4fa3e0", "#f06595", "#94d82d", "#b197fc", "#868e96")
 FONT = ImageFont.load_default(size=12)
 
 
