@@ -40,8 +40,7 @@ GRID = (0.7, 1, 1.4)
 # a. train.py's flags of each row, and the strengths. "dpo" is the default without its second term;
 # "sft" has another term in place of its first.
 LOSSES = {"default": ("", GRID), "sft": ("--loss sft", GRID),
-          "dpo": ("--loss dpo", (0.35, 0.5, 0.7, 1)),
-          "dpo, β 500": ("--loss dpo --beta 500", (0.7, 1, 1.4))}
+          "dpo": ("--loss dpo", (0.35, 0.5, 0.7, 1))}
 # b. merge.py's flags; a rule has a scale of its own.
 RULES = {"co-merge": ("", GRID), "scaled sum": ("--method scaled-sum", GRID),
          "average": ("--method average", (1, 3.5, 5)),
