@@ -43,10 +43,10 @@ def diffusion_dpo(winner, loser, winner_ref, loser_ref, beta: float, **more):
     its own picture, by g = L_w,ref - L_l,ref. Where the policy is as good at both, the logit is
     beta g / 2. A beta much above 2 / g makes the sigmoid flat before that: nothing pulls any more.
 
-    The metrics are means, more among them. preference: this loss. accuracy: share of pairs that the
-    policy, read as a reward model, orders rightly. margin: mean error gap won over the reference.
-    winner, loser, winner_ref, loser_ref: the four errors; healthy is winner <= winner_ref and loser
-    > loser_ref.
+    The metrics are means over the pairs, those of more too. preference: this loss. accuracy: share
+    of pairs that the policy, read as a reward model, orders rightly. margin: error gap won over the
+    reference. winner, loser, winner_ref, loser_ref: the four errors; healthy is winner <=
+    winner_ref and loser > loser_ref.
     """
     margin = (loser - loser_ref) - (winner - winner_ref)
     preference = -F.logsigmoid(beta / 2 * margin)
@@ -59,12 +59,12 @@ def diffusion_dpo(winner, loser, winner_ref, loser_ref, beta: float, **more):
 def safety_dpo(winner, loser, winner_ref, loser_ref, drift, beta: float):
     """The default [ours; README, eq. 4]: Diffusion-DPO, and safe prompts draw what they drew.
 
-        loss = diffusion_dpo + beta drift
+        loss = diffusion_dpo + beta mean(drift)
 
-    drift [B] = mean squared difference of policy and reference on the winner under the SAFE prompt.
+    drift [B] = mean squared difference of policy and reference on the winner under the SAFE prompt
+    (or the empty one, see WITH_SAFE). Times beta, as the gradient of the first term has it.
     """
-    errors = winner, loser, winner_ref, loser_ref
-    preference, values = diffusion_dpo(*errors, beta, drift=drift)
+    preference, values = diffusion_dpo(winner, loser, winner_ref, loser_ref, beta, drift=drift)
     return preference + beta * drift.mean(), values
 
 
@@ -85,8 +85,9 @@ class Loss(NamedTuple):
        function(policy, reference, target, beta) -> (loss, metrics): three lists of [B, C, H, W],
        one for each input: outputs of the policy and of the reference, and what they should have
        been. The metrics are those of diffusion_dpo(), and more if it likes.
-       of_pairs(tensors) -> [P]: a number of each pair, from what latents.safetensors holds, asked
-       for once; those of the step's pairs, [B], are then function()'s last argument."""
+       of_pairs(tensors) -> [P] or None: a number for each pair, computed once from the tensors of
+       latents.safetensors. If there are any, function() gets those of the step's pairs, [B], as
+       one more argument at the end."""
     inputs: tuple[str, ...]
     function: Callable
     of_pairs: Callable = lambda tensors: None

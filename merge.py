@@ -31,8 +31,9 @@ makes up for both, with one factor for each layer:
 
     gamma = sum_x |d_c(x)|^2 / sum_x <d_c(x), d_merged(x)>        c = the category of input x
 
-over the x of all categories; 1 for a single expert and for identical ones; at most n. With it, the
-merged LoRA moves all inputs together as far in the direction of their own experts as those did.
+over the x of all categories; at most n, and 1 where the merged change works against its experts.
+Otherwise the merged LoRA moves all inputs together as far in the direction of their own experts as
+those did. Of n identical experts gamma is 1 (co-merge) or 1 / n (scaled-sum).
 
 Letters: n experts (of a layer: those that adapt it), r rank, N rows that a layer multiplies, I and
 O a layer's input and output width.
@@ -145,9 +146,9 @@ def random_rows(parts: list[Factors], layer: Layer) -> Factors:
 
 def rescaled(merged: Factors, layer: Layer, kept: torch.Tensor) -> Factors:
     """gamma times merged (README, eq. 9). kept: sum_x <d_c(x), d_merged(x)>."""
-    if kept <= 0:
+    if kept <= 0:    # it works against its experts: more of it would do harm
         return merged
-    # n is what experts with nothing in common would need; more would blow up noise.
+    # Rows dealt out among n experts with nothing in common need n; more would blow up noise.
     gamma = min((layer.activity.energy.sum() / kept).item(), len(layer.activity.own))
     return merged._replace(up=merged.up * gamma)
 

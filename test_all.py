@@ -1179,8 +1179,10 @@ def test_safe_guidance_is_not_a_negative_prompt(name):
 def test_a_second_stream_of_no_weight_changes_nothing(with_pairs):
     draw = steering.dual_latents(toy(), Path(), 0, 0.0)
     assert np.array_equal(draw(ASKED, SEEDS), steering.plain(toy())(ASKED, SEEDS))
-    other = steering.dual_latents(toy(), Path(), 0, 1.0)(ASKED, SEEDS)
-    assert (other[0] != draw(ASKED, SEEDS)[0]).any()
+    safe = ["a red ball with a flower in the park", ASKED[1]]    # of weight 1, it is all
+    contexts = [toy().embed([""] * 2 + texts) for texts in (ASKED, safe)]
+    found = steering.two_streams(toy(), contexts, SEEDS, 1.0).astype(int)
+    assert abs(found - steering.plain(toy())(safe, SEEDS)).max() <= 1
 
 
 def test_a_safe_embedding_is_least_squares():
@@ -1228,7 +1230,7 @@ def test_a_list_may_name_what_no_training_showed():
             for colour in world.COLOURS for extra in world.ACCESSORIES]
     without, listed = (guards.scores_of(toy(), mapping, words, texts)
                        for words in (guards.SEEN, guards.ALL))
-    assert (listed >= without).all() and listed.mean() > without.mean() + 0.05
+    assert listed.mean() > without.mean() + 0.05
     assert guards.auc(listed, guards.scores_of(toy(), mapping, guards.ALL, safe)) > 0.95
 
 
@@ -1276,16 +1278,19 @@ def test_an_edited_word_reads_as_another(with_pairs):
 
 
 def test_erasing_is_negative_guidance_learned(monkeypatch):
-    concept, without = torch.randn(2, 2, 4, 8, 8, generator=generator("erase"))
-    assert far(editing.erase_target(concept, without), 2 * without - concept) < 1e-6
-    sd, wanted = load(TOY, CPU), []
+    sd, wanted, met, way = load(TOY, CPU), [], [], editing.on_the_way
+    monkeypatch.setattr(editing, "on_the_way", lambda *what: met.append(way(*what)) or met[-1])
     monkeypatch.setattr(editing.F, "mse_loss",
                         lambda output, target: wanted.append((output, target)) or output.mean())
     before = {name: p.clone() for name, p in sd.unet.named_parameters()}
     editing.esd(sd, Path(), 0, 1)
     changed = [name for name, p in sd.unet.named_parameters() if not torch.equal(p, before[name])]
     assert changed and all(".attn2." in name for name in changed)
-    assert wanted[0][0].requires_grad and not wanted[0][1].requires_grad
+    (x_t, t), (output, target) = met[0], wanted[0]
+    assert output.requires_grad and not target.requires_grad
+    empty = toy().embed([""]).expand(len(x_t), -1, -1)
+    without = toy().predict(x_t, torch.full((len(x_t),), t), empty)
+    assert far(target, 2 * without - output.detach()) < 1e-4    # still the base's output
 
 
 def test_a_cost_asks_for_a_wider_gap():
@@ -1326,7 +1331,6 @@ def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch, capsy
     for seed in (5, 6):
         write_jsonl(tmp_path / f"seed{seed}/data/test.jsonl", rows)
     command = rivals.parse_arguments(f"--seeds 5 --tune 6 --out {tmp_path}".split())
-    command.only = ["base", "flat"]
     rivals.main(command)
     printed = capsys.readouterr().out
     assert "| flat (64) | 0.0 |" in printed and "| base | 100.0 |" in printed
@@ -1338,7 +1342,7 @@ def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch, capsy
     assert judged["columns"]["flat"]["all: IP seen"]["total"] == 1
 
 
-def test_who_holds_the_weights_needs_no_word(tmp_path):
+def test_who_holds_the_weights_needs_no_word(tmp_path, monkeypatch):
     """Embeddings in a word's place are learned through the frozen UNet, from a few pictures."""
     pairs = text_pairs(2)[:2]
     rows = [{**pair, "safe_image": "a", "unsafe_image": "b"} for pair in pairs]
@@ -1359,10 +1363,19 @@ def test_who_holds_the_weights_needs_no_word(tmp_path):
     assert far(states, toy().embed([spelled])) < 1e-5
     first, second = (states for states, _ in zip(whitebox.by_vectors(victim, 0), range(2)))
     assert first.shape == (8, 16, 96) and not torch.equal(first, second)
-    learned = [victim.misfit(victim.unsafe, 9).item()]
+    tokens = whitebox.start(victim, 0)
+    monkeypatch.setattr(whitebox, "CANDIDATES", len(victim.allowed))
+    _, found = (states for states, _ in zip(whitebox.by_words(victim, 0), range(2)))
+    tried = [torch.stack([word, tokens[1]]) for word in victim.allowed]
+    costs = [victim.misfit(victim.states(victim.learned_from, victim.table[pair]), 0, 0).item()
+             for pair in tried]
+    best = tried[int(np.argmin(costs))]
+    ids = victim.with_slots(victim.prompts)
+    assert far(found, victim.states(ids, victim.table[best])) < 1e-6
+    before = victim.misfit(victim.unsafe, 9).item()
     for states, _ in zip(whitebox.by_weights(victim, 0), range(20)):
         pass
-    assert victim.misfit(victim.unsafe, 9).item() < learned[0]
+    assert victim.misfit(victim.unsafe, 9).item() < before
 
 
 # ---- Part II, contracts: command lines, bytes, interruptions, structure
@@ -2606,6 +2619,7 @@ TRAIN = "train --device cuda --concept hate --steps 2 --batch 2 --out "
 CUDA = {"bf16": [
     TRAIN + "a --loss dpo --reuse 1", TRAIN + "b --checkpointing --accumulate 2",
     TRAIN + "c --loss model.lab.losses.duo", TRAIN + "d --loss model.lab.losses.sdpo",
+    TRAIN + "f --loss model.lab.losses.sc_dpo",
     "merge experts --device cuda --fuse {toy} --out fused",
     "sample red,box,park --lora merged.safetensors --steps 1 --device cuda --judge "
     "--clipscore {clip}"],

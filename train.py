@@ -58,10 +58,10 @@ def parse_arguments(argv=None):
     add("--out", type=Path,
         help="folder to write (default: experts; with --joint the current folder)")
     add("--loss", default="safety", help="safety: DPO, and safe prompts draw what they drew; dpo: "
-        "as published; sft: fine-tuning on the winner in its place; or a dotted name: "
-        "model.lab.losses.duo, model.lab.losses.sdpo")
+        "as published; sft: fine-tuning on the winner, and safe prompts as before; or a dotted "
+        "name, such as model.lab.losses.duo")
     add("--beta", type=rate, default=10.0, help="how steep the preference is in the MEAN squared "
-        "error; published: 5000")
+        "error, and with safety the weight of what stays; published: 5000")
     add("--steps", type=positive, default=110, help="optimiser steps for each concept")
     add("--batch", type=positive, default=8,
         help="pairs that one process takes through the UNet at once")
@@ -129,7 +129,7 @@ class Trainer:
     def __init__(self, args, device: torch.device, name: str, tensors: dict[str, torch.Tensor]):
         self.args, self.tensors, self.loss, self.log = args, tensors, loss_named(args.loss), []
         self.seed, self.shape = (args.seed, name), tensors["winner"].shape[1:]
-        self.numbers = self.loss.of_pairs(tensors)
+        self.of_pairs = self.loss.of_pairs(tensors)
         self.denoiser = load_denoiser(args.model, device)
         unet = self.denoiser.unet
         # Every expert has its own LoRA initialisation.
@@ -198,8 +198,8 @@ class Trainer:
         for part in parts[processes.RANK::processes.WORLD]:
             reference = self.ask_reference(part)
             policy, target = self.ask(part)
-            numbers = [] if self.numbers is None else [self.numbers[part["pair"]]]
-            loss, values = self.loss.function(policy, reference, target, self.args.beta, *numbers)
+            extra = [] if self.of_pairs is None else [self.of_pairs[part["pair"]]]
+            loss, values = self.loss.function(policy, reference, target, self.args.beta, *extra)
             self.scaler.scale(loss / number).backward()    # the sum over parts is the step's mean
             sums = sums + torch.stack([loss.detach(), *values.values()]) / number
         processes.add_up([sums, *(p.grad for p in self.parameters)])

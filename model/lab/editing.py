@@ -57,11 +57,11 @@ def uce(sd, data: Path, seed: int, knob: float):
     """Each seen word, by itself, becomes GUIDE: which word, the paper leaves to the user. Safe
     prompts of the pairs are kept. knob: the erase scale (published: 1)."""
     prompts, random = [pair["safe"] for pair in all_pairs(data)], generator(seed, "uce")
-    kept = [prompts[i] for i in torch.randperm(len(prompts), generator=random)[:KEPT]]
-    kept = sd.embed(kept).float().flatten(0, 1)
-    new, = last_words(sd, [GUIDE])
-    words = [states[:len(new)] for states in last_words(sd, SEEN)]
-    old, new = torch.cat(words), torch.cat([new[:len(states)] for states in words])
+    chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=random)[:KEPT]]
+    kept = sd.embed(chosen).float().flatten(0, 1)
+    guide, = last_words(sd, [GUIDE])
+    words = [states[:len(guide)] for states in last_words(sd, SEEN)]
+    old, new = torch.cat(words), torch.cat([guide[:len(states)] for states in words])
     for name, layer in sd.unet.named_modules():
         if name.endswith(("attn2.to_k", "attn2.to_v")):
             layer.weight.copy_(edited(layer.weight, old, new, kept, knob, PRESERVE, RIDGE))
@@ -78,7 +78,8 @@ def erase_target(concept: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def on_the_way(sd, context: torch.Tensor, seeds: list[int], random) -> tuple[torch.Tensor, int]:
     """(x_t, t): the concept's own pictures, half drawn by the model that is edited, up to a step
-    drawn at random. context [2B, L, D]: the empty prompt's states, then the concept's."""
+    drawn at random; t anywhere from that step's noise level down to the next one's. context [2B, L,
+    D]: the empty prompt's states, then the concept's."""
     pairs, step = SAMPLERS["ddim"]
     pairs, x, memory = pairs(sd.schedule, STEPS), sd.noise(seeds, sd.size).to(sd.device), None
     stop = int(torch.randint(len(pairs), (), generator=random))

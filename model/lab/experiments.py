@@ -6,7 +6,7 @@ What it is:  a driver that runs the scripts as a person would, in a folder for e
 Needs:       the embedded toy; about an hour for each seed and core, all of it.
 Gives:       results/seed<k>/ with all files; results/plot.png; and on stdout these tables (--only),
              of means and ranges over the --seeds:
-                 a  the experts' loss: each term off, supervised fine-tuning, the published one
+                 a  the experts' loss: ours, fine-tuning, the published one; by two rules
                  b  merging rules
                  c  All-single, the paper's baseline, in three readings
                  d  1 to 7 experts joined
@@ -115,10 +115,10 @@ def slug(name: str) -> str:
 def losses(plan: Plan):
     plan.judge("a", "base", None)
     for name, (flags, strengths) in LOSSES.items():
-        experts, own = plan.train_all(name, flags), "" if name == "default" else f"{name} "
+        experts = plan.train_all(name, flags)
         for rule in ("co-merge", "scaled sum"):
-            file = plan.merge(experts, own + rule, RULES[rule][0])
-            plan.judge("a", own + rule, file, strengths)
+            title = rule if name == "default" else f"{name} {rule}"
+            plan.judge("a", title, plan.merge(experts, title, RULES[rule][0]), strengths)
 
 
 def rules(plan: Plan):
@@ -181,14 +181,19 @@ def subset(folder: Path, source: Path, pairs: int, words: tuple[str, ...]):
     save_tensors(folder / "latents.safetensors", {**parts, "empty": tensors["empty"]}, header)
 
 
+def first_noise(seed: int) -> int:
+    """The seed of the first test picture: start noise that no picture of the pairs had."""
+    return 10_000_000 + 1000 * seed
+
+
 def make(_, job: tuple[str, int, Path, str]) -> str:
     """Runs a command in the folder of a seed, in this process. Returns what went wrong, or ""."""
     script, seed, folder, arguments = job
     if script == "sample":
-        seed = 10_000_000 + 1000 * seed    # start noise that no picture of the pairs had
-    processes.cores = lambda: 1            # a script that sees one core starts no processes
+        seed = first_noise(seed)
     merge.RULES["largest"] = largest_rows
-    before, module = os.getcwd(), importlib.import_module(script)
+    module, before, cores = importlib.import_module(script), os.getcwd(), processes.cores
+    processes.cores = lambda: 1            # a script that sees one core starts no processes
     os.chdir(folder)
     try:
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), \
@@ -198,6 +203,7 @@ def make(_, job: tuple[str, int, Path, str]) -> str:
         return f"failed: {error}"
     finally:
         os.chdir(before)
+        processes.cores = cores
     return ""
 
 
@@ -259,14 +265,14 @@ def mean_and_range(values: list[float]) -> str:
     return f"{mean(values):.1f}" + (f" ({low}–{high})" if low != high else "")
 
 
-def best_strength(folders: list[Path], rows: dict[float, Row]) -> float:
-    """Where IP + damage is least, in the mean over these folders; 1 where nothing was judged."""
+def best_strength(folders: list[Path], rows: dict[float, Row]) -> float | None:
+    """Where IP + damage is least, in the mean over these folders; None where nothing was judged."""
     costs = {}
     for strength, row in rows.items():
         found = of_seeds(folders, row)
         if found:
             costs[strength] = mean([one["IP"] + 100 - one["kept"] for one in found])
-    return min(costs, key=costs.get, default=1)
+    return min(costs, key=costs.get, default=None)
 
 
 def point(seeds: list[dict[str, float]], strength: float) -> tuple[float, float, str]:
@@ -313,9 +319,9 @@ def parse_arguments(argv=None):
 def main(args):
     groups, out = sorted(args.only), args.out.resolve()
     whole, tuning = Plan(groups), Plan([group for group in groups if group in CURVES])
-    reported, tuned = ({(seed, out / f"seed{seed}"): plan for seed in seeds}
-                       for seeds, plan in ((args.seeds, whole), (args.tune, tuning)))
-    folders, failed = {**tuned, **reported}, 0
+    tuned = {(seed, out / f"seed{seed}"): tuning for seed in args.tune}
+    reported = {(seed, out / f"seed{seed}"): whole for seed in args.seeds}
+    folders, failed = {**tuned, **reported}, 0    # a seed of both is reported
     for _, folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     failed += make_all("make_data", folders)
@@ -324,8 +330,8 @@ def main(args):
     for script in SCRIPTS[1:]:
         failed += make_all(script, folders)
     print(f"\nseeds {args.seeds}: mean (lowest–highest), in %; best strengths by seeds {args.tune}")
-    reported, tuned = ([folder for _, folder in part] for part in (reported, tuned))
-    curves = [report(group, rows, reported, tuned) for group, rows in sorted(whole.rows.items())]
+    judged, chosen_on = [folder for _, folder in reported], [folder for _, folder in tuned]
+    curves = [report(group, rows, judged, chosen_on) for group, rows in sorted(whole.rows.items())]
     plot(out / "plot.png", {k: v for group in curves for k, v in group.items() if len(v) > 1},
          "kept, %: scenes, accessories, nothing added", "IP, %", left=60)
     if failed:

@@ -3,8 +3,8 @@ draw(prompts, seeds) -> uint8 pictures [N, S, S, 3]. A refusal is a plain grey p
 
 What it is:  latent_guard    Latent Guard (Liu et al. 2024, 2404.08031)
              guard_t2i       GuardT2I (Yang et al. 2024, 2403.01446), in this world's measure
-             wrapper         the two outer stages of T2VShield (2025), on a picture: a rewritten
-                             prompt before, a classifier after
+             wrapper         the two outer stages of T2VShield (2504.15512), on a picture: a
+                             rewritten prompt before, a classifier after
 Needs:       pairs of prompts, and of pictures for the wrapper; the text encoder's states; a list of
              the unwanted concepts' words, which can be changed at any time. A small network is
              trained in seconds. The UNet is not touched.
@@ -94,8 +94,8 @@ def train_mapping(sd, pairs: list[dict], seed: int, steps: int = 400) -> Embeddi
     torch.manual_seed(seed)
     mapping = EmbeddingMapping(sd.unet.context_width)
     words = [world.parse(pair["unsafe"]).extra for pair in pairs]
-    rows = [[i for i, word in enumerate(words) if word == one] for one in SEEN]
-    rows = [torch.tensor(row) for row in rows if row]
+    rows = [torch.tensor([word == one for word in words]).nonzero()[:, 0] for one in SEEN]
+    rows = [row for row in rows if len(row)]
     concepts = end_and_states(sd, [words[row[0]] for row in rows])[:, 0]
     states = [end_and_states(sd, [pair[kind] for pair in pairs]) for kind in ("unsafe", "safe")]
     optimiser = torch.optim.AdamW(mapping.parameters(), 1e-3)
@@ -117,8 +117,8 @@ def scores_of(sd, mapping: EmbeddingMapping, concepts: list[str], prompts) -> to
 
 
 def latent_guard(sd, data: Path, seed: int, knob: float, concepts=SEEN):
-    """Refuses where a score is above the threshold. knob: the threshold, a cosine. A concept of the
-    list need not have been trained on."""
+    """Refuses from a score on, the knob, a cosine. A concept of the list need not have been trained
+    on."""
     mapping = train_mapping(sd, all_pairs(data), seed)
     return refusing(sd, lambda prompts: scores_of(sd, mapping, concepts, prompts) < knob)
 
@@ -158,7 +158,7 @@ class Reader(nn.Module):
 
 
 def train_reader(sd, prompts: list[str], seed: int, steps: int = 400, batch: int = 32) -> Reader:
-    """By the cross-entropy of the next token, on the tokens that are there."""
+    """By the cross-entropy of each token, the padding's too, given those before it."""
     torch.manual_seed(seed)
     ids, states = sd.text.tokenize(prompts), sd.embed(prompts).float()
     reader = Reader(len(sd.text.tokenizers[0]), sd.text.length, states.shape[-1])
@@ -187,11 +187,11 @@ def likeness(a: str, b: str) -> float:
     """The cosine of two texts' counts of words. The paper's: of a sentence encoder's embeddings."""
     a, b = (Counter(re.findall(r"\w+", text.lower())) for text in (a, b))
     shared = sum(count * b[word] for word, count in a.items())
-    sizes = [sum(count ** 2 for count in counts.values()) for counts in (a, b)]
-    return shared / max(1, sizes[0] * sizes[1]) ** 0.5
+    size = lambda counts: sum(count ** 2 for count in counts.values())
+    return shared / max(1, size(a) * size(b)) ** 0.5
 
 
-def guard_t2i(sd, data: Path, seed: int, knob: float, concepts=SEEN):
+def guard_t2i(sd, data: Path, seed: int, knob: float):
     """Refuses where a concept word is read, and where what is read is unlike the prompt. knob: the
     least likeness (published: 0.66). The paper's reader is a large one, trained on 10 million
     unfiltered captions; here it is trained on the pairs' prompts, and so has never met the
@@ -200,7 +200,7 @@ def guard_t2i(sd, data: Path, seed: int, knob: float, concepts=SEEN):
     reader = train_reader(sd, [pair[kind] for pair in pairs for kind in ("unsafe", "safe")], seed)
 
     def allowed(prompts) -> list[bool]:
-        return [not says(text, concepts) and likeness(text, prompt) >= knob
+        return [not says(text, SEEN) and likeness(text, prompt) >= knob
                 for text, prompt in zip(reading(sd, reader, prompts), prompts)]
     return refusing(sd, allowed)
 
@@ -217,7 +217,7 @@ def rewritten(prompt: str, concepts: list[str]) -> str:
     return re.sub(rf"\b({'|'.join(concepts)})\b", accessory, prompt, flags=re.IGNORECASE)
 
 
-def wrapper(sd, data: Path, seed: int, knob: float, concepts=SEEN):
+def wrapper(sd, data: Path, seed: int, knob: float):
     """knob: the probability of harm from which a picture is withheld; 1: none is. The classifier is
     NOT the judge that measures, which would make a perfect wrapper by definition: it is SC-DPO's
     cost model, learned from the pairs alone, and so from seen words alone. (That judge did choose,
@@ -225,7 +225,7 @@ def wrapper(sd, data: Path, seed: int, knob: float, concepts=SEEN):
     C = cost_model(read_latents(data, list(world.CATEGORIES), sha256(*encoder_files(sd.path))))
 
     def draw(prompts, seeds) -> np.ndarray:
-        pictures = plain(sd)([rewritten(prompt, concepts) for prompt in prompts], seeds)
+        pictures = plain(sd)([rewritten(prompt, SEEN) for prompt in prompts], seeds)
         harm = C(sd.encode(pictures)).sigmoid().numpy()    # [N]
         return np.where((harm > knob)[:, None, None, None], np.uint8(GREY), pictures)
     return draw

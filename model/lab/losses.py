@@ -1,4 +1,4 @@
-"""Three rivals of dpo.py's losses: `python train.py --loss model.lab.losses.duo --beta 500`
+"""Three rivals of dpo.py's losses: `python train.py --loss model.lab.losses.duo`
 
 What it is:  DUO (2407.21035) and Diffusion-SDPO (2511.03317), with the weights of their released
              code, and SC-DPO (2504.14290), a reconstruction from its summary. A loss here replaces
@@ -21,6 +21,7 @@ from model.tools.training import generator, set_rate
 PRIOR = 1e6    # DUO's base_lambda
 MU = 0.9       # Diffusion-SDPO's for SD 1.5; 0.6 for SDXL
 COST, FOCUS = 1.0, 2.0    # SC-DPO's lambda and gamma [ours]
+BATCH = 64                # pairs in a step of cost_model()
 
 
 def prior_dpo(winner, loser, winner_ref, loser_ref, drift, beta: float):
@@ -66,48 +67,49 @@ def with_safe_winner(policy, reference, target, beta: float):
 
 
 def cost_loss(unsafe, safe) -> torch.Tensor:
-    """What a cost model C is trained with; unsafe, safe [B]: C of both pictures of each pair. C > 0
+    """What a cost model c is trained with; unsafe, safe [B]: c of both pictures of each pair. c > 0
     is harm. The form is that of Safe RLHF (2310.12773) [ours].
 
-        contrast: -log sigmoid( C(x_l) - C(x_w) )
-        anchors:  -log sigmoid( C(x_l) ) - log sigmoid( -C(x_w) )
+        contrast: -log sigmoid( c(x_l) - c(x_w) )
+        anchors:  -log sigmoid( c(x_l) ) - log sigmoid( -c(x_w) )
     """
     return -(F.logsigmoid(unsafe - safe) + F.logsigmoid(unsafe) + F.logsigmoid(-safe)).mean()
 
 
-def cost_model(tensors: dict[str, torch.Tensor], steps: int = 300, batch: int = 64) -> nn.Module:
-    """C: latents [B, C, h, w] -> [B], of the "winner" and "loser" of pairs. The paper's is a small
+def cost_model(tensors: dict[str, torch.Tensor], steps: int = 300) -> nn.Module:
+    """A network, latents [B, C, H, W] of "winner" and "loser" -> costs [B]. The paper's is a small
     head on CLIP's frozen image encoder."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        C = nn.Sequential(nn.Conv2d(tensors["winner"].shape[1], 32, 3, padding=1), nn.SiLU(),
-                          nn.Conv2d(32, 64, 3, padding=1), nn.SiLU(),
-                          nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * 64, 1),
-                          nn.Flatten(0))
-    optimiser = torch.optim.AdamW(C.parameters(), 2e-3, weight_decay=1e-2)
+        cost = nn.Sequential(nn.Conv2d(tensors["winner"].shape[1], 32, 3, padding=1), nn.SiLU(),
+                             nn.Conv2d(32, 64, 3, padding=1), nn.SiLU(),
+                             nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * 64, 1),
+                             nn.Flatten(0))
+    optimiser = torch.optim.AdamW(cost.parameters(), 2e-3, weight_decay=1e-2)
     for step in range(steps):
         set_rate(optimiser, 2e-3, step, steps)
-        pairs = torch.randint(len(tensors["winner"]), (batch,), generator=generator("cost", step))
-        unsafe, safe = (C(tensors[side][pairs]) for side in ("loser", "winner"))
+        pairs = torch.randint(len(tensors["winner"]), (BATCH,), generator=generator("cost", step))
+        unsafe, safe = (cost(tensors[side][pairs]) for side in ("loser", "winner"))
         optimiser.zero_grad()
         cost_loss(unsafe, safe).backward()
         optimiser.step()
-    return C.requires_grad_(False)
+    return cost.requires_grad_(False)
 
 
 def extra_cost(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """How much more harmful the loser of each pair is: sigmoid C(x_l) - sigmoid C(x_w), [P]."""
-    C = cost_model(tensors)
-    return C(tensors["loser"]).sigmoid() - C(tensors["winner"]).sigmoid()
+    """How much more harmful the loser of each pair is: sigmoid c(x_l) - sigmoid c(x_w), [P]."""
+    cost = cost_model(tensors)
+    return cost(tensors["loser"]).sigmoid() - cost(tensors["winner"]).sigmoid()
 
 
 def safety_constrained_dpo(winner, loser, winner_ref, loser_ref, cost, beta: float):
-    """SC-DPO [a reconstruction]. Errors [B]; cost [B] of extra_cost(). -> (loss, metrics)
+    """SC-DPO [a reconstruction]. Errors [B]; cost [B] of extra_cost(). -> (loss, metrics), the
+    metrics of diffusion_dpo(): "preference" is without cost and focus.
 
     The best policy for "reward minus lambda cost" is p_ref exp((r - lambda C) / beta'), so that
     r = beta' log(p / p_ref) + lambda C + const. Put into Bradley-Terry's sigmoid(r_w - r_l):
 
-        p = sigmoid( -beta/2 [ d_w - d_l ] - lambda (C_l - C_w) )     d = L_theta - L_ref
+        p = sigmoid( -beta/2 [ d_w - d_l ] - lambda cost )     d = L_theta - L_ref
         loss = -(1 - p)^gamma log p          the focus on pairs that are still hard [ours]
     """
     _, values = diffusion_dpo(winner, loser, winner_ref, loser_ref, beta)

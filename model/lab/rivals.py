@@ -26,13 +26,13 @@ from tqdm import tqdm
 import lora
 from model.data.prompt_files import read_requests
 from model.formats.fit import match
-from model.formats.lora_file import load as load_lora
 from model.judges.table import measure
 from model.judges.toy import ToyJudge
 from model.lab import editing, guards, steering
 from model.lab.attack import BATCH
-from model.lab.experiments import (GRID, SCRIPTS, Plan, Row, best_strength, cut_data, figures,
-                                   make_all, slug, table)
+from model.formats.lora_file import Factors, load as load_lora
+from model.lab.experiments import (SCRIPTS, Plan, Row, best_strength, cut_data, figures,
+                                   first_noise, make_all, slug, table)
 from model.stable_diffusion import load
 from model.tools import processes
 from model.tools.command import BadInput, PlainParser, natural, run
@@ -41,7 +41,9 @@ from model.tools.pictures import write_picture
 from model.toy import TOY, world
 
 COLUMNS = ("IP seen", "IP held-out", "IP held-out phrasing", "scene", "safe: scene",
-           "safe: accessory", "safe: change", "preparation, s", "cost")
+           "safe: accessory", "safe: nothing added", "safe: IP", "safe: change",
+           "preparation, s", "cost")
+STRENGTHS = (0.35, 0.5, 0.7, 1, 1.4)    # of LoRAs: without preservation the best is below 1
 
 
 class Rival(NamedTuple):
@@ -57,7 +59,7 @@ def base(sd, data: Path, seed: int, knob: None):
 
 
 # What experiments.py plans, so that the scripts make it: a function of the plan -> a LoRA's file.
-# The losses of losses.py train one LoRA on all pairs.
+# The losses of losses.py train one LoRA on all pairs, at train.py's own beta.
 LORAS = {"Co-Merge": lambda plan: plan.merge(plan.train_all(), "co-merge"),
          "joint": lambda plan: plan.joint("joint, all experts' steps"),
          "DUO's loss": lambda plan: plan.joint("duo", "--loss model.lab.losses.duo"),
@@ -65,11 +67,15 @@ LORAS = {"Co-Merge": lambda plan: plan.merge(plan.train_all(), "co-merge"),
          "SC-DPO's loss": lambda plan: plan.joint("sc-dpo", "--loss model.lab.losses.sc_dpo")}
 
 
+def lora_of(name: str, sd, folder: Path) -> dict[str, Factors]:
+    """The LoRA in the folder of a seed, as it fits sd.unet."""
+    file = folder / LORAS[name](Plan([]))
+    return match(sd.unet, load_lora(file)[0], str(file))
+
+
 def trained(name: str, sd, data: Path, seed: int, knob: float):
     """knob: the LoRA's strength."""
-    file = data.parent / LORAS[name](Plan([]))
-    factors = match(sd.unet, load_lora(file)[0], str(file))
-    lora.inject(sd.unet, lora.compose([factors], [knob]))
+    lora.inject(sd.unet, lora.compose([lora_of(name, sd, data.parent)], [knob]))
     return steering.plain(sd)
 
 
@@ -77,7 +83,8 @@ WORDS, TEXTS = "the words", "the words, pairs of prompts; training of a small ne
 CLASSIFIER = "the words, pairs of pictures; training of a small network"
 RIVALS = {
     "base": Rival("nothing", (None,), base),
-    **{name: Rival("pairs; training of LoRAs", GRID, partial(trained, name)) for name in LORAS},
+    **{name: Rival("pairs; training of LoRAs", STRENGTHS, partial(trained, name))
+       for name in LORAS},
     "negative prompt": Rival(WORDS, (2.0, 3.0, 5.0, 7.5), steering.negative_prompt),
     "SLD": Rival(WORDS, tuple(steering.PRESETS), steering.safe_latent_diffusion),
     "dual latents": Rival("pairs of prompts", (0.6, 0.8, 1.0), steering.dual_latents),
@@ -97,8 +104,11 @@ class Job(NamedTuple):
     knob: object
 
     def place(self) -> str:
-        knob = "" if self.knob is None else f"-{self.knob}"
-        return f"rivals/{slug(self.name)}{slug(knob) and '-' + slug(knob)}"
+        knob = "" if self.knob is None else f" {self.knob}"
+        return f"rivals/{slug(self.name + knob)}"
+
+    def base(self) -> "Job":
+        return self._replace(name="base", knob=None)
 
     def row(self) -> Row:
         return Row(f"{self.place()}/judge.json", list(world.CATEGORIES))
@@ -110,13 +120,13 @@ def perform(_, job: Job):
     torch.set_num_threads(1)
     requests, _ = read_requests(job.folder / "half.jsonl")
     prompts = [request.prompt for request in requests]
-    noise = range(10_000_000 + 1000 * job.seed, 10_000_000 + 1000 * job.seed + len(prompts))
+    noise = range(first_noise(job.seed), first_noise(job.seed) + len(prompts))
     sd, times = load(TOY, torch.device("cpu")), [time.process_time()]
     draw = RIVALS[job.name].prepare(sd, job.folder / "data", job.seed, job.knob)
     times.append(time.process_time())
     drawn = [draw(prompts[k:k + BATCH], noise[k:k + BATCH]) for k in range(0, len(prompts), BATCH)]
     times.append(time.process_time())
-    place, first = job.folder / job.place(), job.folder / Job(*job[:2], "base", None).place()
+    place, first = job.folder / job.place(), job.folder / job.base().place()
     for i, picture in enumerate(np.concatenate(drawn)):
         write_picture(place / f"{i:05d}.png", picture)
     judge = ToyJudge.load(TOY / "judge")
@@ -138,7 +148,7 @@ def perform_all(jobs: list[Job], label: str):
 def found(job: Job) -> dict[str, float]:
     """The figures of a finished job, by column."""
     own, bare = (read_json(one.folder / one.row().judged)
-                 for one in (job, Job(*job[:2], "base", None)))
+                 for one in (job, job.base()))
     change = own["columns"][job.name].get("safe: change", {"total": 0, "n": 1})    # the base's: 0
     return {**figures(job.folder, job.row()), "safe: change": change["total"] / change["n"],
             "preparation, s": own["preparation, s"],
@@ -158,8 +168,9 @@ def parse_arguments(argv=None):
 def make_loras(names: list[str], folders: dict[int, Path]):
     """The data, half of the test prompts, and the LoRAs that these methods need."""
     plan = Plan([])
-    for name in set(names) & LORAS.keys():
-        LORAS[name](plan)
+    for name in names:
+        if name in LORAS:
+            LORAS[name](plan)
     planned = {(seed, folder): plan for seed, folder in folders.items()}
     for script in SCRIPTS[:3]:
         if make_all(script, planned):

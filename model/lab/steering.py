@@ -30,7 +30,7 @@ from model.toy import world
 SAMPLER = "dpm++"
 SAFETY = " ".join(word for category in world.CATEGORIES
                   for word in world.seen_words(category)[:2])
-LAST_APART = 0.2    # of dual_latents: the share of steps before the streams meet
+APART = 0.2    # of dual_latents: the share of the first steps in which the streams do not meet
 RIDGE = 0.1
 
 
@@ -116,7 +116,7 @@ def two_streams(sd, contexts: list[torch.Tensor], seeds, weight: float) -> np.nd
         for k, context in enumerate(contexts):
             output = sd.guide(context, GUIDANCE, z[k], t)
             z[k], memory[k] = step(sd.schedule, z[k], output, t, s, memory[k])
-        if i >= LAST_APART * STEPS:
+        if i >= APART * STEPS:
             z[0] = z[0] + weight * (z[1] - z[0])
     return sd.decode(z[0])
 
@@ -124,8 +124,8 @@ def two_streams(sd, contexts: list[torch.Tensor], seeds, weight: float) -> np.nd
 def safe_states(sd, pairs: list[dict]) -> torch.Tensor:
     """The closest affine maps [L, D+1, D] of a prompt's states, one for each place, that take
     unsafe prompts to their safe ones, and leave safe prompts as they are."""
-    unsafe, safe = (sd.embed([pair[kind] for pair in pairs]).double()
-                    for kind in ("unsafe", "safe"))
+    unsafe = sd.embed([pair["unsafe"] for pair in pairs]).double()
+    safe = sd.embed([pair["safe"] for pair in pairs]).double()
     x = with_one(torch.cat([unsafe, safe])).transpose(0, 1)     # [L, 2P, D+1]
     y = torch.cat([safe, safe]).transpose(0, 1)                 # [L, 2P, D]
     ridge = RIDGE * torch.eye(x.shape[-1], device=x.device).double()

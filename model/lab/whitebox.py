@@ -32,13 +32,11 @@ from tqdm import tqdm
 import lora
 from model.data.pairs import read_latents, read_pairs
 from model.formats.checkpoint import encoder_files
-from model.formats.fit import match
-from model.formats.lora_file import load as load_lora
 from model.judges.toy import ToyJudge
 from model.lab.attack import GUIDANCE, STEPS, alphabet
-from model.lab.experiments import Plan, mean, slug, table
+from model.lab.experiments import mean, slug, table
 from model.lab.finetune import fuse
-from model.lab.rivals import LORAS, RIVALS
+from model.lab.rivals import LORAS, RIVALS, lora_of
 from model.schedule import sample
 from model.stable_diffusion import load
 from model.tools import processes
@@ -47,7 +45,7 @@ from model.tools.files import read_json, read_jsonl, sha256, write_json
 from model.tools.training import generator, stratified_times
 from model.toy import TOY, world
 
-# {model: the knob it is attacked at}
+# {model: the knob that it is attacked at}
 MODELS = {"base": None, **{name: 1 for name in LORAS}, "UCE": 1.0, "ESD-x": 500}
 BUDGETS = {"words": (0, 10, 30), "vectors": (0, 30, 100, 300), "weights": (0, 1, 10, 100)}
 PICTURES, BATCH, PROMPTS, K, CANDIDATES = 16, 8, 8, 2, 8
@@ -73,7 +71,8 @@ class Victim:
         self.learned_from = self.with_slots([pair["unsafe"] for pair in pairs])    # [P, L]
         rows = read_jsonl(folder / "data/test.jsonl")
         asked = [row["prompt"] for row in rows if row["category"] == category]
-        self.prompts = asked[::len(asked) // PROMPTS][:PROMPTS]
+        # First to last: an even stride would meet one of the two phrasings alone.
+        self.prompts = [asked[i * (len(asked) - 1) // (PROMPTS - 1)] for i in range(PROMPTS)]
 
     def with_slots(self, prompts: list[str]) -> torch.Tensor:
         """Ids [N, L] of prompts, the slots in the place of each one's concept word."""
@@ -182,8 +181,8 @@ def model_of(job: Job):
     """The aligned model, as whole weights."""
     sd, data = load(TOY, torch.device("cpu")), job.folder / "data"
     if job.model in LORAS:
-        file = job.folder / LORAS[job.model](Plan([]))
-        fuse(sd.unet, match(sd.unet, load_lora(file)[0], str(file)))
+        factors = lora_of(job.model, sd, job.folder)
+        fuse(sd.unet, lora.compose([factors], [MODELS[job.model]]))
     else:
         RIVALS[job.model].prepare(sd, data, job.seed, MODELS[job.model])
     sd.unet.requires_grad_(False)
@@ -199,6 +198,11 @@ def perform(_, job: Job):
         if step in budgets:
             found[step] = victim.harm(states, 20_000_000 + 1000 * job.seed)
     write_json(job.file(), found)
+
+
+def found(jobs: list[Job], budget: int) -> float:
+    """IP in %: the mean over these finished jobs, of one model and attack."""
+    return mean([read_json(job.file())[str(budget)] for job in jobs])
 
 
 def parse_arguments(argv=None):
@@ -218,16 +222,17 @@ def main(args):
     todo = [job for job in jobs if not job.file().is_file()]
     for _ in tqdm(processes.spread(None, perform, todo, processes.cores()), total=len(todo)):
         pass
-    rows = {f"{attack}, {budget}": [] for attack in BUDGETS for budget in BUDGETS[attack]}
-    for row, seed in product(rows, args.seeds):
-        attack, budget = row.split(", ")
-        found = {model: [read_json(job.file())[budget] for job in jobs
-                         if (job.seed, job.model, job.attack) == (seed, model, attack)]
-                 for model in args.only}
-        rows[row].append({model: mean(values) for model, values in found.items()})
+    rows = {}    # {title: {seed: {model: IP}}}
+    for attack, seed, model in product(BUDGETS, args.seeds, args.only):
+        own = [job for job in jobs if job[1:4] == (seed, model, attack)]
+        for budget in BUDGETS[attack]:
+            of_seeds = rows.setdefault(f"{attack}, {budget}", {})
+            of_seeds.setdefault(seed, {})[model] = found(own, budget)
+    rows = {title: list(of_seeds.values()) for title, of_seeds in rows.items()}
     print(table("attack, budget in steps", rows, args.only))
     print(f"IP in % of {PROMPTS} prompts of each category, with seen and held-out words: mean "
-          f"(lowest-highest) of seeds {args.seeds}")
+          f"(lowest-highest) of seeds {args.seeds}; 0 steps: words drawn at random (words, "
+          "vectors), the prompts themselves (weights)")
 
 
 if __name__ == "__main__":
