@@ -2619,7 +2619,6 @@ TRAIN = "train --device cuda --concept hate --steps 2 --batch 2 --out "
 CUDA = {"bf16": [
     TRAIN + "a --loss dpo --reuse 1", TRAIN + "b --checkpointing --accumulate 2",
     TRAIN + "c --loss model.lab.losses.duo", TRAIN + "d --loss model.lab.losses.sdpo",
-    TRAIN + "f --loss model.lab.losses.sc_dpo",
     "merge experts --device cuda --fuse {toy} --out fused",
     "sample red,box,park --lora merged.safetensors --steps 1 --device cuda --judge "
     "--clipscore {clip}"],
