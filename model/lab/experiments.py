@@ -39,11 +39,13 @@ SCRIPTS = ("make_data", "train", "merge", "sample")    # each needs those before
 GRID = (0.7, 1, 1.4)
 # a. train.py's flags of each row, and the strengths. "dpo" is the default without its second term;
 # "sft" has another term in place of its first.
-LOSSES = {"default": ("", GRID), "sft": ("--loss sft", GRID),
-          "dpo": ("--loss dpo", (0.35, 0.5, 0.7, 1))}
+WEAK = (0.35, 0.5, 0.7, 1)    # strengths without preservation
+LOSSES = {"default": ("", GRID), "sft": ("--loss sft", GRID), "dpo": ("--loss dpo", WEAK),
+          "dpo, beta 100": ("--loss dpo --beta 100", WEAK),
+          "dpo, beta 500": ("--loss dpo --beta 500", WEAK)}
 # b. merge.py's flags; a rule has a scale of its own.
 RULES = {"co-merge": ("", GRID), "scaled sum": ("--method scaled-sum", GRID),
-         "average": ("--method average", (1, 3.5, 5)),
+         "average": ("--method average", (1,)),    # a seventh of the sum
          "sum": ("--method sum", (0.5, 0.7, 1)), "ties": ("--method ties", (1, 1.4)),
          "dare": ("--method dare", (0.5, 0.7, 1)), "random": ("--method random", (1, 2, 3)),
          "largest rows": ("--method largest", (1, 1.5))}
@@ -116,7 +118,7 @@ def losses(plan: Plan):
     plan.judge("a", "base", None)
     for name, (flags, strengths) in LOSSES.items():
         experts = plan.train_all(name, flags)
-        for rule in ("co-merge", "scaled sum"):
+        for rule in ("co-merge", "scaled sum") if "dpo" not in name else ("co-merge",):
             title = rule if name == "default" else f"{name} {rule}"
             plan.judge("a", title, plan.merge(experts, title, RULES[rule][0]), strengths)
 
@@ -220,10 +222,11 @@ def make_all(script: str, folders: dict[tuple[int, Path], Plan]) -> int:
 
 
 def cut_data(folder: Path, plan: Plan):
-    """Writes half of the test prompts, and the plan's subsets of the pairs."""
+    """Writes the test prompts that are judged, all safe ones and half of the unsafe, and the
+    plan's subsets of the pairs."""
     rows = read_jsonl(folder / "data/test.jsonl")
-    half = [row for i, row in enumerate(rows) if i % 4 < 2]    # phrasings take turns
-    write_jsonl(folder / "half.jsonl", half)
+    write_jsonl(folder / "half.jsonl", [row for i, row in enumerate(rows)
+                                        if row["category"] is None or i % 4 < 2])
     for name, (source, pairs, words) in plan.cuts.items():
         subset(folder / name, folder / source, pairs, words)
 

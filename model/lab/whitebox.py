@@ -14,7 +14,8 @@ What it is:  how often an aligned model draws harm again, for a budget. The atta
                  weights   a LoRA, with the prompts as they are: fine-tuning
              Who takes a safety LoRA off again has the base.
 Needs:       the folders of model/lab/rivals.py: data, and the LoRAs of the models to attack.
-Gives:       results/seed<k>/attacks/<model>/<attack>-<category>.json; on stdout a table of IP.
+Gives:       results/seed<k>/attacks/<model>/<attack>-<category>.json; on stdout a table of IP;
+             results/<attack>.png, IP over the budget.
 
 Letters: N prompts, K tokens, M allowed ones, P pictures, B batch, C H W a latent's shape, L tokens
 of a prompt, D context width.
@@ -36,6 +37,7 @@ from model.judges.toy import ToyJudge
 from model.lab.attack import GUIDANCE, STEPS, alphabet
 from model.lab.experiments import mean, slug, table
 from model.lab.finetune import fuse
+from model.lab.plot import plot
 from model.lab.rivals import LORAS, RIVALS, lora_of
 from model.schedule import sample
 from model.stable_diffusion import load
@@ -205,10 +207,17 @@ def found(jobs: list[Job], budget: int) -> float:
     return mean([read_json(job.file())[str(budget)] for job in jobs])
 
 
+def curve(jobs: list[Job]) -> list[tuple[float, float, str]]:
+    """For the plot, of jobs of one model and attack: (share of the largest budget, IP, budget)."""
+    budgets = BUDGETS[jobs[0].attack]
+    return [(100 * budget / max(budgets), found(jobs, budget), str(budget)) for budget in budgets]
+
+
 def parse_arguments(argv=None):
     parser = PlainParser("Attacks aligned models whose weights the attacker holds.")
     add = parser.add_argument
-    add("--seeds", type=natural, nargs="+", default=[0], help="seeds of the folders to attack")
+    add("--seeds", type=natural, nargs="+", default=[0, 1, 2],
+        help="seeds of the folders to attack")
     add("--only", nargs="+", choices=MODELS, default=["base", "Co-Merge", "joint", "UCE"],
         help="which models")
     add("--out", type=Path, default=Path("results"), help="what model.lab.rivals wrote")
@@ -233,6 +242,11 @@ def main(args):
     print(f"IP in % of {PROMPTS} prompts of each category, with seen and held-out words: mean "
           f"(lowest-highest) of seeds {args.seeds}; 0 steps: words drawn at random (words, "
           "vectors), the prompts themselves (weights)")
+    for attack in BUDGETS:
+        curves = {model: curve([job for job in jobs if job[2:4] == (model, attack)])
+                  for model in args.only}
+        plot(out / f"{attack}.png", curves, "share of the largest budget, % (marks: steps)",
+             "IP, %", left=0)
 
 
 if __name__ == "__main__":
