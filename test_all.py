@@ -1327,9 +1327,10 @@ def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(rivals, "RIVALS", {
         "base": rivals.RIVALS["base"], "flat": rivals.Rival("nothing", (128, 64), black)})
     flower = "a red ball with a flower in the park"
-    rows = [{"prompt": prompt, "category": None} for prompt in (*ASKED, "", "", flower, flower)]
+    rows = [{"prompt": prompt, "category": None} for prompt in (*ASKED, flower, flower)]
     for seed in (5, 6):
         write_jsonl(tmp_path / f"seed{seed}/data/test.jsonl", rows)
+        write_jsonl(tmp_path / f"seed{seed}/attack.jsonl", rows[:1])
     command = rivals.parse_arguments(f"--seeds 5 --tune 6 --out {tmp_path}".split())
     rivals.main(command)
     printed = capsys.readouterr().out
@@ -1340,6 +1341,7 @@ def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch, capsy
     assert capsys.readouterr().out == printed
     judged = read_json(tmp_path / "seed6/rivals/flat-128/judge.json")
     assert judged["columns"]["flat"]["all: IP seen"]["total"] == 1
+    assert len(list((tmp_path / "seed6/rivals/flat-128").glob("*.png"))) == len(rows) + 1
 
 
 def test_who_holds_the_weights_needs_no_word(tmp_path, monkeypatch):

@@ -178,6 +178,12 @@ def cell(verdicts: list, attacks: list[dict], prompts: list[str]) -> str:
             f"{100 * np.mean(own):6.1f} {100 * np.mean(scene):6.1f}")
 
 
+def shifts_of(args, sd) -> dict[str, torch.Tensor]:
+    """ETA c of each category."""
+    pairs = {category: read_pairs(args.data, category) for category in world.CATEGORIES}
+    return {category: ETA * direction(sd, rows) for category, rows in pairs.items()}
+
+
 def find_all(args, sd, shifts: dict[str, torch.Tensor]) -> list[dict]:
     """The attacks, each with its prompt "attack", which --out then holds."""
     tokenizer = sd.text.tokenizers[0]
@@ -197,12 +203,10 @@ def find_all(args, sd, shifts: dict[str, torch.Tensor]) -> list[dict]:
 def main(args):
     check_folder(args.out.parent)
     torch.set_num_threads(1)    # the encoder's last digit, and so what is found, depend on it
-    pairs = {category: read_pairs(args.data, category) for category in world.CATEGORIES}
-    models = {"base": None}
+    sd, judge = load(args.model, pick_device(args.device)), ToyJudge.load(TOY / "judge")
+    shifts, models = shifts_of(args, sd), {"base": None}
     if args.lora:
         models["aligned"] = composed(args)
-    sd, judge = load(args.model, pick_device(args.device)), ToyJudge.load(TOY / "judge")
-    shifts = {category: ETA * direction(sd, rows) for category, rows in pairs.items()}
     # From here on an attack stands there once for each of its pictures.
     attacks = [one for one in find_all(args, sd, shifts) for _ in range(args.images_per_prompt)]
     P = len(attacks)

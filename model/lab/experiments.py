@@ -12,6 +12,7 @@ Gives:       results/seed<k>/ with all files; results/plot.png; and on stdout th
                  d  1 to 7 experts joined
                  e  how much data, for the category that is hardest
                  f  each expert on every category
+                 g  the published loss over β
              What is there is not made again. A command that fails leaves a dash in the tables.
 
 A method is a curve over its strength: stronger means less harm, and more damage. In a, b and c each
@@ -39,10 +40,8 @@ SCRIPTS = ("make_data", "train", "merge", "sample")    # each needs those before
 GRID = (0.7, 1, 1.4)
 # a. train.py's flags of each row, and the strengths. "dpo" is the default without its second term;
 # "sft" has another term in place of its first.
-WEAK = (0.35, 0.5, 0.7, 1)    # strengths without preservation
-LOSSES = {"default": ("", GRID), "sft": ("--loss sft", GRID), "dpo": ("--loss dpo", WEAK),
-          "dpo, beta 100": ("--loss dpo --beta 100", WEAK),
-          "dpo, beta 500": ("--loss dpo --beta 500", WEAK)}
+LOSSES = {"default": ("", GRID), "sft": ("--loss sft", GRID),
+          "dpo": ("--loss dpo", (0.35, 0.5, 0.7, 1))}
 # b. merge.py's flags; a rule has a scale of its own.
 RULES = {"co-merge": ("", GRID), "scaled sum": ("--method scaled-sum", GRID),
          "average": ("--method average", (1,)),    # a seventh of the sum
@@ -57,6 +56,8 @@ HARDEST = "sexual"
 # e. (pairs, concept words): the first such pairs of MOST_PAIRS, of which one word of four has 64.
 DATA = ((4, 4), (16, 4), (64, 4), (160, 4), (256, 4), (64, 2), (64, 1))
 MOST_PAIRS = 320
+# g. The published loss, by Co-Merge, at these strengths.
+BETAS, OF_BETAS = (2, 50, 500), (0.35, 0.7)
 
 UNSAFE = ("IP seen", "IP held-out", "IP held-out phrasing", "scene")
 SAFE = ("safe: scene", "safe: accessory", "safe: nothing added", "safe: IP")
@@ -118,7 +119,7 @@ def losses(plan: Plan):
     plan.judge("a", "base", None)
     for name, (flags, strengths) in LOSSES.items():
         experts = plan.train_all(name, flags)
-        for rule in ("co-merge", "scaled sum") if "dpo" not in name else ("co-merge",):
+        for rule in ("co-merge", "scaled sum") if name != "dpo" else ("co-merge",):
             title = rule if name == "default" else f"{name} {rule}"
             plan.judge("a", title, plan.merge(experts, title, RULES[rule][0]), strengths)
 
@@ -156,7 +157,15 @@ def each_expert(plan: Plan):
         plan.judge("f", concept, expert, own=[concept])
 
 
-EXPERIMENTS = {"a": losses, "b": rules, "c": joint, "d": joining, "e": data, "f": each_expert}
+def betas(plan: Plan):
+    for beta in BETAS:
+        experts = plan.train_all(f"dpo {beta}", f"--loss dpo --beta {beta}")
+        title = f"dpo, β {beta}"
+        plan.judge("g", title, plan.merge(experts, f"dpo {beta}"), OF_BETAS)
+
+
+EXPERIMENTS = {"a": losses, "b": rules, "c": joint, "d": joining, "e": data, "f": each_expert,
+               "g": betas}
 CURVES = ("a", "b", "c")    # over strength
 
 

@@ -5,11 +5,12 @@ What it is:  the table of rivals: methods that steer the drawing (steering.py), 
              and after it (guards.py), that edit weights (editing.py), and other losses (losses.py);
              beside the base, Co-Merge and the joint LoRA. Each has one knob, what its paper leaves
              to the user. It is chosen on the --tune seeds, where IP + damage is least, and reported
-             on the others.
+             on the others; there also against prompts that avoid the words (attack.py).
 Needs:       the embedded toy; the folders of model/lab/experiments.py, or the time to make in them
              what is missing.
-Gives:       results/seed<k>/rivals/<method>-<knob>/, pictures and judge.json; and on stdout a
-             Markdown table of means and ranges over the --seeds. What is there is not made again.
+Gives:       results/seed<k>/attack.jsonl and rivals/<method>-<knob>/, pictures and judge.json; and
+             on stdout a Markdown table of means and ranges over the --seeds. What is there is not
+             made again.
 
 A refusal shows neither harm nor scene, and so costs what it refuses.
 """
@@ -28,9 +29,9 @@ from model.data.prompt_files import read_requests
 from model.formats.fit import match
 from model.judges.table import measure
 from model.judges.toy import ToyJudge
-from model.lab import editing, guards, steering
-from model.lab.attack import BATCH
 from model.formats.lora_file import Factors, load as load_lora
+from model.lab import attack, editing, guards, steering
+from model.lab.attack import BATCH
 from model.lab.experiments import (SCRIPTS, Plan, Row, best_strength, cut_data, figures,
                                    first_noise, make_all, slug, table)
 from model.stable_diffusion import load
@@ -41,7 +42,7 @@ from model.tools.pictures import write_picture
 from model.toy import TOY, world
 
 COLUMNS = ("IP seen", "IP held-out", "IP held-out phrasing", "scene", "safe: scene",
-           "safe: accessory", "safe: nothing added", "safe: IP", "safe: change",
+           "safe: accessory", "safe: nothing added", "safe: IP", "safe: change", "attack: IP",
            "preparation, s", "cost")
 STRENGTHS = (0.35, 0.5, 0.7, 1, 1.4)    # of LoRAs: without preservation the best is below 1
 
@@ -118,8 +119,9 @@ def perform(_, job: Job):
     """Prepares a rival, draws the test prompts as experiments.py has them drawn, and judges. Times
     are of this process's CPU."""
     torch.set_num_threads(1)
-    requests, _ = read_requests(job.folder / "half.jsonl")
-    prompts = [request.prompt for request in requests]
+    (requests, _), (attacks, _) = (read_requests(job.folder / name)
+                                   for name in ("half.jsonl", "attack.jsonl"))
+    prompts = [request.prompt for request in [*requests, *attacks]]
     noise = range(first_noise(job.seed), first_noise(job.seed) + len(prompts))
     sd, times = load(TOY, torch.device("cpu")), [time.process_time()]
     draw = RIVALS[job.name].prepare(sd, job.folder / "data", job.seed, job.knob)
@@ -127,12 +129,14 @@ def perform(_, job: Job):
     drawn = [draw(prompts[k:k + BATCH], noise[k:k + BATCH]) for k in range(0, len(prompts), BATCH)]
     times.append(time.process_time())
     place, first = job.folder / job.place(), job.folder / job.base().place()
-    for i, picture in enumerate(np.concatenate(drawn)):
+    drawn, judge = np.concatenate(drawn), ToyJudge.load(TOY / "judge")
+    for i, picture in enumerate(drawn):
         write_picture(place / f"{i:05d}.png", picture)
-    judge = ToyJudge.load(TOY / "judge")
+    harm = [verdict.unsafe for verdict in judge.judge(drawn[len(requests):])]
     measured = measure({job.name: place, "base": first}, requests, judge, base="base")
     counts = {key: vars(figure) for key, figure in measured.figures[job.name].items()}
     write_json(place / "judge.json", {"columns": {job.name: counts},
+                                      "attack: IP": 100 * float(np.mean(harm)),
                                       "preparation, s": times[1] - times[0],
                                       "drawing, s": (times[2] - times[1]) / len(prompts)})
 
@@ -151,7 +155,7 @@ def found(job: Job) -> dict[str, float]:
                  for one in (job, job.base()))
     change = own["columns"][job.name].get("safe: change", {"total": 0, "n": 1})    # the base's: 0
     return {**figures(job.folder, job.row()), "safe: change": change["total"] / change["n"],
-            "preparation, s": own["preparation, s"],
+            "attack: IP": own["attack: IP"], "preparation, s": own["preparation, s"],
             "cost": own["drawing, s"] / bare["drawing, s"]}
 
 
@@ -165,8 +169,16 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def make_loras(names: list[str], folders: dict[int, Path]):
-    """The data, half of the test prompts, and the LoRAs that these methods need."""
+def find_attacks(seed: int, folder: Path):
+    """attack.jsonl: prompts without a concept's word, found through the text encoder."""
+    if not (folder / "attack.jsonl").is_file():
+        words = "--data", folder / "data", "--out", folder / "attack.jsonl", "--seed", seed
+        args, sd = attack.parse_arguments(list(map(str, words))), load(TOY, torch.device("cpu"))
+        attack.find_all(args, sd, attack.shifts_of(args, sd))
+
+
+def make_files(names: list[str], folders: dict[int, Path]):
+    """The data, the prompts to judge, the attacks, and the LoRAs that these methods need."""
     plan = Plan([])
     for name in names:
         if name in LORAS:
@@ -175,15 +187,16 @@ def make_loras(names: list[str], folders: dict[int, Path]):
     for script in SCRIPTS[:3]:
         if make_all(script, planned):
             raise BadInput(f"{script}.py failed; mend what it says above, and run this again")
-    for folder in folders.values():
+    for seed, folder in folders.items():
         cut_data(folder, plan)
+        find_attacks(seed, folder)
 
 
 def main(args):
     folders = {seed: args.out.resolve() / f"seed{seed}" for seed in [*args.tune, *args.seeds]}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    make_loras(args.only, folders)
+    make_files(args.only, folders)
     jobs_of = lambda seeds, name, knobs: [Job(folders[seed], seed, name, knob)
                                           for seed in seeds for knob in knobs]
     perform_all(jobs_of(folders, "base", (None,)), "base")
