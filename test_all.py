@@ -1926,7 +1926,7 @@ def test_a_command_in_a_readme_is_not_known_to_work():
     tests = re.findall(r"def (test_\w+)", (ROOT / "test_all.py").read_text())
     readme = (ROOT / "README.md").read_text()
     assert SHOWN.findall(readme)    # or there is nothing to compare
-    for line in commands_of(readme):
+    for line in commands_of(readme + (ROOT / "model/formats/README.md").read_text()):
         program = re.fullmatch(r"(?:python|torchrun \S+) (?:-m )?([\w.]+?)(?:\.py)?( .*)?", line)
         if program and program[1] != "pytest":
             package = program[1] == "model.lab.bench"
