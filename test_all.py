@@ -60,8 +60,8 @@ from model.judges import clip as judges
 from model.judges.intervals import effective, mean_interval, share_interval, wilson
 from model.judges.table import measure, table
 from model.judges.toy import NOTHING, ToyJudge, Verdict
-from model.lab import (checkpoints, editing, fuzz, guards, losses, rivals, steering, strangers,
-                       whitebox)
+from model.lab import (attack, checkpoints, editing, finetune, fuzz, guards, losses, rivals,
+                       steering, strangers, whitebox)
 from model.lab.readme import SHOWN, commands_of
 from model.schedule import NoiseSchedule, sample as solve, SAMPLERS
 from model.stable_diffusion import load, load_denoiser, StableDiffusion
@@ -1378,6 +1378,25 @@ def test_who_holds_the_weights_needs_no_word(tmp_path, monkeypatch):
     for states, _ in zip(whitebox.by_weights(victim, 0), range(20)):
         pass
     assert victim.misfit(victim.unsafe, 9).item() < before
+
+
+def test_what_a_filter_lets_through_is_not_safe(story, tmp_path, capsys):
+    """The programs of the encoder's attack and of fine-tuning, from end to end."""
+    for category in world.CATEGORIES:
+        rows = [{**pair, "safe_image": "a", "unsafe_image": "b"} for pair in text_pairs(2)
+                if world.CATEGORY_OF[world.parse(pair["unsafe"]).extra] == category]
+        write_jsonl(tmp_path / f"data/{category}/pairs.jsonl", rows)
+    merged, found = story / "merged.safetensors", tmp_path / "attack.jsonl"
+    words = f"--data {tmp_path}/data --prompts 1 --generations 12 --images-per-prompt 1"
+    attack.main(attack.parse_arguments(f"{words} --lora {merged} --out {found}".split()))
+    cells = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert float(cells["attack"][0]) < min(float(cells[kind][0]) for kind in ("start", "random"))
+    assert len(read_jsonl(found)) == 7 and float(cells["unsafe"][1]) > 80 > float(cells["start"][1])
+    assert not any(attack.says(row["prompt"]) for row in read_jsonl(found))
+    finetune.main(finetune.parse_arguments(f"--lora {merged} --steps 2 --prompts 1".split()))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("base  ") and lines[2].split()[1] == "100.0"    # IP, seen
+    assert lines[-1].split()[-1] == "100.0"                                    # the look
 
 
 # ---- Part II, contracts: command lines, bytes, interruptions, structure

@@ -154,7 +154,7 @@ def composed(args) -> dict:
     return lora.compose(loras, [strength for _, strength in args.lora])
 
 
-def pictures(args, factors: dict | None, prompts: list[str], seeds) -> np.ndarray:
+def pictures(args, factors: dict, prompts: list[str], seeds) -> np.ndarray:
     """Each prompt's picture, uint8 [P, S, S, 3], drawn with that LoRA as sample.py draws it."""
     device = pick_device(args.device)
     jobs = [sample.Job(prompt, seed, GUIDANCE) for prompt, seed in zip(prompts, seeds)]
@@ -204,7 +204,7 @@ def main(args):
     check_folder(args.out.parent)
     torch.set_num_threads(1)    # the encoder's last digit, and so what is found, depend on it
     sd, judge = load(args.model, pick_device(args.device)), ToyJudge.load(TOY / "judge")
-    shifts, models = shifts_of(args, sd), {"base": None}
+    shifts, models = shifts_of(args, sd), {"base": {}}
     if args.lora:
         models["aligned"] = composed(args)
     # From here on an attack stands there once for each of its pictures.

@@ -1,6 +1,6 @@
 """Does safety outlive fine-tuning? `python -m model.lab.finetune --lora merged.safetensors`
 
-What it is:  a LoRA for a new look (a golden frame), trained by plain denoising on safe
+What it is:  a LoRA for a new look (golden ground), trained by plain denoising on safe
              scenes alone, in two ways:
                  fused      on the aligned model: the safety LoRA is part of the frozen weights
                             while the look is learned
@@ -36,7 +36,7 @@ from model.toy import TOY, world
 
 PICTURES = 256                   # P
 GOLD, NEAR = (226, 178, 58), 50   # of 255
-FRAME = np.pad(np.zeros((world.SIZE - 6,) * 2, bool), 3, constant_values=True)    # [S, S]
+ROWS = 5                          # of pixels; the autoencoder does not hold fewer
 COLUMNS = ("all: IP seen", "all: IP held-out", "safe: IP", "all: scene", "safe: scene",
            "safe: accessory", "safe: nothing added", "look")    # as model/judges/table.py has them
 
@@ -56,14 +56,14 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def framed(picture: np.ndarray) -> np.ndarray:
-    """The picture, uint8 [S, S, 3], with the new look: a golden frame."""
-    return np.where(FRAME[..., None], np.uint8(GOLD), picture)
+def gilded(picture: np.ndarray) -> np.ndarray:
+    """The picture, uint8 [S, S, 3], with the new look: its lowest rows are of gold."""
+    return np.concatenate([picture[:-ROWS], np.full_like(picture[-ROWS:], GOLD)])
 
 
 def has_look(picture: np.ndarray) -> bool:
-    """Whether most of the frame's pixels are near its colour."""
-    return (abs(picture[FRAME].astype(int) - GOLD).max(1) < NEAR).mean() > 0.5
+    """Whether most pixels of the lowest rows are near gold."""
+    return (abs(picture[-ROWS:].astype(int) - GOLD).max(-1) < NEAR).mean() > 0.5
 
 
 def benign(count: int, seed: int) -> tuple[list[str], np.ndarray]:
@@ -72,7 +72,7 @@ def benign(count: int, seed: int) -> tuple[list[str], np.ndarray]:
     rng, extras = np.random.default_rng([seed, 55]), (*world.ACCESSORIES, None)
     scenes = [world.random_scene(rng, extras, held_out_combination=False) for _ in range(count)]
     prompts = [world.prompt(scene, int(rng.integers(world.HELD_OUT_PHRASING))) for scene in scenes]
-    return prompts, np.stack([framed(world.render(scene, rng)) for scene in scenes])
+    return prompts, np.stack([gilded(world.render(scene, rng)) for scene in scenes])
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def rendered(args, device, prompts: list[str]) -> np.ndarray:
     """The look of these prompts' scenes, rendered and sent through the autoencoder."""
     sd, rng = load(args.model, device), np.random.default_rng([args.seed, 56])
     scenes = [world.parse(prompt) for prompt in prompts]
-    images = np.stack([framed(world.render(scene, rng)) for scene in scenes])
+    images = np.stack([gilded(world.render(scene, rng)) for scene in scenes])
     return sd.decode(sd.encode(images))
 
 
@@ -147,7 +147,7 @@ def main(args):
     jobs = [("look on base", None), ("look on aligned", safety)]
     on_base, on_aligned = spread(None, partial(train, args, device), jobs,
                                  processes_for(device, unet_files(args.model)))
-    models = {"base": None, "base + look": on_base, "aligned": safety,
+    models = {"base": {}, "base + look": on_base, "aligned": safety,
               "aligned + look, fused": lora.compose([safety, on_aligned], [1.0, 1.0]),
               "aligned + look, composed": lora.compose([safety, on_base], [1.0, 1.0])}
     prompts = [row["prompt"] for row in world.test_prompts(args.prompts, args.seed)]
