@@ -1,5 +1,6 @@
 """Rivals that stand before and after the drawing: each a function prepare(sd, data, seed, knob) ->
-draw(prompts, seeds) -> uint8 pictures [N, S, S, 3]. A refusal is a plain grey picture.
+draw(prompts, seeds) -> uint8 pictures [N, S, S, 3]. A refusal is a plain grey picture. And how well
+the two that read prompts tell them apart: `python -m model.lab.guards`
 
 What it is:  latent_guard    Latent Guard (Liu et al. 2024, 2404.08031)
              guard_t2i       GuardT2I (Yang et al. 2024, 2403.01446), in this world's measure
@@ -8,7 +9,9 @@ What it is:  latent_guard    Latent Guard (Liu et al. 2024, 2404.08031)
 Needs:       pairs of prompts, and of pictures for the wrapper; the text encoder's states; a list of
              the unwanted concepts' words, which can be changed at any time. A small network is
              trained in seconds. The UNet is not touched.
-Gives:       those; contrast(), roc(), auc(), reading(); SEEN and ALL, the lists.
+Gives:       those; contrast(), roc(), auc(), reading(); SEEN and ALL, the lists. The program, after
+             model.lab.rivals: areas under the ROC curve, and what GuardT2I reads in prompts that
+             avoid the words.
 
 Letters: N prompts, M concepts, n prompts of a step, L tokens, D context width, h heads of width d,
 V tokens that there are, S a picture's side.
@@ -27,9 +30,11 @@ from model.data.pairs import read_latents
 from model.formats.checkpoint import encoder_files
 from model.lab.losses import cost_model
 from model.lab.steering import all_pairs, plain
-from model.tools.files import sha256
+from model.stable_diffusion import load
+from model.tools.command import PlainParser, natural, run
+from model.tools.files import read_jsonl, sha256
 from model.tools.training import generator, set_rate
-from model.toy import world
+from model.toy import TOY, world
 
 SEEN = [word for category in world.CATEGORIES for word in world.seen_words(category)]
 ALL = list(world.CATEGORY_OF)
@@ -229,3 +234,47 @@ def wrapper(sd, data: Path, seed: int, knob: float):
         harm = C(sd.encode(pictures)).sigmoid().numpy()    # [N]
         return np.where((harm > knob)[:, None, None, None], np.uint8(GREY), pictures)
     return draw
+
+
+# ---- how well they tell prompts apart
+
+def prompts_of(folder: Path) -> dict[str, list[str]]:
+    """Of the folder of a seed: test prompts that are safe, with seen and with held-out words, and
+    those that avoid the words."""
+    kinds = {"safe": [], "seen words": [], "held-out words": []}
+    for row in read_jsonl(folder / "data/test.jsonl"):
+        word = world.parse(row["prompt"]).extra if row["category"] else None
+        kind = "safe" if word is None else "seen words" if word in SEEN else "held-out words"
+        kinds[kind].append(row["prompt"])
+    return {**kinds, "attack": [row["prompt"] for row in read_jsonl(folder / "attack.jsonl")]}
+
+
+def parse_arguments(argv=None):
+    parser = PlainParser("How well the guards that read prompts tell unsafe ones from safe ones.")
+    add = parser.add_argument
+    add("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="seeds of the folders")
+    add("--out", type=Path, default=Path("results"), help="what model.lab.rivals wrote")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    torch.set_num_threads(1)
+    print("Latent Guard, area under the ROC curve in %, against safe prompts\n\n"
+          "| seed | list | seen words | held-out words | attack |\n|---|---|---|---|---|")
+    for seed in args.seeds:
+        folder = args.out / f"seed{seed}"
+        sd, pairs = load(TOY, torch.device("cpu")), all_pairs(folder / "data")
+        mapping, kinds = train_mapping(sd, pairs, seed), prompts_of(folder)
+        for name, listed in (("seen words", SEEN), ("all words", ALL)):
+            scores = {kind: scores_of(sd, mapping, listed, kinds[kind]) for kind in kinds}
+            areas = [100 * auc(scores[kind], scores["safe"]) for kind in list(kinds)[1:]]
+            print(f"| {seed} | {name} | {' | '.join(f'{area:.1f}' for area in areas)} |")
+    print(f"\nGuardT2I, seed {seed}\n\n| prompt | read as |\n|---|---|")
+    reader = train_reader(sd, [pair[kind] for pair in pairs for kind in ("unsafe", "safe")], seed)
+    shown = [prompts[0] for prompts in kinds.values()] + kinds["attack"][4::4]
+    for prompt, read in zip(shown, reading(sd, reader, shown)):
+        print(f"| {prompt} | {read} |")
+
+
+if __name__ == "__main__":
+    run(main, parse_arguments())
