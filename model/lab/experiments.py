@@ -303,18 +303,21 @@ def table(title: str, rows: dict[str, list[dict]], columns) -> str:
 
 def report(group: str, rows: dict[str, dict[float, Row]], reported: list[Path],
            tuned: list[Path]) -> dict[str, list[tuple[float, float, str]]]:
-    """Prints the tables of a group. Returns its curves for the plot: {title: [(kept, IP,
-    strength)]}, means over the seeds."""
-    shown, curves = {}, {}
+    """Prints the tables of a group: all strengths, and the best by category. Returns its curves for
+    the plot: {title: [(kept, IP, strength)]}, means over the seeds."""
+    shown, chosen, curves = {}, {}, {}
     for title, strengths in rows.items():
         found = {strength: of_seeds(reported, row) for strength, row in strengths.items()}
         best = best_strength(tuned, strengths)
         for strength in strengths:
             mark = f" × {strength:g}" + (" (best)" if strength == best else "")
-            shown[title + mark * (len(strengths) > 1)] = found[strength]
+            name = title + mark * (len(strengths) > 1)
+            shown[name] = found[strength]
+            if best in (strength, None):
+                chosen[name] = found[strength]
         curves[title] = [point(seeds, strength) for strength, seeds in found.items() if seeds]
     columns = COLUMNS if group in "def" else COLUMNS[:-1]
-    print(f"\n{table(group, shown, columns)}\n\n{table('IP, ' + group, shown, CATEGORIES)}")
+    print(f"\n{table(group, shown, columns)}\n\n{table('IP, ' + group, chosen, CATEGORIES)}")
     return curves if group in CURVES else {}
 
 
