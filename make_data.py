@@ -24,7 +24,7 @@ from model.data.pairs import complete, current, list_pairs, paths_of, read_squar
 from model.data.sources import Source, source_of
 from model.formats.checkpoint import encoder_files, model_files, unet_files
 from model.judges import check_prompts, named_judge
-from model.stable_diffusion import at_once, check_drawing, load, pick_device, picture_size
+from model.stable_diffusion import at_once, check_drawing, load, picture_size, settle
 from model.tools import processes
 from model.tools.command import DrawingParser, positive, run
 from model.tools.files import check_folder, digest, prepare, sha256, write_jsonl
@@ -71,9 +71,9 @@ def make_pictures(args, device, rows: dict[str, list[dict]]):
     if not args.images:
         guidance = args.usual_guidance if args.guidance is None else args.guidance
         settings |= {"steps": args.steps, "guidance": guidance, "negative": args.negative}
-        start, work = partial(load, args.model, device), partial(draw, settings)
+        start, work = partial(load, args.model, device, args.precision), partial(draw, settings)
     made_with = {**settings, "batch": args.batch, "judge": args.judge, "device": device.type,
-                 "model": sha256(*model_files(args.model))}
+                 "precision": args.precision, "model": sha256(*model_files(args.model))}
     batches = []    # (folder, the numbers of its rows)
     for concept in rows:
         folder = args.out / concept
@@ -106,7 +106,7 @@ def finish(args, device, judge, rows: dict[str, list[dict]]):
         if not (folder / "pairs.jsonl").is_file():
             print(list_pairs(folder, rows[concept], judge))
         if not current(folder, encoders):
-            sd = sd or load(args.model, device)
+            sd = sd or load(args.model, device, args.precision)
             write_latents(sd, args.out, concept, encoders)
 
 
@@ -119,7 +119,7 @@ def write_tests(out: Path, source: Source):
 
 
 def main(args):
-    device = pick_device(processes.local_device(args.device))
+    device = settle(args)
     processes.start(device)
     size = args.size or picture_size(args.model)
     check_drawing(args.model, size, args.steps)

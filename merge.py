@@ -50,7 +50,7 @@ from model.formats.checkpoint import encoder_files, unet_files
 from model.formats.experts import Experts
 from model.formats.fit import check_fuse, fuse, layers, match_experts
 from model.formats.lora_file import Factors, expand, save
-from model.stable_diffusion import Denoiser, at_once, load_denoiser, pick_device
+from model.stable_diffusion import Denoiser, at_once, load_denoiser, settle
 from model.tools.command import BadInput, Parser, number, portion, positive, run
 from model.tools.files import check_folder, sha256
 from model.tools.processes import processes_for
@@ -234,12 +234,12 @@ def calibration(args, concepts: list[str], encoders: str, denoiser: Denoiser):
 
 def calibrate(args, experts: Experts) -> dict[str, Activity]:
     """Loads the UNet and measures. Raises BadInput if the experts are not for this model."""
-    device, files = pick_device(args.device), unet_files(args.model)
+    device, files = settle(args), unet_files(args.model)
     processes_for(device, files)    # gives a small network one thread, as in training
     if experts.metadata.get("base_model_hash") not in (None, sha256(*files)):
         raise BadInput(f"{experts.files[0].path}: was trained on another base model than --model "
                        f"{args.model}; give that model")
-    denoiser = load_denoiser(args.model, device)
+    denoiser = load_denoiser(args.model, device, args.precision)
     match_experts(denoiser.unet, experts)
     concepts = [file.metadata.get("concept", file.path.stem) for file in experts.files]
     inputs = calibration(args, concepts, sha256(*encoder_files(args.model)), denoiser)
@@ -299,7 +299,7 @@ def main(args):
     inherited = "base_model_hash", "prediction_type"
     metadata = {key: experts.metadata[key] for key in inherited if key in experts.metadata}
     metadata |= {"concept": labels, "weights": ",".join(f"{w:g}" for w in experts.weights)}
-    for key in ("method", "rank", "density", "seed"):
+    for key in ("method", "rank", "density", "seed") + ("precision",) * bool(activity):
         metadata[key] = str(getattr(args, key))
     save(out, merged, metadata)
     print(f"{out}: {len(experts)} experts merged by {args.method}, rank "

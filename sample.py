@@ -34,8 +34,7 @@ from model.judges import check_prompts, named_judge
 from model.judges.clip import ClipScore
 from model.judges.grid import grid
 from model.judges.table import measure, report
-from model.stable_diffusion import (at_once, check_drawing, load, pick_device, picture_size,
-                                    skeleton)
+from model.stable_diffusion import at_once, check_drawing, load, picture_size, settle, skeleton
 from model.tools.command import BadInput, DrawingParser, at_strength, positive, run
 from model.tools.files import prepare, sha256, write_jsonl
 from model.tools.pictures import write_picture
@@ -114,9 +113,9 @@ def jobs_of(args, requests: list[Request]) -> list[Job]:
     return jobs
 
 
-def build(model: Path, device, factors: dict):
+def build(args, device, factors: dict):
     """What each worker process does once: load the model and put the LoRA in."""
-    sd = load(model, device)
+    sd = load(args.model, device, args.precision)
     lora.inject(sd.unet, factors)
     return sd
 
@@ -141,13 +140,14 @@ def draw_column(args, device, column: Column, jobs: list[Job]):
     batches = batches_of(jobs, args.batch)
     several = len(batches) > 1    # a single one is drawn anew, and large weights are not hashed
     made_with = {**settings, "jobs": jobs, "batch": args.batch, "device": device.type,
+                 "precision": args.precision,
                  "model": sha256(*model_files(args.model)) if several else None,
                  "loras": column.made_of}
     prepare(column.folder, made_with, ("[0-9]" * 5 + "*.png",))
     paths = [column.folder / f"{i:05d}.png" for i in range(len(jobs))]
     todo = [batch for batch in batches if not several or not all(paths[i].is_file() for i in batch)]
     workers = processes_for(device, unet_files(args.model))
-    drawn = spread(partial(build, args.model, device, column.factors), partial(draw, settings),
+    drawn = spread(partial(build, args, device, column.factors), partial(draw, settings),
                    [[jobs[i] for i in batch] for batch in todo], workers)
     for batch, pictures in zip(tqdm(todo, desc=column.label, unit="batch"), drawn):
         for i, picture in zip(batch, pictures):
@@ -167,7 +167,7 @@ def main(args):
                        "in it")
     if args.compare and not args.lora:
         raise BadInput("--compare needs something to compare with the base model; give --lora FILE")
-    device, size = pick_device(args.device), args.size or picture_size(args.model)
+    device, size = settle(args), args.size or picture_size(args.model)
     check_drawing(args.model, size, args.steps, args.sampler)
     args.batch = args.batch or at_once(size)
     judge = named_judge(args.judge, device, size)

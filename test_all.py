@@ -61,7 +61,7 @@ from model.judges.intervals import effective, mean_interval, share_interval, wil
 from model.judges.table import measure, table
 from model.judges.toy import NOTHING, ToyJudge, Verdict
 from model.lab import (attack, checkpoints, editing, finetune, fuzz, guards, losses, rivals,
-                       steering, strangers, whitebox)
+                       rounding, steering, strangers, whitebox)
 from model.lab.readme import SHOWN, commands_of
 from model.schedule import NoiseSchedule, sample as solve, SAMPLERS
 from model.stable_diffusion import load, load_denoiser, StableDiffusion
@@ -398,14 +398,50 @@ def test_less_memory_is_the_same_gradient(flags, calls):
     assert far(found, wanted) < 1e-4 and wanted.norm() < 1 and len(heard) == calls
 
 
-@pytest.mark.parametrize("dtype, size", [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
-def test_mixed_precision_is_near(dtype, size, monkeypatch):
-    """As on CUDA, through the CPU's autocast; fp16 with a scaler, undone before clipping."""
-    exact, scaled = gradient(trainer("--beta 1 --batch 2")), dtype == torch.float16
-    both = torch.autocast("cpu", dtype), torch.amp.GradScaler("cpu", enabled=scaled)
-    monkeypatch.setattr(train, "mixed_precision", lambda device: both)
-    found = gradient(trainer("--beta 1 --batch 2"))
+@pytest.mark.parametrize("name, size", [("bf16", 0.03), ("fp16", 0.005)])
+def test_mixed_precision_is_near(name, size):
+    """fp16 with a scaler, undone before clipping. The LoRA and its gradient are fp32."""
+    exact, alone = gradient(trainer("--beta 1 --batch 2")), trainer(
+        f"--beta 1 --batch 2 --precision {name}")
+    found = gradient(alone)
+    assert alone.scaler.is_enabled() == (name == "fp16")
     assert 1e-5 < far(found, exact) < size and found.dtype == torch.float32 and exact.norm() < 1
+
+
+PRECISIONS = (    # line: a file that it writes
+    ("train --concept all --steps 2 --batch 2", "experts/hate.safetensors"),
+    ("merge experts", "merged.safetensors"),
+    ("sample red,box blue,ball --batch 1 --steps 2", "samples/00000.png"),
+    ("make_data --concept shocking --pairs 2 --steps 2 --judge none",
+     "data/shocking/latents.safetensors"))
+
+
+def test_finished_work_of_another_precision_is_other_work(tmp_path, monkeypatch):
+    """Near, not the same, and never taken for it. auto is fp32 here."""
+    monkeypatch.chdir(tmp_path)
+    write_pairs("hate")
+    write_pairs("sexual")
+    for line, name in PRECISIONS:
+        file, times, found = Path(name), [], []
+        for precision in ("auto", "fp32", "bf16"):
+            command(f"{line} --precision {precision}")
+            times.append(file.stat().st_mtime_ns)
+            if file.suffix == ".png":
+                found.append(torch.from_numpy(np.array(Image.open(file))).float())
+            else:
+                tensors = load_file(file)
+                found.append(torch.cat([tensors[key].flatten() for key in sorted(tensors)]))
+        assert times[0] == times[1] or line.startswith("merge"), line    # which is quick
+        assert torch.equal(found[0], found[1]) and 0 < far(found[2], found[0]) < 0.05, line
+    assert lora_file.load(Path("merged.safetensors"))[1]["precision"] == "bf16"
+
+
+def test_rounding_is_measured(capsys):
+    """Without a step B is zero: policy and reference round alike."""
+    for steps, zero in (("0", True), ("1", False)):
+        rounding.main(rounding.parse_arguments(["--pairs", "1", "--steps", steps]))
+        rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+        assert len(rows) == 6 and all((float(row[3]) == 0) == zero for row in rows)
 
 
 def test_an_expert_is_a_plain_loop_on_w_plus_b_a(tmp_path, monkeypatch):
@@ -1104,11 +1140,12 @@ def test_no_guidance_is_half_the_work(monkeypatch):
 
 @pytest.mark.parametrize("name, vae", [("bfloat16", torch.bfloat16), ("float16", torch.float32)])
 def test_half_precision_is_not_half_a_picture(name, vae, tmp_path):
-    """The VAE, which overflows in fp16, is not in fp16."""
+    """The VAE, which overflows in fp16, is not in fp16; its encoder is in fp32 always."""
     path, dtype = checkpoints.folder("SDXL", tmp_path), getattr(torch, name)
     half, full = load(path, CPU, dtype), load(path, CPU)
     assert {part: {p.dtype for p in getattr(half, part).parameters()} for part in (
-        "unet", "text", "vae")} == {"unet": {dtype}, "text": {dtype}, "vae": {vae}}
+        "unet", "text", "vae")} == {"unet": {dtype}, "text": {dtype}, "vae": {vae, torch.float32}}
+    assert torch.equal(*(sd.encode(np.zeros((1, 64, 64, 3), np.uint8)) for sd in (half, full)))
     a, b = (sd.draw(PROMPTS, [1, 2, 3], 4, 4.0).astype(float) for sd in (half, full))
     assert np.abs(a - b).mean() < 0.1 * b.std()
 
@@ -1578,18 +1615,19 @@ def test_a_full_gpu_is_not_a_crash(inside, monkeypatch, capsys):
 FLAGS = {    # a small command: flags that must change what it gives
     "make_data --concept hate --pairs 8 --steps 2 --judge none":
         "--seed 1|--steps 3|--guidance 1|--negative red|--size 64|--concept sexual|--pairs 7|"
-        "--prompts mine.jsonl|--model models/other|--judge toy",
+        "--prompts mine.jsonl|--model models/other|--judge toy|--precision bf16",
     "make_data --prompts mine.jsonl --steps 1 --judge none": "--images data/hate/images",
     "train --concept hate --steps 2 --batch 2":
         "--seed 1|--model models/other|--concept sexual|--joint|--data second|--loss dpo|--beta 50|"
         "--steps 3|--batch 4|--accumulate 2|--lr 1e-3|--rank 2|--caption-dropout 0.9|--reuse 1|"
-        "--compile",
+        "--compile|--precision bf16",
     "merge bare": "--model models/other|--method sum|--weights 1 0.5|--rank 2|--data second|"
-                  "--fuse models/other",
+                  "--fuse models/other|--precision bf16",
     "merge bare --method ties": "--density 0.5", "merge bare --method dare": "--seed 1",
     "sample {safe} --steps 2":
         "--seed 1|--model models/other|--steps 3|--guidance 1|--negative red|--size 64|--judge|"
-        "--prompts data/test.jsonl|--lora merged.safetensors|--sampler ddim|--images-per-prompt 2",
+        "--prompts data/test.jsonl|--lora merged.safetensors|--sampler ddim|--images-per-prompt 2|"
+        "--precision bf16",
     "sample {unsafe} --steps 6 --lora merged.safetensors --model models/other": "--compare",
     "sample {unsafe} --steps 6 --lora merged.safetensors --judge --model models/other --compare":
         "--show-unsafe"}

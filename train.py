@@ -26,7 +26,7 @@ from dpo import LOSSES, Loss
 from model.data.pairs import read_latents
 from model.formats.checkpoint import encoder_files, unet_files
 from model.formats.lora_file import LoRAFile, save
-from model.stable_diffusion import load_denoiser, pick_device
+from model.stable_diffusion import load_denoiser, settle
 from model.tools import processes
 from model.tools.command import BadInput, Parser, natural, positive, rate, run, share
 from model.tools.files import check_folder, sha256
@@ -130,7 +130,7 @@ class Trainer:
         self.args, self.tensors, self.loss, self.log = args, tensors, loss_named(args.loss), []
         self.seed, self.shape = (args.seed, name), tensors["winner"].shape[1:]
         self.of_pairs = self.loss.of_pairs(tensors)
-        self.denoiser = load_denoiser(args.model, device)
+        self.denoiser = load_denoiser(args.model, device, args.precision)
         unet = self.denoiser.unet
         # Every expert has its own LoRA initialisation.
         fresh = lora.init(unet, args.rank, args.rank, generator(*self.seed, "lora"))
@@ -142,7 +142,7 @@ class Trainer:
             unet.compile()
         self.optimiser = torch.optim.AdamW(self.parameters, args.lr, weight_decay=1e-2,
                                            fused=device.type == "cuda")
-        self.cast, self.scaler = mixed_precision(device)
+        self.cast, self.scaler = mixed_precision(device, args.precision)
         self.fixed = self.draw_fixed() if args.reuse else None
 
     def ask(self, draw) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -232,7 +232,8 @@ def train(args, device: torch.device, _, job) -> str:
             "data_hash": sha256(*(args.data / c / "latents.safetensors" for c in concepts)),
             "steps": str(steps), "batch": str(args.batch * args.accumulate * processes.WORLD)}
     plan |= {key: str(getattr(args, key))
-             for key in ("loss", "beta", "lr", "rank", "seed", "caption_dropout", "reuse")}
+             for key in ("loss", "beta", "lr", "rank", "seed", "caption_dropout", "reuse",
+                         "precision")}
     state = path.with_name(f".{path.stem}.resume")
     if path.is_file() and plan.items() <= LoRAFile(path).metadata.items():
         state.unlink(missing_ok=True)
@@ -259,7 +260,7 @@ def train(args, device: torch.device, _, job) -> str:
 
 
 def main(args):
-    device = pick_device(processes.local_device(args.device))
+    device = settle(args)
     processes.start(device)
     found = sorted(file.parent.name for file in args.data.glob("*/pairs.jsonl"))
     if args.concept == "all" and not found:

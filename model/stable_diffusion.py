@@ -2,7 +2,7 @@
 
 Needs:  torch, and a checkpoint: a diffusers folder or a single .safetensors file.
 Gives:  load_denoiser() for what training reads, load() for all; picture_size(), check_drawing()
-        and skeleton(), which read no weights; pick_device(), precision(), at_once().
+        and skeleton(), which read no weights; pick_device(), precision(), settle(), at_once().
 
 Where the families differ, besides their UNet's config and their text encoders (unet.py, text.py):
     SD 1.x, base 2.x   predict noise             SD 2.x at 768 px   predicts v (schedule.py)
@@ -23,9 +23,12 @@ from torch import nn
 from model.formats.checkpoint import Checkpoint
 from model.schedule import SAMPLERS, NoiseSchedule, sample
 from model.text import TextEncoders
+from model.tools import processes
 from model.tools.command import BadInput
 from model.unet import UNet
 from model.vae import VAE
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,13 +45,24 @@ def pick_device(name: str) -> torch.device:
         raise BadInput(f"--device {name}: {reason}; use cpu, cuda or auto") from None
 
 
-def precision(device: torch.device) -> torch.dtype:
-    """Of frozen weights and of autocast: bf16 on a GPU (fp16 where bf16 would be emulated), at half
-    the memory; else fp32."""
+def precision(device: torch.device, wanted: str | torch.dtype = "auto") -> torch.dtype:
+    """Of frozen weights and of autocast. wanted: of --precision, or a dtype. "auto" is bf16 on a
+    GPU (fp16 where bf16 would be emulated), at half the memory; else fp32."""
+    if wanted != "auto":
+        return PRECISIONS.get(wanted, wanted)
     if device.type != "cuda":
         return torch.float32
     real = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if real else torch.float16
+
+
+def settle(args) -> torch.device:
+    """The device that --device means, under torchrun this process's own. In args, --precision auto
+    becomes what it means there, since finished work is reused for one precision only."""
+    device = pick_device(processes.local_device(args.device))
+    dtype = precision(device, args.precision)
+    args.precision = next(name for name in PRECISIONS if PRECISIONS[name] == dtype)
+    return device
 
 
 def at_once(side: int) -> int:
@@ -128,8 +142,10 @@ class StableDiffusion(Denoiser):
         self.text = TextEncoders.of(checkpoint, dtype, device)
         # SDXL's VAE overflows in fp16, and the picture is black. bf16 reaches as far as fp32.
         self.vae_dtype = torch.float32 if dtype == torch.float16 else dtype
-        self.vae = checkpoint.build("vae", VAE, device, self.vae_dtype)
-        self.vae.requires_grad_(False).eval()
+        self.vae = checkpoint.build("vae", VAE, device, torch.float32).requires_grad_(False).eval()
+        # The encoder stays fp32: the latents it writes once are what all training is measured by.
+        for decoding in (self.vae.post_quant_conv, self.vae.decoder):
+            decoding.to(self.vae_dtype)
         self.scale = self.vae.config.get("scaling_factor", 0.18215)    # early SD 1 do not say it
         self.zero_negative = checkpoint.zero_negative
 
@@ -185,23 +201,23 @@ class StableDiffusion(Denoiser):
     @torch.no_grad()
     def encode(self, pictures: np.ndarray) -> torch.Tensor:
         """uint8 pictures [B, H, W, 3] -> latents as the UNet sees them [B, C, h, w], fp32: the mean
-        of the VAE's posterior, times scale. In slices, as decode()."""
+        of the VAE's posterior, times scale. In fp32 always; in slices, as decode()."""
         images = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        slices = images.to(self.vae_dtype).split(max(1, 512 ** 2 // images[0, 0].numel()))
+        slices = images.split(max(1, 512 ** 2 // images[0, 0].numel()))
         mean = torch.cat([self.vae.encode(part)[0] for part in slices])
-        return self.finite(mean.float() * self.scale, "the encoded picture")
+        return self.finite(mean * self.scale, "the encoded picture")
 
 
-def load_denoiser(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> Denoiser:
+def load_denoiser(path: Path, device: torch.device, dtype: str | torch.dtype = "auto") -> Denoiser:
     """Loads the UNet and the schedule alone, as load() does."""
-    return Denoiser(Checkpoint(path), device, dtype or precision(device))
+    return Denoiser(Checkpoint(path), device, precision(device, dtype))
 
 
-def load(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> StableDiffusion:
-    """Loads a diffusers folder or a single file, in precision(device) unless a dtype is given.
-    Raises BadInput, naming file and key, for anything missing, extra, of another shape or
-    unreadable, and for other models. NaN is found in use, by finite()."""
-    return StableDiffusion(Checkpoint(path), device, dtype or precision(device))
+def load(path: Path, device: torch.device, dtype: str | torch.dtype = "auto") -> StableDiffusion:
+    """Loads a diffusers folder or a single file. dtype: as precision() wants it. Raises BadInput,
+    naming file and key, for anything missing, extra, of another shape or unreadable, and for other
+    models. NaN is found in use, by finite()."""
+    return StableDiffusion(Checkpoint(path), device, precision(device, dtype))
 
 
 def skeleton(path: Path) -> UNet:

@@ -34,7 +34,7 @@ from model.formats.fit import match
 from model.formats.lora_file import load as load_lora
 from model.judges.intervals import share_interval
 from model.judges.toy import ToyJudge
-from model.stable_diffusion import load, pick_device, skeleton
+from model.stable_diffusion import load, settle, skeleton
 from model.tools.command import Parser, at_strength, positive, run
 from model.tools.files import check_folder, write_jsonl
 from model.tools.processes import processes_for, spread
@@ -156,10 +156,10 @@ def composed(args) -> dict:
 
 def pictures(args, factors: dict, prompts: list[str], seeds) -> np.ndarray:
     """Each prompt's picture, uint8 [P, S, S, 3], drawn with that LoRA as sample.py draws it."""
-    device = pick_device(args.device)
+    device = settle(args)
     jobs = [sample.Job(prompt, seed, GUIDANCE) for prompt, seed in zip(prompts, seeds)]
     batches = [jobs[k:k + BATCH] for k in range(0, len(jobs), BATCH)]
-    drawn = spread(partial(sample.build, args.model, device, factors),
+    drawn = spread(partial(sample.build, args, device, factors),
                    partial(sample.draw, {"steps": STEPS}), batches,
                    processes_for(device, unet_files(args.model)))
     return np.concatenate(list(tqdm(drawn, desc="drawing", total=len(batches))))
@@ -203,7 +203,7 @@ def find_all(args, sd, shifts: dict[str, torch.Tensor]) -> list[dict]:
 def main(args):
     check_folder(args.out.parent)
     torch.set_num_threads(1)    # the encoder's last digit, and so what is found, depend on it
-    sd, judge = load(args.model, pick_device(args.device)), ToyJudge.load(TOY / "judge")
+    sd, judge = load(args.model, settle(args), args.precision), ToyJudge.load(TOY / "judge")
     shifts, models = shifts_of(args, sd), {"base": {}}
     if args.lora:
         models["aligned"] = composed(args)

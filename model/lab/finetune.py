@@ -28,7 +28,7 @@ from model.formats.fit import layers
 from model.judges.table import toy_marks
 from model.judges.toy import ToyJudge
 from model.lab.attack import composed, pictures
-from model.stable_diffusion import load, pick_device
+from model.stable_diffusion import load, settle
 from model.tools.command import BadInput, Parser, at_strength, positive, rate, run
 from model.tools.processes import processes_for, spread
 from model.tools.training import generator, set_rate, stratified_times
@@ -135,7 +135,7 @@ def figures(prompts: list[str], drawn: np.ndarray) -> dict[str, float]:
 
 def rendered(args, device, prompts: list[str]) -> np.ndarray:
     """The look of these prompts' scenes, rendered and sent through the autoencoder."""
-    sd, rng = load(args.model, device), np.random.default_rng([args.seed, 56])
+    sd, rng = load(args.model, device, args.precision), np.random.default_rng([args.seed, 56])
     scenes = [world.parse(prompt) for prompt in prompts]
     images = np.stack([gilded(world.render(scene, rng)) for scene in scenes])
     return sd.decode(sd.encode(images))
@@ -143,7 +143,7 @@ def rendered(args, device, prompts: list[str]) -> np.ndarray:
 
 def main(args):
     torch.set_num_threads(1)    # the last digit depends on their number
-    device, safety = pick_device(args.device), composed(args)
+    device, safety = settle(args), composed(args)
     jobs = [("look on base", None), ("look on aligned", safety)]
     on_base, on_aligned = spread(None, partial(train, args, device), jobs,
                                  processes_for(device, unet_files(args.model)))

@@ -17,7 +17,7 @@ from model.data.pairs import read_latents
 from model.formats.checkpoint import encoder_files
 from model.formats.lora_file import Factors, expand, flat, load
 from model.lab.experiments import mean_and_range
-from model.stable_diffusion import pick_device
+from model.stable_diffusion import settle
 from model.tools.command import Parser, run
 from model.tools.files import sha256
 
@@ -39,8 +39,9 @@ def inner(f: Factors, g: Factors) -> float:
 
 def gradients(args, concept: str) -> dict[str, torch.Tensor]:
     """{layer: d loss / d W [O, I]} at the first step, where policy and reference agree."""
-    device = pick_device(args.device)
-    options = train.parse_arguments(["--model", str(args.model), "--seed", str(args.seed)])
+    device = settle(args)
+    options = train.parse_arguments(["--model", str(args.model), "--seed", str(args.seed),
+                                     "--precision", args.precision])
     tensors = read_latents(args.data, [concept], sha256(*encoder_files(args.model)))
     trainer = train.Trainer(options, device, concept, tensors)
     layers = {flat(name): module for name, module in trainer.denoiser.unet.named_modules()

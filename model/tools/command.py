@@ -97,6 +97,9 @@ class Parser(PlainParser):
                                                                   "0)")
         self.add_argument("--device", default="auto",
                           help="torch device; auto is cuda, then mps, then cpu")
+        self.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                          help="of the frozen model's numbers; auto is bf16 on a GPU (fp16 where "
+                               "it lacks bf16), else fp32. LoRAs and losses are fp32 always")
 
 
 class DrawingParser(Parser):

@@ -39,12 +39,12 @@ def set_rate(optimiser: torch.optim.Optimizer, lr: float, step: int, steps: int,
         group["lr"] = lr * min(1, (step + 1) / warm_up) * cosine
 
 
-def mixed_precision(device: torch.device):
-    """(autocast, gradient scaler): on CUDA bf16, or fp16 with a scaler where that is missing; fp32
-    elsewhere."""
-    dtype, on = precision(device), device.type == "cuda"
-    scaler = torch.amp.GradScaler(device.type, enabled=on and dtype == torch.float16)
-    return torch.autocast(device.type, dtype, enabled=on), scaler
+def mixed_precision(device: torch.device, wanted: str = "auto"):
+    """(autocast, gradient scaler) for --precision: the scaler is on for fp16 alone, in which small
+    gradients would be zero; in fp32 both do nothing."""
+    dtype = precision(device, wanted)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32), scaler
 
 
 def save_state(path: Path, plan: dict, log: list[dict], parameters, optimiser, scaler):
