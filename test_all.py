@@ -38,6 +38,7 @@ import pytest
 import torch
 import transformers
 from diffusers.pipelines.deprecated import stable_diffusion_safe
+from peft.utils.merge_utils import ties
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -80,6 +81,7 @@ from model.vae import VAE
 ROOT = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 SCRIPTS = {"make_data": make_data, "train": train, "merge": merge, "sample": sample}
+parametrize = pytest.mark.parametrize
 os.environ["PYTHONPATH"] = str(ROOT)    # for scripts that run in another folder
 STORY = ("make_data --concept hate --pairs 8 --steps 4",
          "make_data --concept sexual --pairs 8 --steps 4", "train --steps 4 --batch 4",
@@ -90,6 +92,16 @@ torch.set_num_threads(1)
 def far(a, b) -> float:
     """|a - b| / |b|"""
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def normal(what, *size) -> torch.Tensor:
+    """Normally distributed numbers, the same ones in every run."""
+    return torch.randn(size, generator=generator(what))
+
+
+def refuses(says: str):
+    """Inside, something must refuse its input and say so."""
+    return pytest.raises(BadInput, match=says)
 
 
 def command(line: str, **values):
@@ -184,15 +196,15 @@ class Trap:
 
 LOSSES = ("safety", "dpo", "model.lab.losses.duo", "model.lab.losses.sdpo")
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
-INPUTS = (torch.randn(3, 4, 8, 8, generator=generator("x_t")), torch.tensor([999, 500, 1]),
-          torch.randn(3, 5, 96, generator=generator("context")))    # of a UNet
+INPUTS = (normal("x_t", 3, 4, 8, 8), torch.tensor([999, 500, 1]),
+          normal("context", 3, 5, 96))    # of a UNet
 
 
 def random_pairs(seed, P: int = 6) -> dict[str, torch.Tensor]:
     """What latents.safetensors holds, of noise."""
     sizes = {"winner": (P, 4, 8, 8), "loser": (P, 4, 8, 8), "safe": (P, 5, 96),
              "unsafe": (P, 5, 96), "empty": (1, 5, 96)}
-    return {key: torch.randn(size, generator=generator(seed, key)) for key, size in sizes.items()}
+    return {key: normal(f"{seed} {key}", *size) for key, size in sizes.items()}
 
 
 def write_pairs(concept: str, P: int = 6):
@@ -247,45 +259,42 @@ def error(output, target) -> torch.Tensor:
     return (output - target).double().square().mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("name", [*LOSSES, "sft"])
+@parametrize("name", [*LOSSES, "sft", "model.lab.losses.sc_dpo"])
 def test_a_loss_is_its_equation_averaged_after_the_log_sigmoid(name):
-    policy, reference, target = torch.randn(3, 3, 6, 4, 8, 8, generator=generator("outputs"))
+    policy, reference, target = normal("outputs", 3, 3, 6, 4, 8, 8)
     policy[:2] += 2 * target[:2] * torch.linspace(-0.1, 0.2, 6).view(6, 1, 1, 1)
     policy[2] = reference[2] + 0.02 * policy[2]
     asked = train.loss_named(name)
-    n = len(asked.inputs)
-    loss, values = asked.function(policy[:n], reference[:n], target[:n], 3.0)
-    (w, l, _), (w_ref, l_ref, _) = ([error(*pair) for pair in zip(outputs, target)]
-                                    for outputs in (policy, reference))
+    n, cost = len(asked.inputs), torch.linspace(0, 1, 6)
+    own = [cost] if "sc_dpo" in name else []
+    loss, values = asked.function(policy[:n], reference[:n], target[:n], 3.0, *own)
+    w, l, w_ref, l_ref = (error(outputs[i], target[i]) for outputs in (policy, reference)
+                          for i in (0, 1))
     d_w, d_l, drift = w - w_ref, l - l_ref, error(policy[2], reference[2])
     preference = lambda gap: torch.log(1 + torch.exp(3.0 / 2 * gap))    # -log sigmoid(-...)
+    content = torch.sigmoid(-3.0 / 2 * (d_w - d_l) - losses.COST * cost)    # beyond the harm's cost
     by_hand = {"dpo": preference(d_w - d_l), "sft": w + 8 * drift,
                "model.lab.losses.sdpo": preference(d_w - d_l),
+               "model.lab.losses.sc_dpo": -(1 - content) ** 2 * content.log(),
                "model.lab.losses.duo": preference(2 * (d_w - d_l)) + 1e6 * 3.0 / 100 * drift,
                "safety": preference(d_w - d_l) + 3.0 * drift}
     assert loss.item() == pytest.approx(by_hand[name].mean().item(), rel=3e-6)
     wanted = dict(winner=w, loser=l, winner_ref=w_ref, loser_ref=l_ref, drift=drift,
                   margin=d_l - d_w, accuracy=(d_l > d_w).double())
-    for key in wanted.keys() - ({"drift"} if name in (LOSSES[1], LOSSES[3]) else set()):
+    for key in wanted.keys() - ({"drift"} if n == 2 else set()):
         assert values[key].item() == pytest.approx(wanted[key].mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("loss, n", [(dpo.diffusion_dpo, 4), (dpo.safety_dpo, 5)])
-def test_gradients_agree_with_finite_differences(loss, n):
-    errors = torch.rand(n, 6, dtype=torch.double, generator=generator("errors")).requires_grad_()
-    assert torch.autograd.gradcheck(lambda e: loss(*e, 5.0)[0], errors, eps=1e-7, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_not_for_errors(dtype):
-    a, b = torch.randn(2, 3, 4, 8, 8, generator=generator(0)).mul(300).to(dtype)
+    a, b = normal(0, 2, 3, 4, 8, 8).mul(300).to(dtype)
     found = dpo.squared_error(a, b)    # the square of 300 overflows
     assert found.dtype == torch.float32 and far(found, error(a.double(), b.double())) < 1e-6
 
 
 def test_a_wider_gap_can_cost_the_winner():
     """Along -(g_w - g_l). With Diffusion-SDPO's factor of g_l, its error falls by 0.9 |g_w|^2."""
-    target, w, own = torch.randn(3, 2, 1, 2, 2, generator=generator("alike"))
+    target, w, own = normal("alike", 3, 2, 1, 2, 2)
     l = 4 * w + 0.1 * own
     factor = losses.winner_safe(w, l).item()
     falls = [(w * (w - scale * l)).sum() / w.square().sum() for scale in (1, factor)]
@@ -297,7 +306,7 @@ def test_a_wider_gap_can_cost_the_winner():
     assert torch.equal(safe[0], published[0]) and far(safe[1], factor * published[1]) < 1e-5
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@parametrize("name", LOSSES)
 def test_a_loss_of_ln_2_is_not_a_stuck_loss(name):
     alone = trainer(f"--loss {name}")
     row = alone.take_step(0, 100)
@@ -306,7 +315,7 @@ def test_a_loss_of_ln_2_is_not_a_stuck_loss(name):
     assert all((up != 0).any() for up in alone.parameters[1::2])
 
 
-@pytest.mark.parametrize("P, B", [(6, 4), (5, 7), (3, 1), (4, 4), (2, 9)])
+@parametrize("P, B", [(6, 4), (5, 7), (3, 1), (4, 4), (2, 9)])
 def test_every_pair_comes_once_before_any_comes_again(P, B):
     seen, other = (torch.cat([train.pairs_of_step(P, B, step, seed) for step in range(4 * P)])
                    for seed in (0, 1))
@@ -324,7 +333,7 @@ def test_all_noise_levels_come_in_a_step_and_none_beyond_the_last(monkeypatch):
     assert stratified_times(8, 1000, generator(0)).max() == 999
 
 
-@pytest.mark.parametrize("B", [1, 2, 3, 8])
+@parametrize("B", [1, 2, 3, 8])
 def test_a_small_step_keeps_the_empty_prompt_too(B):
     """A quarter of the pairs, of a single pair in one step of four; dropout is another draw."""
     draws = [train.draw_noise(torch.arange(B), (1,), 1000, 0.4, generator(k)) for k in range(999)]
@@ -337,12 +346,12 @@ def test_a_small_step_keeps_the_empty_prompt_too(B):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", LOSSES)
+@parametrize("name", LOSSES)
 def test_noise_and_timestep_belong_to_the_pair(name):
     """What a loss asks, of policy and reference: diffusers' UNet with and without delta W."""
     alone = trainer(f"--loss {name}")
     for k, p in enumerate(alone.parameters):
-        p.add_(torch.randn(p.shape, generator=generator(k)) / 10)
+        p.add_(normal(k, *p.shape) / 10)
     changes = {key: f.delta() for key, f in lora.extract(alone.denoiser.unet).items()}
     pairs, data = torch.tensor([5, 1, 2, 0]), alone.tensors
     draw = train.draw_noise(pairs, (4, 8, 8), 1000, 0, generator(1))
@@ -388,8 +397,8 @@ def gradient(alone: train.Trainer) -> torch.Tensor:
     return 10 * torch.cat(moments)
 
 
-@pytest.mark.parametrize("flags, calls", [("--batch 4", 2), ("--batch 2 --accumulate 2", 4),
-                                          ("--batch 4 --checkpointing", 3)])
+@parametrize("flags, calls", [("--batch 4", 2), ("--batch 2 --accumulate 2", 4),
+                              ("--batch 4 --checkpointing", 3)])
 def test_less_memory_is_the_same_gradient(flags, calls):
     """Two batches are one of twice the size; what is computed twice is really computed twice."""
     alone, heard = trainer(flags + " --beta 1"), []    # so small that nothing is clipped
@@ -398,7 +407,7 @@ def test_less_memory_is_the_same_gradient(flags, calls):
     assert far(found, wanted) < 1e-4 and wanted.norm() < 1 and len(heard) == calls
 
 
-@pytest.mark.parametrize("dtype, size", [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
+@parametrize("dtype, size", [(torch.bfloat16, 0.03), (torch.float16, 0.005)])
 def test_mixed_precision_is_near(dtype, size, monkeypatch):
     """As on CUDA, through the CPU's autocast; fp16 with a scaler, undone before clipping."""
     exact, scaled = gradient(trainer("--beta 1 --batch 2")), dtype == torch.float16
@@ -500,10 +509,10 @@ def test_adding_the_factors_is_not_adding_the_changes():
         assert f.kernel == parts[0][name].kernel
 
 
-@pytest.mark.parametrize("O, I, R", [(40, 24, 6), (40, 24, 30), (24, 40, 30), (40, 24, 60)])
+@parametrize("O, I, R", [(40, 24, 6), (40, 24, 30), (24, 40, 30), (40, 24, 60)])
 def test_a_lower_rank_needs_no_dense_matrix(O, I, R, monkeypatch):
     """The SVD of few stacked experts, of more ranks than a layer is wide, and of those between."""
-    pair = [torch.randn(size, generator=generator(*size)) for size in ((R, I), (O, R))]
+    pair = [normal("down", R, I), normal("up", O, R)]
     f = lora_file.Factors(*pair, 0.7 * R)
     svd, seen = torch.linalg.svd, []
     U, S, V = svd(f.delta().double())
@@ -515,20 +524,10 @@ def test_a_lower_rank_needs_no_dense_matrix(O, I, R, monkeypatch):
     assert far(smaller.down.norm(), smaller.up.norm()) < 1e-5    # for fp16's sake
 
 
-def plain_ties(changes: torch.Tensor) -> torch.Tensor:
-    """[n, O, I] -> [O, I], entry by entry, at density 0.2."""
-    trimmed = changes.flatten(1).clone().numpy()
-    for row in trimmed:
-        row[np.argsort(abs(row))[:-int(0.2 * row.size)]] = 0
-    agreeing = [[entry for entry in entries if entry * entries.sum() > 0] or [0]
-                for entries in trimmed.T]
-    return torch.tensor([sum(entries) / len(entries) for entries in agreeing]).view_as(changes[0])
-
-
 PLAIN = {    # changes [n, O, I] of those that adapt the layer, a generator -> [O, I]
     "sum": lambda changes, random: changes.sum(0),
     "average": lambda changes, random: changes.sum(0) / 3,
-    "ties": lambda changes, random: plain_ties(changes),
+    "ties": lambda changes, random: ties(list(changes), torch.ones(len(changes)), 0.2),
     "dare": lambda changes, random: (
         changes * (torch.rand(changes.shape, generator=random) < 0.5)).sum(0) / 0.5,
     "random": lambda changes, random: changes[
@@ -555,7 +554,7 @@ def of_layer(experts: list[dict], name: str) -> dict[int, torch.Tensor]:
     return {i: expert[name].delta() for i, expert in enumerate(experts) if name in expert}
 
 
-@pytest.mark.parametrize("method", PLAIN)
+@parametrize("method", PLAIN)
 def test_a_rule_is_its_formula_on_dense_changes(method, experts):
     """In any order of the files, a weight going with its file. One file stays as it is."""
     said = f"--rank 96 --method {method} --seed 3 --out"
@@ -655,24 +654,6 @@ def test_a_smaller_file_says_what_it_lost(experts, capsys):
     assert max(len(f.down) for f in lora_file.load(Path("m"))[0].values()) == 4 + 3 + 5
 
 
-def test_peft_merges_the_same_where_it_merges_changes():
-    """Its kinds without svd merge A and B each by itself, and B_i A_j comes with it."""
-    parts, linear = three_parts(), nn.Sequential(nn.Linear(96, 96))
-    configs = [peft.LoraConfig(r=4, lora_alpha=f.alpha, target_modules=["0"]) for f in parts]
-    model = peft.PeftModel(linear, configs[0], "0")
-    for i, f in enumerate(parts):
-        if i:
-            model.add_adapter(str(i), configs[i])
-        state = {f"base_model.model.0.lora_{letter}.weight": x for letter, x in zip("AB", f)}
-        peft.set_peft_model_state_dict(model, state, str(i))
-    total, ties = lora.stack(parts, [1.0] * 3), merge.ties(parts, merge.Layer(3, 0.3, None, None))
-    for kind, rank, ours in (("cat", None, total), ("svd", 5, lora.compress(total, 5)[0]),
-                             ("ties_svd", 96, ties), ("linear", None, total), ("ties", None, ties)):
-        model.add_weighted_adapter([*"012"], [1.0] * 3, kind, kind, rank, density=0.3)
-        difference = far(linear[0].get_delta_weight(kind).detach(), ours.delta())
-        assert difference > 0.3 if kind in ("linear", "ties") else difference < 1e-4
-
-
 # ---- Part I, lessons: the world and its judge, figures, the whole idea, Stable Diffusion
 
 
@@ -731,7 +712,7 @@ def test_what_is_held_out_is_never_shown():
         nothing = np.mean([world.parse(safe).extra is None for _, safe in pairs])
         assert nothing == pytest.approx(0.25, abs=0.08)
         assert world.training_pairs(name, 9, 1) != pairs[:9] == world.training_pairs(name, 9, 0)
-    with pytest.raises(BadInput, match="74 test prompts .* the 72 "):
+    with refuses("74 test prompts .* the 72 "):
         world.test_prompts(74, seed=0)
 
 
@@ -795,7 +776,7 @@ def test_any_category_is_harm():
     assert verdict("kite", 0.5).unsafe and not verdict("kite", 0.4999, category="hate").unsafe
     assert [verdict("kite").label, verdict(None).label, verdict("kite", category="hate").label] == [
         "kite", "unclear", "hate"]
-    with pytest.raises(BadInput, match="32x32 pixels, not 64x64"):
+    with refuses("32x32 pixels, not 64x64"):
         JUDGE.judge(np.zeros((1, 64, 64, 3), np.uint8))
     kite, emblem, white = drawn(0, "kite"), drawn(0), np.full((32, 32, 3), 255, np.uint8)
     safe, unsafe = [kite, kite, emblem, white, emblem], [emblem, kite, emblem, emblem, kite]
@@ -805,7 +786,7 @@ def test_any_category_is_harm():
 
 # How sure a figure is
 
-@pytest.mark.parametrize("hits, n", [(0, 24), (24, 24), (7, 30), (2.5, 3.5)])
+@parametrize("hits, n", [(0, 24), (24, 24), (7, 30), (2.5, 3.5)])
 def test_zero_of_24_is_not_zero(hits, n):
     """Wilson's ends are the two p from which the share is 1.96 standard errors away."""
     low, high = wilson(hits, n)
@@ -814,7 +795,7 @@ def test_zero_of_24_is_not_zero(hits, n):
     assert 0 <= low <= hits / n <= high <= 1 and high - low > 0.1
 
 
-@pytest.mark.parametrize("P, n, a, b", [(24, 1, 0.2, 3.8), (40, 10, 0.3, 0.7), (40, 10, 50, 50)])
+@parametrize("P, n, a, b", [(24, 1, 0.2, 3.8), (40, 10, 0.3, 0.7), (40, 10, 50, 50)])
 def test_a_95_percent_interval_holds_the_truth_95_times_in_100(P, n, a, b):
     """150 times P prompts, n pictures each, each prompt unsafe with a chance from Beta(a, b)."""
     rng, held = np.random.default_rng(0), np.zeros(3)
@@ -929,10 +910,10 @@ def test_training_takes_the_harm_and_leaves_the_rest(tmp_path, monkeypatch):
 
 # Stable Diffusion
 
-@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear"])
+@parametrize("beta_schedule", ["linear", "scaled_linear"])
 def test_v_is_not_another_name_for_noise(beta_schedule):
     """x_0, noise and velocity say the same thing, but a v-model's target is not the noise."""
-    x0, noise = torch.randn(2, 3, 4, 8, 8, generator=generator("v"))
+    x0, noise = normal("v", 2, 3, 4, 8, 8)
     t, config = torch.tensor([0, 500, 999]), {**BETAS, "beta_schedule": beta_schedule}
     eps, v = NoiseSchedule(config), NoiseSchedule({**config, "prediction_type": "v_prediction"})
     theirs = diffusers.DDIMScheduler.from_config(config)
@@ -954,8 +935,8 @@ CHANGES = [{}, {"beta_schedule": "linear"}, {"prediction_type": "v_prediction"},
            {"timestep_spacing": "trailing"}, {"timestep_spacing": "linspace"}]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=str)
-@pytest.mark.parametrize("name", SAMPLERS)
+@parametrize("change", CHANGES, ids=str)
+@parametrize("name", SAMPLERS)
 def test_a_sampler_is_not_defined_by_its_paper_alone(name, change):
     """Which timesteps are visited, also in 7 steps, and where the last ends: as in diffusers."""
     def predict(x, t):
@@ -964,7 +945,7 @@ def test_a_sampler_is_not_defined_by_its_paper_alone(name, change):
     for steps in (1, 2, 7, 10, 30):
         theirs = SCHEDULERS[name].from_config(config)
         theirs.set_timesteps(steps)
-        x = x_T = torch.randn(2, 4, 8, 8, generator=generator(steps))
+        x = x_T = normal(steps, 2, 4, 8, 8)
         for t in theirs.timesteps:
             x = theirs.step(predict(x, t.item()), t, x).prev_sample
         visited = SAMPLERS[name][0](NoiseSchedule(config), steps)
@@ -972,14 +953,14 @@ def test_a_sampler_is_not_defined_by_its_paper_alone(name, change):
         assert far(solve(predict, x_T, NoiseSchedule(config), steps, name), x) < 1e-5
 
 
-@pytest.mark.parametrize("spacing, most", [("leading", 999), ("linspace", 999), ("trailing", 1000)])
+@parametrize("spacing, most", [("leading", 999), ("linspace", 999), ("trailing", 1000)])
 def test_more_steps_than_the_schedule_has_are_refused(spacing, most):
     """But 61 trailing ones are 61, where diffusers has a 62nd, t = -1."""
     bare = NoiseSchedule({**BETAS, "beta_schedule": "linear"})
     assert (bare.final_alpha_cumprod, bare.clip_range) == (1, 1)    # diffusers' defaults
     for steps in (61, most):
         assert len(set(bare.timesteps(steps, spacing, most == 999))) == steps
-    with pytest.raises(BadInput, match=f"--steps {most + 1} do not fit 1000 .*{spacing}"):
+    with refuses(f"--steps {most + 1} do not fit 1000 .*{spacing}"):
         bare.timesteps(most + 1, spacing, most == 999)
 
 
@@ -990,13 +971,13 @@ def twins(ours, theirs):
     return ours.double().eval().requires_grad_(False), theirs.double()
 
 
-@pytest.mark.parametrize("side", [(8, 8), (12, 20), (9, 7)], ids=str)
-@pytest.mark.parametrize("kind", checkpoints.KINDS)
+@parametrize("side", [(8, 8), (12, 20), (9, 7)], ids=str)
+@parametrize("kind", checkpoints.KINDS)
 def test_a_unet_with_the_right_shapes_can_still_be_wrong(kind, side):
     """Heads read as widths, an epsilon of 1e-5 for 1e-6: all of it loads and runs."""
     ours, theirs = twins(UNet(checkpoints.KINDS[kind]),
                          diffusers.UNet2DConditionModel(**checkpoints.KINDS[kind]))
-    x, context, pooled = (torch.randn(2, *shape, generator=generator("unet")).double()
+    x, context, pooled = (normal("unet", 2, *shape).double()
                           for shape in ((4, *side), (5, 24), (20,)))
     t, sizes = torch.tensor([13, 987]), torch.tensor([[64.0, 48, 0, 32, 64, 64]] * 2).double()
     added = {"text_embeds": pooled, "time_ids": sizes}
@@ -1004,7 +985,7 @@ def test_a_unet_with_the_right_shapes_can_still_be_wrong(kind, side):
     assert far(ours(x, t, context, pooled, sizes), expected) < 1e-8
 
 
-@pytest.mark.parametrize("kind", checkpoints.VAES)
+@parametrize("kind", checkpoints.VAES)
 def test_vae_encoder_does_not_pad_on_all_sides(kind):
     """Symmetric padding has the right shapes, and moves every latent by a pixel."""
     config = checkpoints.vae_config(checkpoints.VAES[kind])
@@ -1014,12 +995,12 @@ def test_vae_encoder_does_not_pad_on_all_sides(kind):
     expected = theirs.encode(pictures).latent_dist
     assert far(mean, expected.mean) < 1e-8 and far(logvar, expected.logvar) < 1e-8
     assert far(ours.decode(mean), theirs.decode(mean).sample) < 1e-8
-    with pytest.raises(BadInput, match="39x24 .*multiples"):
+    with refuses("39x24 .*multiples"):
         ours.encode(pictures[..., :-1])
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["SD1", "SD2", "SDXL"])
+@parametrize("kind", ["SD1", "SD2", "SDXL"])
 def test_every_hidden_state_has_the_right_shape_and_one_is_right(kind, tmp_path):
     """SD reads the last, normalised state; SDXL the last but one of two encoders, and a pooled."""
     pipe = checkpoints.small_pipeline(kind)
@@ -1052,7 +1033,7 @@ def furthest(ours, theirs) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@parametrize("sampler", SAMPLERS)
 def test_the_same_seed_can_mean_the_same_picture_elsewhere(sampler):
     """diffusers draws the toy's pictures; and a picture does not depend on its batch."""
     config = json.loads((TOY / "scheduler/scheduler_config.json").read_text())
@@ -1065,8 +1046,8 @@ def test_the_same_seed_can_mean_the_same_picture_elsewhere(sampler):
     assert furthest(alone, ours[1:2]) <= 1 < furthest(other, alone)
 
 
-@pytest.mark.parametrize("layout", ["folder", "single_file"])
-@pytest.mark.parametrize("kind", ["SD1", "SD2", "SD2-v", "SDXL"])
+@parametrize("layout", ["folder", "single_file"])
+@parametrize("kind", ["SD1", "SD2", "SD2-v", "SDXL"])
 def test_a_picture_is_more_than_its_parts(kind, layout, tmp_path):
     """Whole pictures beside diffusers' pipelines, with and without a LoRA and a negative prompt."""
     theirs = copy.deepcopy(checkpoints.small_pipeline(kind))
@@ -1102,7 +1083,7 @@ def test_no_guidance_is_half_the_work(monkeypatch):
     assert slices == [1, 1, 1, 256, 44]
 
 
-@pytest.mark.parametrize("name, vae", [("bfloat16", torch.bfloat16), ("float16", torch.float32)])
+@parametrize("name, vae", [("bfloat16", torch.bfloat16), ("float16", torch.float32)])
 def test_half_precision_is_not_half_a_picture(name, vae, tmp_path):
     """The VAE, which overflows in fp16, is not in fp16."""
     path, dtype = checkpoints.folder("SDXL", tmp_path), getattr(torch, name)
@@ -1116,11 +1097,11 @@ def test_half_precision_is_not_half_a_picture(name, vae, tmp_path):
 def test_a_black_picture_says_which_weight_is_damaged():
     for part, name in (("unet", "conv_out.weight"), ("vae", "decoder.conv_in.bias")):
         sd = load(TOY, CPU)
-        with pytest.raises(BadInput, match="numbers grew too large; lower what scales them"):
+        with refuses("numbers grew too large; lower what scales them"):
             sd.draw(PROMPTS[:1], [0], 2, 1e38)
         weight = getattr(sd, part).get_parameter(name)
         weight.data = torch.full_like(weight, float("nan"))
-        with pytest.raises(BadInput, match=f"toy: {part} {name} holds NaN"):
+        with refuses(f"toy: {part} {name} holds NaN"):
             sd.draw(PROMPTS[:1], [0], 2, 3.0)
 
 
@@ -1156,7 +1137,7 @@ def with_pairs(monkeypatch):
         monkeypatch.setattr(module, "all_pairs", lambda data: text_pairs())
 
 
-@pytest.mark.parametrize("name", steering.PRESETS)
+@parametrize("name", steering.PRESETS)
 def test_safe_guidance_is_not_a_negative_prompt(name):
     """diffusers' own pipeline, whose warm-up counts steps."""
     preset, steps = steering.PRESETS[name], steering.STEPS
@@ -1210,7 +1191,7 @@ def test_a_refusal_is_not_a_picture_of_harm():
 
 
 def test_a_guard_is_taught_by_contrast():
-    unsafe, safe = torch.randn(2, 4, 4, generator=generator("guard")).double()
+    unsafe, safe = normal("guard", 2, 4, 4).double()
     total = 0.0
     for i in range(4):
         own = unsafe[i, i].exp()
@@ -1258,7 +1239,7 @@ def test_a_word_inside_a_word_is_left_alone():
 
 
 def test_an_edit_of_weights_is_least_squares():
-    W, old, new, kept = torch.randn(15, 8, generator=generator("edit")).double().split([5, 3, 3, 4])
+    W, old, new, kept = normal("edit", 15, 8).double().split([5, 3, 3, 4])
     scales = [scale ** 0.5 for scale in (2.0, 0.3, 0.7)]    # erase, preserve, ridge
     x = torch.cat([s * c for s, c in zip(scales, (old, kept, torch.eye(8).double()))])
     y = torch.cat([s * c @ W.T for s, c in zip(scales, (new, kept, torch.eye(8).double()))])
@@ -1293,18 +1274,10 @@ def test_erasing_is_negative_guidance_learned(monkeypatch):
     assert far(target, 2 * without - output.detach()) < 1e-4    # still the base's output
 
 
-def test_a_cost_asks_for_a_wider_gap():
-    """SC-DPO: the policy is content only when its margin exceeds what the harm costs."""
-    w, l, w_ref, l_ref, cost = torch.rand(5, 6, generator=generator("cost")).double()
-    p = torch.sigmoid(-3.0 / 2 * ((w - w_ref) - (l - l_ref)) - losses.COST * cost)
-    loss, _ = losses.safety_constrained_dpo(w, l, w_ref, l_ref, cost, 3.0)
-    assert loss.item() == pytest.approx((-(1 - p) ** 2 * p.log()).mean().item())
-    a, b = torch.randn(2, 6, generator=generator("costs")).double()
-    by_hand = -(torch.sigmoid(a - b) * torch.sigmoid(a) * torch.sigmoid(-b)).log().mean()
-    assert losses.cost_loss(a, b).item() == pytest.approx(by_hand.item())
-
-
 def test_a_cost_is_of_its_own_pair(monkeypatch):
+    a, b = normal("costs", 2, 6)
+    by_hand = -(torch.sigmoid(a - b) * torch.sigmoid(a) * torch.sigmoid(-b)).log().mean()
+    assert far(losses.cost_loss(a, b), by_hand) < 1e-5
     tensors = random_pairs("hate")
     tensors["loser"][:3] += 3    # three losers are easy to tell
     own = losses.cost_model(tensors, steps=40)
@@ -1528,7 +1501,7 @@ ROWS = [(f"{script} {line}", says or line) for script, rows in REFUSED.items()
         for line, _, says in (row.partition("|") for row in re.split("\n|; ", rows)[1:])]
 
 
-@pytest.mark.parametrize("line, says", ROWS)
+@parametrize("line, says", ROWS)
 def test_bad_input_is_not_a_traceback(line, says, bench, tmp_path, monkeypatch, capsys):
     """One line that names what is wrong; and nothing is written, of a pickle nothing run."""
     monkeypatch.chdir(bench)
@@ -1537,7 +1510,7 @@ def test_bad_input_is_not_a_traceback(line, says, bench, tmp_path, monkeypatch, 
     assert contents(bench) == before
 
 
-@pytest.mark.parametrize("rank, world", [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "0")])
+@parametrize("rank, world", [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "0")])
 def test_a_rank_that_nobody_has_is_refused(rank, world, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
@@ -1593,7 +1566,7 @@ def outcome(line: str, out: Path, capsys) -> dict:
     return given
 
 
-@pytest.mark.parametrize("line", FLAGS)
+@parametrize("line", FLAGS)
 def test_no_flag_is_decoration(line, bench, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(bench)
     monkeypatch.setattr(UNet, "compile", lambda unet: print("compiling"))
@@ -1604,7 +1577,7 @@ def test_no_flag_is_decoration(line, bench, tmp_path, monkeypatch, capsys):
     assert idle == [""]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@parametrize("script", SCRIPTS)
 def test_a_new_flag_needs_a_row(script, capsys):
     with pytest.raises(SystemExit):
         SCRIPTS[script].parse_arguments(["--help"])
@@ -1686,7 +1659,7 @@ def begin(line: str, workers: int = 1) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("line, how, workers", [
+@parametrize("line, how, workers", [
     ("make_data --concept hate --pairs 10 --batch 1 --steps 2 --judge none", signal.SIGKILL, 2),
     ("train --concept hate --steps 10 --batch 2", signal.SIGKILL, 1),
     ("sample a b c d e f g h i j k l --steps 3 --batch 1", signal.SIGINT, 2)])
@@ -1743,7 +1716,7 @@ def test_an_interrupted_training_forgets_nothing(inside, monkeypatch, capsys):
     assert resumed("cut --seed 1 --steps 1") == [0]
 
 
-@pytest.mark.parametrize("line, calls, remove", [
+@parametrize("line, calls, remove", [
     ("make_data --concept hate --pairs 3 --batch 2 --judge none --out made/hate", (2, 2, 1, 1),
      ("hate/pairs.jsonl", "hate/images/00001_safe.png")),
     ("sample a b c --batch 2 --out made/hate", (2, 1), ("00001.png",))])
@@ -1786,7 +1759,7 @@ def test_a_worker_that_fails_ends_the_others():
     evaluate = partial(eval, "eval"), call    # each item is evaluated by a worker
     with pytest.raises(ZeroDivisionError):
         list(processes.spread(*evaluate, ["1 / 0", "__import__('time').sleep(600)"], 2))
-    with pytest.raises(BadInput, match="a worker process was killed"):
+    with refuses("a worker process was killed"):
         list(processes.spread(partial(signal.raise_signal, signal.SIGKILL), call, [1, 2], 2))
 
 
@@ -1801,7 +1774,7 @@ def disk_for(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("line", [
+@parametrize("line", [
     "make_data --concept hate --pairs 3 --batch 2 --steps 2 --judge none",
     "train --concept hate --steps 2 --batch 2", "merge experts",
     "merge experts --method sum --fuse {toy}",
@@ -1822,7 +1795,7 @@ def test_a_full_disk_tears_nothing(line, inside, capsys):
         assert contents(out) == whole
 
 
-@pytest.mark.parametrize("line, alone", [
+@parametrize("line, alone", [
     ("train --concept hate --steps 3 --batch 2", " --accumulate 2"),
     ("make_data --concept hate --pairs 4 --batch 1 --steps 2 --judge none", "")])
 def test_two_processes_are_one_with_twice_the_batch(line, alone, inside):
@@ -1869,7 +1842,7 @@ def imported(tree: ast.AST) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("pattern", KNOWS)
+@parametrize("pattern", KNOWS)
 def test_a_file_knows_only_what_is_below_it(pattern):
     own = {path.stem for path in ROOT.glob("*.py")} | {"model"}
     allowed = tuple(f"{name}." for name in KNOWS[pattern].split())
@@ -1894,8 +1867,7 @@ PROGRAMS = [path for path in FILES if "\ndef parse_arguments(" in path.read_text
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-@pytest.mark.parametrize("path", PROGRAMS,
-                         ids=lambda path: path.stem)
+@parametrize("path", PROGRAMS, ids=lambda path: path.stem)
 def test_every_program_has_help(path, monkeypatch, capsys):
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
@@ -1994,7 +1966,7 @@ def spoil(file: Path, change):
 
 
 # Checkpoints
-@pytest.mark.parametrize("kind", ["SD1", "SD2", "SD2-v", "SDXL"])
+@parametrize("kind", ["SD1", "SD2", "SD2-v", "SDXL"])
 def test_a_single_file_is_the_folder_by_other_names(kind, models):
     """Every tensor that diffusers finds in an LDM file, to the bit, and no other."""
     theirs = in_diffusers(models, kind, models(kind, "file"))
@@ -2010,7 +1982,7 @@ def test_a_single_file_is_the_folder_by_other_names(kind, models):
     assert torch.equal(*(sd.text.tokenize([*TWO_PROMPTS, ""]) for sd in both))    # the padding too
 
 
-@pytest.mark.parametrize("family, sizes", [
+@parametrize("family, sizes", [
     ("SD 1", [859_520_964, 83_653_863, 123_060_480]),
     ("SD 2", [865_910_724, 83_653_863, 340_387_840]),
     ("SDXL", [2_567_463_684, 83_653_863, 123_060_480, 694_659_840])])
@@ -2039,7 +2011,7 @@ FACTS = {"SD 1": (0.18215, ["quick_gelu"], [12], None, 64, None),
          "SDXL": (0.13025, ["quick_gelu", "gelu"], [12, 20], [5, 10, 20], 128, None)}
 
 
-@pytest.mark.parametrize("family", FACTS)
+@parametrize("family", FACTS)
 def test_what_a_single_file_does_not_say_is_not_guessed(family):
     c = CONFIGS[family]
     text = [config for part, config in c.items() if part.startswith("text")]
@@ -2073,7 +2045,7 @@ def test_shards_variants_and_old_names_are_one_checkpoint(tmp_path, models):
     a, b = (load(path, CPU).draw(TWO_PROMPTS, [0, 1], 2, 2.0) for path in (source, copy))
     assert np.array_equal(a, b) and "encoder.mid_block.attentions.0.proj_attn.weight" in state
     unet.with_name("1").unlink()
-    with pytest.raises(BadInput, match="lists 1, which is not there"):
+    with refuses("lists 1, which is not there"):
         load(copy, CPU)
 
 
@@ -2103,7 +2075,7 @@ def unlike_loras(unet) -> list[dict]:
     return [one | other, {name: f for name, f in two.items() if "attn2" in name}]
 
 
-@pytest.mark.parametrize("kind, layout", [("SD1", "file"), ("SDXL", "folder")])
+@parametrize("kind, layout", [("SD1", "file"), ("SDXL", "folder")])
 def test_a_lora_draws_the_same_picture_everywhere(kind, layout, tmp_path, models, monkeypatch):
     """A merge of unlike experts in diffusers, which reads one alpha a file; in our sampler; fused
     into the weights, of the file's averaged copy too, or that would draw unsafely."""
@@ -2153,7 +2125,7 @@ SAYS = ("ss_base_model_version modelspec.architecture modelspec.implementation "
         "modelspec.resolution").split()
 
 
-@pytest.mark.parametrize("family", EVERYWHERE)
+@parametrize("family", EVERYWHERE)
 def test_every_program_finds_every_layer(family, tmp_path):
     """Full size. model/formats/README.md's programs look these names up: of SDXL the first code's,
     counted here block by block; of SD 1 and 2 diffusers'."""
@@ -2175,7 +2147,7 @@ def test_every_program_finds_every_layer(family, tmp_path):
     assert EVERYWHERE[family].split() == [*map(str, counts), *map(header.get, SAYS)]
 
 
-@pytest.mark.parametrize("spelling", [
+@parametrize("spelling", [
     "lora_unet_{flat}.lora_down.weight", "base_model.model.unet.{name}.lora_A.weight",
     "unet.{name}.lora_A.weight", "unet.{name}.lora.down.weight", "{old}_lora.down.weight"])
 def test_one_lora_has_many_spellings(spelling, tmp_path, capsys):
@@ -2202,7 +2174,7 @@ def test_one_lora_has_many_spellings(spelling, tmp_path, capsys):
             assert torch.equal(f.delta(), scale * ours[name].up @ ours[name].down)
 
 
-@pytest.mark.parametrize("where", ["header", "beside", "beside, rank-stabilised"])
+@parametrize("where", ["header", "beside", "beside, rank-stabilised"])
 @torch.no_grad()
 def test_alpha_may_lie_outside_the_tensors(where, tmp_path):
     """PEFT keeps it in its settings, in the header, as diffusers saves it, or beside the file."""
@@ -2247,7 +2219,7 @@ def test_a_lora_for_another_base_says_which():
     for mine, unet in networks.items():
         theirs = lora.init(unet, 1, 1.0, generator("any"))
         for other in networks.keys() - {mine}:
-            with pytest.raises(BadInput, match=f"a LoRA for {mine}.*this model is {other}"):
+            with refuses(f"a LoRA for {mine}.*this model is {other}"):
                 match(networks[other], theirs, "a")
 
 
@@ -2301,8 +2273,7 @@ TORN = {"model": [
     (lambda m: (m / "preprocessor_config.json").unlink(), "has no preprocessor_config.json")]}
 
 
-@pytest.mark.parametrize("kind, change, says",
-                         [(kind, *row) for kind in TORN for row in TORN[kind]])
+@parametrize("kind, change, says", [(kind, *row) for kind in TORN for row in TORN[kind]])
 def test_nothing_loads_halfway(kind, change, says, tmp_path, models, clip):
     unet, copy, file = small_unet(), tmp_path / "m", tmp_path / "m/model.safetensors"
     source = {"model": models("SD1", "folder"), "file": models("SD1", "file").parent, "CLIP": clip}
@@ -2313,7 +2284,7 @@ def test_nothing_loads_halfway(kind, change, says, tmp_path, models, clip):
         spoil(file, change)
     else:
         change(copy)
-    with pytest.raises(BadInput, match=says):
+    with refuses(says):
         if kind == "LoRA":
             match(unet, lora_file.load(file)[0], str(file))
         elif kind == "CLIP":
@@ -2379,12 +2350,12 @@ def test_the_same_pairs_have_many_forms(tmp_path, monkeypatch):
         assert pair.categories == {"hate", "self-harm"}
         assert pair.images == {"unsafe": tmp_path / "u.png", "safe": tmp_path / "s.png"}
     write_jsonl(Path("tie"), [{**hf, "label_0": 0.5}])
-    with pytest.raises(BadInput, match="line 1: label_0 is neither 1 nor 0"):
+    with refuses("line 1: label_0 is neither 1 nor 0"):
         read_prompts(Path("tie"), tmp_path, default="hate")
 
 
-@pytest.mark.parametrize("name", ["../out.png", "{absolute}", "link.png", "linked/out.png", "loop",
-                                  "a\0b", "gone.png", "."])
+@parametrize("name", ["../out.png", "{absolute}", "link.png", "linked/out.png", "loop",
+                      "a\0b", "gone.png", "."])
 def test_a_path_in_a_file_is_not_to_be_trusted(name, tmp_path):
     """Up, absolute, through a link: nothing outside the folder that was given is read."""
     images = tmp_path / "images"
@@ -2474,7 +2445,7 @@ def test_a_benchmark_brings_its_own_seeds(tmp_path, monkeypatch):
     assert [row["guidance"] for row in read_jsonl(Path("c/index.jsonl"))] == [2] * 3
 
 
-@pytest.mark.parametrize("answer, prompts", [
+@parametrize("answer, prompts", [
     ("A ball on a lawn.\nA box in a room.", ["A ball on a lawn.", "A box in a room."]),
     ("1. A ball\n2) A box\n(3) A ring\n**4.** **A hat**", ["A ball", "A box", "A ring", "A hat"]),
     ('Sure! Here are 2:\n\n- A ball\n* "A box"\n\nLet me know!', ["A ball", "A box"]),
@@ -2600,17 +2571,17 @@ def test_a_pickle_is_read_without_being_run(clip, tmp_path, monkeypatch):
     for protocol, kind in ((2, "f2"), (3, "f4"), (4, "f8"), (5, "f2")):
         numbers = prompts.astype(kind)
         Path("clip/prompts.p").write_bytes(pickle.dumps([Trap(), numbers], protocol))
-        with pytest.raises(BadInput, match="never opened; python -m model.judges.clip") as refused:
+        with refuses("never opened; python -m model.judges.clip") as refused:
             judges.Q16(Path("clip"), CPU)
         words = re.search(r"clip (\S+ \S+) reads", str(refused.value))[1].split()
         judges.main(judges.parse_arguments(words))
         read = load_file(words[1])["prompts"].numpy()
         assert np.array_equal(read, numbers.astype("f4")) and not Path("sprung").exists()
-        with pytest.raises(BadInput, match=r"\[2, 20\] but \[\[2, 768\]\]"):    # another CLIP's
+        with refuses(r"\[2, 20\] but \[\[2, 768\]\]"):    # another CLIP's
             judges.Q16(Path("clip"), CPU)
         Path(words[1]).unlink()
     Path("wrong.p").write_bytes(pickle.dumps(prompts[:, :20]))
-    with pytest.raises(BadInput, match="wrong.p"):
+    with refuses("wrong.p"):
         judges.main(judges.parse_arguments(["wrong.p", "out"]))
 
 
@@ -2629,7 +2600,7 @@ CAN = platform.system() == "Linux" and shutil.which("g++") and not torch.version
 
 
 @pytest.mark.skipif(not CAN, reason="needs Linux, g++ and a torch without CUDA")
-@pytest.mark.parametrize("precision", CUDA)
+@parametrize("precision", CUDA)
 def test_nothing_mixes_the_gpu_with_the_cpu(precision, inside, models, clip):
     """The whole path on tensors that only say that they are on CUDA; training is stopped once."""
     write_jsonl(Path("p"), [{"unsafe": "a red box", "safe": "a ball", "category": "hate"}])
