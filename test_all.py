@@ -148,20 +148,6 @@ def pipe():
     return diffusers.StableDiffusionPipeline.from_pretrained(TOY, safety_checker=None).to("cpu")
 
 
-def small_unet(seed: int = 0) -> UNet:
-    """The toy's architecture with random weights."""
-    torch.manual_seed(seed)
-    return UNet(json.loads((TOY / "unet/config.json").read_text())).eval().requires_grad_(False)
-
-
-def random_lora(network, seed: int, rank: int = 4) -> dict:
-    """A LoRA on the attention of a network, with B not zero."""
-    random = generator("random lora", seed)
-    fresh = lora.init(network, rank, rank, random)
-    return {name: f._replace(up=torch.randn(f.up.shape, generator=random) / 10)
-            for name, f in fresh.items()}
-
-
 @pytest.fixture(scope="session")
 def story(tmp_path_factory):
     """A folder with a small run of two concepts: data/, experts/, merged.safetensors."""
@@ -237,22 +223,18 @@ def distance(path: Path, dense: dict[str, torch.Tensor]) -> float:
     return far(found, torch.cat([dense[name].flatten() for name in factors]))
 
 
-def random_expert(seed: int, rank: int, alpha: float) -> dict[str, lora_file.Factors]:
+def random_expert(seed: int, rank: int, alpha: float, unet=None) -> dict[str, Factors]:
     """Of attention, 1x1 and 3x3 convolutions, one of them of stride 2."""
     random, expert = generator("expert", seed), {}
-    for key, (name, layer) in layers(toy().unet).items():
+    for key, (name, layer) in layers(unet or toy().unet).items():
         kinds = *ATTENTION, "proj_in", "conv1", "downsamplers.0.conv"
         if name.startswith(("down_blocks.0", "mid_block")) and name.endswith(kinds):
             O, *rest = layer.weight.shape
             down = torch.randn(rank, math.prod(rest), generator=random)
             up = torch.randn(O, rank, generator=random) / 10
-            expert[key] = lora_file.Factors(down, up, alpha, tuple(rest[1:]))
+            of_layer = 2 * alpha if rest[1:] else alpha
+            expert[key] = Factors(down, up, of_layer, tuple(rest[1:]))
     return expert
-
-
-def three_parts() -> list[lora_file.Factors]:
-    return [random_expert(*kind)["mid_block_attentions_0_proj_in"]
-            for kind in ((1, 4, 4.0), (2, 4, 8.0), (3, 4, 2.0))]
 
 
 def error(output, target) -> torch.Tensor:
@@ -492,7 +474,7 @@ def test_a_lora_is_what_peft_makes_of_it():
     for key, (name, layer) in layers(unet).items():
         if f"{name}.lora_A.weight" in state:
             down, up = (state[f"{name}.lora_{letter}.weight"].flatten(1) for letter in "AB")
-            expert[key] = lora_file.Factors(down, up, 2.0, tuple(layer.weight.shape[2:]))
+            expert[key] = Factors(down, up, 2.0, tuple(layer.weight.shape[2:]))
     lora.inject(unet, expert)
     assert len(expert) == len(state) / 2 == 14 + 8 + 1
     assert far(unet(*INPUTS), theirs(*INPUTS).sample) < 1e-5
@@ -513,7 +495,7 @@ def test_adding_the_factors_is_not_adding_the_changes():
 def test_a_lower_rank_needs_no_dense_matrix(O, I, R, monkeypatch):
     """The SVD of few stacked experts, of more ranks than a layer is wide, and of those between."""
     pair = [normal("down", R, I), normal("up", O, R)]
-    f = lora_file.Factors(*pair, 0.7 * R)
+    f = Factors(*pair, 0.7 * R)
     svd, seen = torch.linalg.svd, []
     U, S, V = svd(f.delta().double())
     monkeypatch.setattr(torch.linalg, "svd", lambda x, **_: seen.append(x.shape) or svd(x, **_))
@@ -539,7 +521,7 @@ PAIRS = {"a": 30, "b": 9, "c": 30}    # of these experts
 
 
 @pytest.fixture
-def experts(tmp_path, monkeypatch) -> list[dict[str, lora_file.Factors]]:
+def experts(tmp_path, monkeypatch) -> list[dict[str, Factors]]:
     """Files a, b, c and their data: experts that differ in rank, alpha and layers."""
     monkeypatch.chdir(tmp_path)
     made = [random_expert(1, 4, 4.0), random_expert(2, 3, 6.0), random_expert(3, 5, 2.0)]
@@ -634,11 +616,12 @@ def test_every_layer_of_a_unet_can_be_adapted():
 
 def test_strength_is_not_raised_without_bound():
     """n times at most; not at all what works against its experts. Of equals the first owns."""
+    parts = [random_expert(seed, 4, 4.0)["mid_block_attentions_0_proj_in"] for seed in range(3)]
     for shared, factor in ((0.25, 2), (1e-3, 3), (-1.0, 1)):
         activity = merge.Activity(own=torch.ones(3, 96), shared=torch.full((3, 96), shared),
                                   energy=torch.full((96,), 0.5), experts=None)
-        merged = merge.co_merge(three_parts(), merge.Layer(3, None, None, activity))
-        assert far(merged.delta(), factor * three_parts()[0].delta()) < 1e-6
+        merged = merge.co_merge(parts, merge.Layer(3, None, None, activity))
+        assert far(merged.delta(), factor * parts[0].delta()) < 1e-6
 
 
 def test_a_smaller_file_says_what_it_lost(experts, capsys):
@@ -1001,27 +984,22 @@ def test_vae_encoder_does_not_pad_on_all_sides(kind):
 
 @torch.no_grad()
 @parametrize("kind", ["SD1", "SD2", "SDXL"])
-def test_every_hidden_state_has_the_right_shape_and_one_is_right(kind, tmp_path):
+def test_every_hidden_state_has_the_right_shape_and_one_is_right(kind, models):
     """SD reads the last, normalised state; SDXL the last but one of two encoders, and a pooled."""
-    pipe = checkpoints.small_pipeline(kind)
-    ours, texts = load(checkpoints.folder(kind, tmp_path), CPU), [*PROMPTS, "a ball " * 20, ""]
-    outputs = []
-    for part in ("", "_2")[:1 + (kind == "SDXL")]:
-        ids = getattr(pipe, f"tokenizer{part}")(texts, padding="max_length", max_length=16,
-                                                truncation=True, return_tensors="pt").input_ids
-        outputs.append(getattr(pipe, f"text_encoder{part}")(ids, output_hidden_states=True))
-    states, empty = ours.embed(texts), ours.unconditional()
-    if kind != "SDXL":
-        assert far(states, outputs[0].last_hidden_state) < 1e-6 > far(empty, states[4:])
-        return
-    context = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-    assert far(states[:, :16], context) < 1e-6 and not empty.any() and empty.shape == (1, 17, 56)
-    assert far(states[:, 16, :20], outputs[1].text_embeds) < 1e-6 and not states[:, 16, 20:].any()
+    ours, texts = load(models(kind, "folder"), CPU), [*PROMPTS, "a ball " * 20, ""]
+    states, empty, *pooled = checkpoints.small_pipeline(kind).encode_prompt(
+        texts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    found, without = ours.embed(texts), ours.unconditional()
+    assert far(found[:, :16], states) < 1e-6 and torch.allclose(without[:, :16], empty[:1], 0, 1e-5)
+    if kind == "SDXL":
+        assert far(found[:, 16, :20], pooled[0]) < 1e-6 and not found[:, 16, 20:].any()
+        assert without.shape == (1, 17, 56) and not without.any()
 
 
-def drawn_by(pipe, config: dict, sampler: str, prompts, seeds, steps, guidance, **rest):
+def drawn_by(pipe, sampler: str, prompts, seeds, steps, guidance, **rest):
     """The pictures of diffusers' own pipeline, 0..255, given one CPU generator each."""
-    pipe.scheduler = SCHEDULERS[sampler].from_config(config)
+    pipe = copy.copy(pipe)
+    pipe.scheduler = SCHEDULERS[sampler].from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     random = [torch.Generator().manual_seed(seed) for seed in seeds]
     return 255 * pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=random,
@@ -1036,8 +1014,7 @@ def furthest(ours, theirs) -> float:
 @parametrize("sampler", SAMPLERS)
 def test_the_same_seed_can_mean_the_same_picture_elsewhere(sampler):
     """diffusers draws the toy's pictures; and a picture does not depend on its batch."""
-    config = json.loads((TOY / "scheduler/scheduler_config.json").read_text())
-    theirs = drawn_by(copy.copy(pipe()), config, sampler, PROMPTS, (5, 6, 7), 10, 4.0)
+    theirs = drawn_by(pipe(), sampler, PROMPTS, (5, 6, 7), 10, 4.0)
     ours = toy().draw(PROMPTS, [5, 6, 7], 10, 4.0, sampler)
     alone, other = (toy().draw(PROMPTS[1:2], [seed], 10, 4.0, sampler) for seed in (6, 7))
     latents = pipe().vae.encode(torch.from_numpy(ours / 127.5 - 1).permute(0, 3, 1, 2).float())
@@ -1046,27 +1023,17 @@ def test_the_same_seed_can_mean_the_same_picture_elsewhere(sampler):
     assert furthest(alone, ours[1:2]) <= 1 < furthest(other, alone)
 
 
-@parametrize("layout", ["folder", "single_file"])
 @parametrize("kind", ["SD1", "SD2", "SD2-v", "SDXL"])
-def test_a_picture_is_more_than_its_parts(kind, layout, tmp_path):
-    """Whole pictures beside diffusers' pipelines, with and without a LoRA and a negative prompt."""
-    theirs = copy.deepcopy(checkpoints.small_pipeline(kind))
-    ours = load(getattr(checkpoints, layout)(kind, tmp_path / "sd.safetensors"), CPU)
-    config = json.loads(next(tmp_path.rglob("scheduler_config.json")).read_text())
-    expert = {name: f._replace(alpha=8.0) for name, f in random_lora(ours.unet, 3).items()}
-    save(tmp_path / "lora.safetensors", expert, {})
-    pictures = []
-    for with_lora in (False, True):
-        if with_lora:
-            theirs.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-            lora.inject(ours.unet, expert)
-        for sampler, negative, guidance in (("ddim", PROMPTS[2], 4.0), ("dpm++", "", 3.0),
-                                            ("dpm++", "", 1.0)):
-            expected = drawn_by(theirs, config, sampler, PROMPTS[:2], (5, 6), 3, guidance,
-                                negative_prompt=[negative] * 2 if negative else None)
-            pictures.append(ours.draw(PROMPTS[:2], [5, 6], 3, guidance, sampler, negative))
-            assert pictures[-1].std() > 10 and furthest(pictures[-1], expected) < 1
-    assert furthest(pictures[0], pictures[3]) > 10
+def test_a_picture_is_more_than_its_parts(kind, models):
+    """Whole pictures beside diffusers' pipelines, with and without a negative prompt."""
+    path = models(kind, "folder")
+    theirs, ours = in_diffusers(models, kind, path), load(path, CPU)
+    for sampler, negative, guidance in (("ddim", PROMPTS[2], 4.0), ("dpm++", "", 3.0),
+                                        ("dpm++", "", 1.0)):
+        expected = drawn_by(theirs, sampler, PROMPTS[:2], (5, 6), 3, guidance,
+                            negative_prompt=[negative] * 2 if negative else None)
+        found = ours.draw(PROMPTS[:2], [5, 6], 3, guidance, sampler, negative)
+        assert found.std() > 10 and furthest(found, expected) < 1
 
 
 def test_no_guidance_is_half_the_work(monkeypatch):
@@ -1083,13 +1050,12 @@ def test_no_guidance_is_half_the_work(monkeypatch):
     assert slices == [1, 1, 1, 256, 44]
 
 
-@parametrize("name, vae", [("bfloat16", torch.bfloat16), ("float16", torch.float32)])
-def test_half_precision_is_not_half_a_picture(name, vae, tmp_path):
+@parametrize("dtype, vae", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+def test_half_precision_is_not_half_a_picture(dtype, vae, models):
     """The VAE, which overflows in fp16, is not in fp16."""
-    path, dtype = checkpoints.folder("SDXL", tmp_path), getattr(torch, name)
-    half, full = load(path, CPU, dtype), load(path, CPU)
-    assert {part: {p.dtype for p in getattr(half, part).parameters()} for part in (
-        "unet", "text", "vae")} == {"unet": {dtype}, "text": {dtype}, "vae": {vae}}
+    half, full = (load(models("SDXL", "folder"), CPU, kind) for kind in (dtype, torch.float32))
+    for part, kind in (("unet", dtype), ("text", dtype), ("vae", vae)):
+        assert all(p.dtype == kind for p in getattr(half, part).parameters())
     a, b = (sd.draw(PROMPTS, [1, 2, 3], 4, 4.0).astype(float) for sd in (half, full))
     assert np.abs(a - b).mean() < 0.1 * b.std()
 
@@ -1920,7 +1886,6 @@ def test_no_command_line_ends_in_a_traceback(story, tmp_path):
 
 
 UNET = "model.diffusion_model."    # the prefix in a single file
-TWO_PROMPTS = ["a red ball with a flower in the park", "a blue box on the beach"]
 diffusers.utils.logging.disable_progress_bar()
 
 
@@ -1944,18 +1909,9 @@ def clip(tmp_path_factory):
 def in_diffusers(models, kind: str, path: Path):
     pipeline = type(checkpoints.small_pipeline(kind))
     if path.is_dir():
-        theirs = pipeline.from_pretrained(path)
-    else:    # nothing may be downloaded: its configs come from the folder
-        theirs = pipeline.from_single_file(str(path), config=str(models(kind, "folder")))
-    theirs.set_progress_bar_config(disable=True)
-    theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
-    return theirs
-
-
-def drawn_elsewhere(theirs) -> np.ndarray:
-    seed = [torch.Generator().manual_seed(5)]
-    return np.round(255 * theirs(TWO_PROMPTS[:1], num_inference_steps=3, guidance_scale=4.0,
-                                 output_type="np", generator=seed).images)
+        return pipeline.from_pretrained(path)
+    # Nothing may be downloaded: its configs come from the folder.
+    return pipeline.from_single_file(str(path), config=str(models(kind, "folder")))
 
 
 def spoil(file: Path, change):
@@ -1979,7 +1935,7 @@ def test_a_single_file_is_the_folder_by_other_names(kind, models):
             assert all(torch.equal(p, expected[key]) for key, p in ours.state_dict().items())
         assert (sd.schedule.prediction_type == "v_prediction") == (kind == "SD2-v")
         assert sd.zero_negative == (kind == "SDXL")
-    assert torch.equal(*(sd.text.tokenize([*TWO_PROMPTS, ""]) for sd in both))    # the padding too
+    assert torch.equal(*(sd.text.tokenize([*PROMPTS, ""]) for sd in both))    # the padding too
 
 
 @parametrize("family, sizes", [
@@ -2042,7 +1998,7 @@ def test_shards_variants_and_old_names_are_one_checkpoint(tmp_path, models):
              for key, tensor in load_file(vae).items()}
     save_file(state, vae.with_name("diffusion_pytorch_model.fp16.safetensors"))
     vae.unlink()
-    a, b = (load(path, CPU).draw(TWO_PROMPTS, [0, 1], 2, 2.0) for path in (source, copy))
+    a, b = (load(path, CPU).draw(PROMPTS, [0, 1, 2], 2, 2.0) for path in (source, copy))
     assert np.array_equal(a, b) and "encoder.mid_block.attentions.0.proj_attn.weight" in state
     unet.with_name("1").unlink()
     with refuses("lists 1, which is not there"):
@@ -2061,20 +2017,6 @@ def test_loading_takes_no_second_copy(models):
 
 
 # LoRA files
-def unlike_loras(unet) -> list[dict]:
-    """Two of unlike ranks and scales: one on all attention, 1x1 (SD 1's projections) and 3x3
-    convolutions; one on cross-attention alone, so that attention's ranks differ when merged."""
-    other, random = {}, generator("convolutions")
-    for name, f in checkpoints.every_layer(unet).items():
-        if re.search("proj_in$|ff_net_2$|resnets_0_conv1$|downsamplers_0_conv$", name):
-            I = f.down.shape[1]
-            down = torch.randn(2, I, generator=random) / I ** 0.5
-            up = torch.randn(len(f.up), 2, generator=random) / 4
-            other[name] = f._replace(down=down, up=up, alpha=3.0)
-    one, two = (checkpoints.random_lora(unet, rank, rank, 2.0) for rank in (3, 4))
-    return [one | other, {name: f for name, f in two.items() if "attn2" in name}]
-
-
 @parametrize("kind, layout", [("SD1", "file"), ("SDXL", "folder")])
 def test_a_lora_draws_the_same_picture_everywhere(kind, layout, tmp_path, models, monkeypatch):
     """A merge of unlike experts in diffusers, which reads one alpha a file; in our sampler; fused
@@ -2083,28 +2025,30 @@ def test_a_lora_draws_the_same_picture_everywhere(kind, layout, tmp_path, models
     source = models(kind, layout)
     sd, theirs = load(source, CPU), in_diffusers(models, kind, source)
     changes = {}
-    for name, one in zip("ab", unlike_loras(sd.unet)):
+    attention = random_expert(2, 4, 2.0, sd.unet)    # whose ranks then differ from layer to layer
+    two = {name: f for name, f in attention.items() if "attn2" in name}
+    for name, one in {"a": random_expert(1, 3, 2.0, sd.unet), "b": two}.items():
         lora_file.save(Path(name), one, {})
         for layer, f in one.items():
             changes[layer] = changes.get(layer, 0) + f.delta()
     command("merge a b --method sum --out all.safetensors")
-    base = drawn_elsewhere(theirs)
+    draw = partial(drawn_by, sampler="ddim", prompts=PROMPTS[:1], seeds=[5], steps=3, guidance=4.0)
+    base = draw(theirs)
     theirs.load_lora_weights(tmp_path, weight_name="all.safetensors")
-    pictures = drawn_elsewhere(theirs)
+    pictures = draw(theirs)
     theirs.unload_lora_weights()
     for name, module in theirs.unet.named_modules():
         if name.replace(".", "_") in changes:
             module.weight.data += changes[name.replace(".", "_")].view_as(module.weight)
-    assert np.abs(drawn_elsewhere(theirs) - pictures).max() <= 1
+    assert furthest(draw(theirs), pictures) <= 1
     assert np.abs(base - pictures).mean() > 3
     lora.inject(sd.unet, match(sd.unet, lora_file.load(Path("all.safetensors"))[0], ""))
-    ours = sd.draw(TWO_PROMPTS[:1], [5], 3, 4.0, "ddim").astype(float)
-    assert np.abs(ours - pictures).max() <= 2
+    assert furthest(sd.draw(PROMPTS[:1], [5], 3, 4.0, "ddim"), pictures) <= 2
     line = "merge all.safetensors --fuse {source} --weights {weight} --out {weight}"
     for weight in (0, 1):
         command(line, source=source, weight=weight)
     new = Path("1") if layout == "folder" else Path("1", source.name)
-    assert np.abs(drawn_elsewhere(in_diffusers(models, kind, new)) - pictures).max() <= 2
+    assert furthest(draw(in_diffusers(models, kind, new)), pictures) <= 2
     before = contents(source if layout == "folder" else source.parent)
     assert contents(Path("0")).items() <= before.items()
     if layout == "file":
@@ -2152,8 +2096,8 @@ def test_every_program_finds_every_layer(family, tmp_path):
     "unet.{name}.lora_A.weight", "unet.{name}.lora.down.weight", "{old}_lora.down.weight"])
 def test_one_lora_has_many_spellings(spelling, tmp_path, capsys):
     """Without an alpha the scale is 1, not 1/rank. What is left out is counted and named."""
-    unet, tensors = small_unet(), {}
-    ours = random_lora(unet, 5)
+    unet, tensors = toy().unet, {}
+    ours = checkpoints.random_lora(unet, 5)
     names = {name.replace(".", "_"): name for name, _ in unet.named_modules()}
     stranger = {"elsewhere": Factors(torch.ones(4, 8), torch.ones(8, 4), 4.0)}
     for flat, f in (ours | stranger).items():
@@ -2178,9 +2122,7 @@ def test_one_lora_has_many_spellings(spelling, tmp_path, capsys):
 @torch.no_grad()
 def test_alpha_may_lie_outside_the_tensors(where, tmp_path):
     """PEFT keeps it in its settings, in the header, as diffusers saves it, or beside the file."""
-    ours, toy_unet = small_unet(), json.loads((TOY / "unet/config.json").read_text())
-    theirs = diffusers.UNet2DConditionModel.from_config(toy_unet)
-    theirs.load_state_dict(ours.state_dict())
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(TOY / "unet")
     settings = peft.LoraConfig(
         r=4, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v", "proj_in"],
         rank_pattern={"to_q": 2}, alpha_pattern={"attn2.to_q": 5, "to_v": 3},
@@ -2194,22 +2136,21 @@ def test_alpha_may_lie_outside_the_tensors(where, tmp_path):
         theirs = peft.get_peft_model(theirs, settings)
         theirs.save_pretrained(tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
-    loaded, x = lora_file.load(file)[0], torch.randn(2, 4, 8, 8)
-    t, prompt = torch.tensor([3, 800]), torch.randn(2, 5, ours.context_width)
+    unet, loaded = load_denoiser(TOY, CPU).unet, lora_file.load(file)[0]
     assert {len(f.down) for f in loaded.values()} == {2, 4}
-    lora.inject(ours, match(ours, loaded, "peft's"))
-    assert far(ours(x, t, prompt), theirs(x, t, prompt).sample) < 2e-6
+    lora.inject(unet, match(unet, loaded, "peft's"))
+    assert far(unet(*INPUTS), theirs(*INPUTS).sample) < 2e-6
 
 
 def test_a_linear_layer_is_a_convolution_of_one_pixel(models):
     """proj_in is a 1x1 convolution in SD 1, a linear layer in SD 2; a file of either shape fits."""
+    f = Factors(normal("down", 2, 32), normal("up", 32, 2), 2.0)
     for kind, kernel, shape in (("SD1", (), (1, 32, 1, 1)), ("SD2", (1, 1), (1, 32))):
-        unet, x = load(models(kind, "folder"), CPU).unet, torch.randn(shape)
-        f = Factors(torch.randn(2, 32), torch.randn(32, 2), 2.0, kernel)
-        block = unet.mid_block.attentions[0]
-        before = block.proj_in(x)
-        lora.inject(unet, match(unet, {"mid_block_attentions_0_proj_in": f}, ""))
-        assert far((block.proj_in(x) - before).flatten(), f.up @ f.down @ x.flatten()) < 1e-5
+        unet, x = load(models(kind, "folder"), CPU).unet, normal("x", *shape)
+        one = {"mid_block_attentions_0_proj_in": f._replace(kernel=kernel)}
+        lora.inject(unet, match(unet, one, ""))
+        layer = unet.mid_block.attentions[0].proj_in
+        assert far((layer(x) - layer.base(x)).flatten(), f.delta() @ x.flatten()) < 1e-5
 
 
 def test_a_lora_for_another_base_says_which():
@@ -2275,11 +2216,11 @@ TORN = {"model": [
 
 @parametrize("kind, change, says", [(kind, *row) for kind in TORN for row in TORN[kind]])
 def test_nothing_loads_halfway(kind, change, says, tmp_path, models, clip):
-    unet, copy, file = small_unet(), tmp_path / "m", tmp_path / "m/model.safetensors"
+    unet, copy, file = toy().unet, tmp_path / "m", tmp_path / "m/model.safetensors"
     source = {"model": models("SD1", "folder"), "file": models("SD1", "file").parent, "CLIP": clip}
     shutil.copytree(source.get(kind, TOY / "scheduler"), copy)
     if kind == "LoRA":
-        lora_file.save(file, random_lora(unet, 1), {})
+        lora_file.save(file, checkpoints.random_lora(unet, 1), {})
     if kind in ("file", "LoRA"):
         spoil(file, change)
     else:
@@ -2545,7 +2486,7 @@ def test_a_judge_drops_what_does_not_show_its_prompt(in_greys, monkeypatch, caps
 def test_q16_and_clipscore_are_a_few_lines_of_clip(clip, tmp_path):
     """On pictures that are not square, prompts longer than CLIP reads, and verdicts that differ."""
     pictures = np.random.default_rng(0).integers(0, 256, (4, 40, 56, 3), dtype=np.uint8)
-    prompts = [*TWO_PROMPTS, "", "red ball " * 20]
+    prompts = [*PROMPTS[:2], "", "red ball " * 20]
     pixels = transformers.CLIPImageProcessor.from_pretrained(clip)(
         images=[Image.fromarray(p) for p in pictures], return_tensors="pt").pixel_values
     words = transformers.CLIPTokenizer.from_pretrained(clip)(prompts, padding=True, truncation=True,
