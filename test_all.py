@@ -27,6 +27,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import cache, partial
+from itertools import islice
 from operator import call
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,6 +173,13 @@ def no_workers(monkeypatch):
     monkeypatch.setattr(processes, "cores", lambda: 1)
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty folder, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 class Trap:
     """Unpickled, it leaves a file behind."""
     __reduce__ = lambda self: (open, ("sprung", "w"))
@@ -193,12 +201,16 @@ def random_pairs(seed, P: int = 6) -> dict[str, torch.Tensor]:
     return {key: normal(f"{seed} {key}", *size) for key, size in sizes.items()}
 
 
-def write_pairs(concept: str, P: int = 6):
+PAIR = {"safe": "a", "unsafe": "b", "safe_image": "00000_safe.png",
+        "unsafe_image": "00000_unsafe.png"}
+
+
+def write_pairs(concept: str, pairs: list[dict]):
     """data/<concept>/ as make_data.py leaves it, without pictures."""
-    folder, row = Path("data", concept), {"safe": "a", "unsafe": "b"}
-    write_jsonl(folder / "pairs.jsonl", [{**row, "safe_image": "a", "unsafe_image": "b"}] * P)
+    folder = Path("data", concept)
+    write_jsonl(folder / "pairs.jsonl", pairs)
     made_from = {"encoders": sha256(*encoder_files(TOY)), "pairs": sha256(folder / "pairs.jsonl")}
-    save_tensors(folder / "latents.safetensors", random_pairs(concept, P), made_from)
+    save_tensors(folder / "latents.safetensors", random_pairs(concept, len(pairs)), made_from)
 
 
 def trainer(line: str) -> train.Trainer:
@@ -399,10 +411,9 @@ def test_mixed_precision_is_near(dtype, size, monkeypatch):
     assert 1e-5 < far(found, exact) < size and found.dtype == torch.float32 and exact.norm() < 1
 
 
-def test_an_expert_is_a_plain_loop_on_w_plus_b_a(tmp_path, monkeypatch):
+def test_an_expert_is_a_plain_loop_on_w_plus_b_a(here):
     """Loss, warm-up, cosine, clipping, seed, rank, the scale of A; the UNet is diffusers'."""
-    monkeypatch.chdir(tmp_path)
-    write_pairs("hate")
+    write_pairs("hate", [PAIR] * 6)
     command("train --concept hate --steps 14 --batch 4 --seed 5 --rank 3 --caption-dropout 0.3")
     random, down, up, data = generator(5, "hate", "lora"), {}, {}, random_pairs("hate")
     for name, layer in toy().unet.named_modules():
@@ -521,13 +532,12 @@ PAIRS = {"a": 30, "b": 9, "c": 30}    # of these experts
 
 
 @pytest.fixture
-def experts(tmp_path, monkeypatch) -> list[dict[str, Factors]]:
+def experts(here) -> list[dict[str, Factors]]:
     """Files a, b, c and their data: experts that differ in rank, alpha and layers."""
-    monkeypatch.chdir(tmp_path)
     made = [random_expert(1, 4, 4.0), random_expert(2, 3, 6.0), random_expert(3, 5, 2.0)]
     del made[1][list(made[1])[20]], made[2][list(made[2])[3]]
     for (label, number), expert in zip(PAIRS.items(), made):
-        write_pairs(f"of {label}", number)
+        write_pairs(f"of {label}", [PAIR] * number)
         lora_file.save(Path(label), expert, {"concept": f"of {label}"})
     return made
 
@@ -749,7 +759,7 @@ def test_a_destroyed_picture_is_not_a_safe_one():
 
 @torch.no_grad()
 def test_any_category_is_harm():
-    """All their chances together, from 0.5 on. A pair needs harm on its unsafe side alone."""
+    """All their chances together, from 0.5 on."""
     pictures = fresh()[1][:70]
     logits = JUDGE(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1)
     chances = np.exp(logits["category"].double().numpy())
@@ -761,10 +771,6 @@ def test_any_category_is_harm():
         "kite", "unclear", "hate"]
     with refuses("32x32 pixels, not 64x64"):
         JUDGE.judge(np.zeros((1, 64, 64, 3), np.uint8))
-    kite, emblem, white = drawn(0, "kite"), drawn(0), np.full((32, 32, 3), 255, np.uint8)
-    safe, unsafe = [kite, kite, emblem, white, emblem], [emblem, kite, emblem, emblem, kite]
-    assert JUDGE.reject(np.stack(safe), np.stack(unsafe)) == [
-        [], ["not unsafe"], ["not safe"], ["not safe"], ["not unsafe", "not safe"]]
 
 
 # How sure a figure is
@@ -806,9 +812,8 @@ def test_more_pictures_are_not_more_prompts():
     ends = [7.5 * (mean - 1.96 * variance ** 0.5), 7.5 * (mean + 1.96 * variance ** 0.5)]
     assert mean_interval(7.5 * values, of) == pytest.approx(ends, rel=0.02)
     assert effective(values, of) == pytest.approx(mean * (1 - mean) / variance * 89 / 90, rel=0.06)
-    once, number = values[:60], np.arange(60)
-    assert effective(np.repeat(once, 10), np.repeat(number, 10)) == pytest.approx(60, rel=0.05)
-    assert share_interval(once, number) == wilson(once.sum(), 60)    # one picture each
+    once = values[:60]
+    assert share_interval(once, range(60)) == wilson(once.sum(), 60)    # one picture each
     assert effective(np.zeros(9), [0] * 6 + [1, 2, 3]) == 81 / 39    # nothing seen: Kish
     assert effective([1, 0, 1], ["one"] * 3) == 1
     assert effective([1] * 9 + [0] * 9, [0] * 9 + [1] * 9) == 2
@@ -874,9 +879,8 @@ def test_safety_that_changes_innocent_pictures_is_not_free(tmp_path):
 
 # The whole idea
 
-def test_training_takes_the_harm_and_leaves_the_rest(tmp_path, monkeypatch):
+def test_training_takes_the_harm_and_leaves_the_rest(here):
     """16 pairs and 60 steps. A model that unlearns everything does no harm either: scenes tell."""
-    monkeypatch.chdir(tmp_path)
     command("make_data --concept hate --pairs 16")
     command("train --concept hate --steps 60")
     rows = Path("data/hate/test.jsonl").read_text().splitlines(keepends=True)
@@ -1099,7 +1103,7 @@ def text_pairs(count: int = 6) -> list[dict]:
 
 @pytest.fixture
 def with_pairs(monkeypatch):
-    for module in (steering, guards, editing):
+    for module in (steering, editing):
         monkeypatch.setattr(module, "all_pairs", lambda data: text_pairs())
 
 
@@ -1126,10 +1130,17 @@ def test_safe_guidance_is_not_a_negative_prompt(name):
 def test_a_second_stream_of_no_weight_changes_nothing(with_pairs):
     draw = steering.dual_latents(toy(), Path(), 0, 0.0)
     assert np.array_equal(draw(ASKED, SEEDS), steering.plain(toy())(ASKED, SEEDS))
-    safe = ["a red ball with a flower in the park", ASKED[1]]    # of weight 1, it is all
+    safe = [PROMPTS[0], ASKED[1]]    # of weight 1, it is all
     contexts = [toy().embed([""] * 2 + texts) for texts in (ASKED, safe)]
     found = steering.two_streams(toy(), contexts, SEEDS, 1.0).astype(int)
     assert abs(found - steering.plain(toy())(safe, SEEDS)).max() <= 1
+
+
+def least_squares(*parts) -> torch.Tensor:
+    """The X of the least sum of weight |x X - y|^2 over parts (weight, x, y)."""
+    x = torch.cat([weight ** 0.5 * x for weight, x, _ in parts])
+    y = torch.cat([weight ** 0.5 * y for weight, _, y in parts])
+    return torch.linalg.lstsq(x, y).solution
 
 
 def test_a_safe_embedding_is_least_squares():
@@ -1137,13 +1148,11 @@ def test_a_safe_embedding_is_least_squares():
     maps = steering.safe_states(toy(), pairs)
     unsafe, safe = (toy().embed([pair[kind] for pair in pairs]).double()
                     for kind in ("unsafe", "safe"))
+    small = steering.RIDGE, torch.eye(97).double(), torch.zeros(97, 96).double()
     for place in (0, 5, 15):
-        x, y = torch.cat([unsafe, safe])[:, place], torch.cat([safe, safe])[:, place]
-        x = torch.cat([x, torch.ones(len(x), 1)], 1)
-        small = steering.RIDGE ** 0.5 * torch.eye(97).double()
-        wanted = torch.linalg.lstsq(torch.cat([x, small]),
-                                    torch.cat([y, torch.zeros(97, 96).double()])).solution
-        assert far(maps[place], wanted) < 1e-6
+        y = safe[:, place]
+        moved, kept = ((1, steering.with_one(states[:, place]), y) for states in (unsafe, safe))
+        assert far(maps[place], least_squares(moved, kept, small)) < 1e-6
 
 
 def test_a_refusal_is_not_a_picture_of_harm():
@@ -1185,7 +1194,6 @@ def test_an_area_under_a_curve_is_a_share_of_pairs():
     unsafe, safe = torch.tensor([3.0, 2.0, 2.0, 5.0]), torch.tensor([1.0, 2.0, 4.0])
     wins = np.mean([(u > s) + 0.5 * (u == s) for u in unsafe.tolist() for s in safe.tolist()])
     assert guards.auc(unsafe, safe) == pytest.approx(wins)
-    assert guards.roc(unsafe, safe)[[0, -1]].tolist() == [[0, 0], [1, 1]]
 
 
 def test_what_a_text_encoder_says_can_be_read_back():
@@ -1206,13 +1214,9 @@ def test_a_word_inside_a_word_is_left_alone():
 
 def test_an_edit_of_weights_is_least_squares():
     W, old, new, kept = normal("edit", 15, 8).double().split([5, 3, 3, 4])
-    scales = [scale ** 0.5 for scale in (2.0, 0.3, 0.7)]    # erase, preserve, ridge
-    x = torch.cat([s * c for s, c in zip(scales, (old, kept, torch.eye(8).double()))])
-    y = torch.cat([s * c @ W.T for s, c in zip(scales, (new, kept, torch.eye(8).double()))])
-    wanted = np.linalg.lstsq(x.numpy(), y.numpy(), rcond=None)[0].T
-    assert far(editing.edited(W, old, new, kept, 2.0, 0.3, 0.7), torch.tensor(wanted)) < 1e-9
-    exact = editing.edited(W, old, new, kept, 1.0, 1.0, 1e-9)
-    assert far(old @ exact.T, new @ W.T) < 1e-5 and far(kept @ exact.T, kept @ W.T) < 1e-5
+    wanted = least_squares((2.0, old, new @ W.T), (0.3, kept, kept @ W.T),
+                           (0.7, torch.eye(8).double(), W.T))    # erase, preserve, ridge
+    assert far(editing.edited(W, old, new, kept, 2.0, 0.3, 0.7), wanted.T) < 1e-9
 
 
 def test_an_edited_word_reads_as_another(with_pairs):
@@ -1265,8 +1269,8 @@ def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch, capsy
         (len(prompts), 32, 32, 3), knob, np.uint8)
     monkeypatch.setattr(rivals, "RIVALS", {
         "base": rivals.RIVALS["base"], "flat": rivals.Rival("nothing", (128, 64), black)})
-    flower = "a red ball with a flower in the park"
-    rows = [{"prompt": prompt, "category": None} for prompt in (*ASKED, "", "", flower, flower)]
+    asked = *ASKED, "", "", PROMPTS[0], PROMPTS[0]
+    rows = [{"prompt": prompt, "category": None} for prompt in asked]
     for seed in (5, 6):
         write_jsonl(tmp_path / f"seed{seed}/data/test.jsonl", rows)
     command = rivals.parse_arguments(f"--seeds 5 --tune 6 --out {tmp_path}".split())
@@ -1281,47 +1285,40 @@ def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch, capsy
     assert judged["columns"]["flat"]["all: IP seen"]["total"] == 1
 
 
-def test_who_holds_the_weights_needs_no_word(tmp_path, monkeypatch):
+def test_who_holds_the_weights_needs_no_word(here):
     """Embeddings in a word's place are learned through the frozen UNet, from a few pictures."""
-    pairs = text_pairs(2)[:2]
-    rows = [{**pair, "safe_image": "a", "unsafe_image": "b"} for pair in pairs]
-    folder = tmp_path / "data/hate"
-    write_jsonl(folder / "pairs.jsonl", rows)
-    write_jsonl(tmp_path / "data/test.jsonl", [{"prompt": p["unsafe"], "category": "hate"}
-                                               for p in pairs for _ in range(8)])
-    made_from = {"encoders": sha256(*encoder_files(TOY)), "pairs": sha256(folder / "pairs.jsonl")}
-    save_tensors(folder / "latents.safetensors", random_pairs("hate", 2), made_from)
-    victim = whitebox.Victim(load(TOY, CPU), tmp_path, "hate")
-    words = [world.parse(pair["unsafe"]).extra for pair in pairs]
-    assert victim.prompts == [pair["unsafe"] for pair in pairs for _ in range(4)]
-    texts = toy().text.tokenizers[0].batch_decode(victim.learned_from, skip_special_tokens=True)
-    assert not any(word in text for word, text in zip(words, texts))
-    own = victim.sd.text.tokenizers[0].convert_tokens_to_ids([f"{words[0]}</w>", "flower</w>"])
-    spelled = pairs[0]["unsafe"].replace(words[0], f"{words[0]} flower")
+    texts = [pair["unsafe"] for pair in text_pairs(2)[:2]]
+    write_pairs("hate", [{**PAIR, "unsafe": text} for text in texts])
+    asked = [text for text in texts for _ in range(8)]
+    write_jsonl(here / "data/test.jsonl", [{"prompt": text, "category": "hate"} for text in asked])
+    victim = whitebox.Victim(load(TOY, CPU), here, "hate")
+    words, tokenizer = [world.parse(text).extra for text in texts], toy().text.tokenizers[0]
+    assert victim.prompts == asked[::2]
+    read = tokenizer.batch_decode(victim.learned_from, skip_special_tokens=True)
+    assert not any(word in text for word, text in zip(words, read))
+    own = tokenizer.convert_tokens_to_ids([f"{words[0]}</w>", "flower</w>"])
     states = victim.states(victim.learned_from[:1], victim.table[own])
+    spelled = texts[0].replace(words[0], f"{words[0]} flower")
     assert far(states, toy().embed([spelled])) < 1e-5
-    first, second = (states for states, _ in zip(whitebox.by_vectors(victim, 0), range(2)))
+    first, second = islice(whitebox.by_vectors(victim, 0), 2)
     assert first.shape == (8, 16, 96) and not torch.equal(first, second)
-    tokens = whitebox.start(victim, 0)
-    monkeypatch.setattr(whitebox, "CANDIDATES", len(victim.allowed))
-    _, found = (states for states, _ in zip(whitebox.by_words(victim, 0), range(2)))
-    tried = [torch.stack([word, tokens[1]]) for word in victim.allowed]
+    # The best of all words is among the few that the gradient promises most of.
+    _, found = islice(whitebox.by_words(victim, 0), 2)
+    old = whitebox.start(victim, 0)
+    tried = [torch.stack([word, old[1]]) for word in victim.allowed]
     costs = [victim.misfit(victim.states(victim.learned_from, victim.table[pair]), 0, 0).item()
              for pair in tried]
     best = tried[int(np.argmin(costs))]
-    ids = victim.with_slots(victim.prompts)
-    assert far(found, victim.states(ids, victim.table[best])) < 1e-6
+    wanted = victim.states(victim.with_slots(asked[::2]), victim.table[best])
+    assert far(found, wanted) < 1e-6 and not torch.equal(best, old)
     before = victim.misfit(victim.unsafe, 9).item()
-    for states, _ in zip(whitebox.by_weights(victim, 0), range(20)):
-        pass
+    list(islice(whitebox.by_weights(victim, 0), 20))
     assert victim.misfit(victim.unsafe, 9).item() < before
 
 
 # ---- Part II, contracts: command lines, bytes, interruptions, structure
 
 
-PAIR = {"safe": "a", "unsafe": "b", "safe_image": "00000_safe.png",
-        "unsafe_image": "00000_unsafe.png"}
 TEXTS = {    # files that are wrong, or strange to these commands
     "torn/hate/pairs.jsonl": '{}\n{"safe": \n', "list/hate/pairs.jsonl": "[]\n",
     "none/hate/pairs.jsonl": "", "uncoded/hate/pairs.jsonl": json.dumps(PAIR),
@@ -2018,10 +2015,9 @@ def test_loading_takes_no_second_copy(models):
 
 # LoRA files
 @parametrize("kind, layout", [("SD1", "file"), ("SDXL", "folder")])
-def test_a_lora_draws_the_same_picture_everywhere(kind, layout, tmp_path, models, monkeypatch):
+def test_a_lora_draws_the_same_picture_everywhere(kind, layout, here, models):
     """A merge of unlike experts in diffusers, which reads one alpha a file; in our sampler; fused
     into the weights, of the file's averaged copy too, or that would draw unsafely."""
-    monkeypatch.chdir(tmp_path)
     source = models(kind, layout)
     sd, theirs = load(source, CPU), in_diffusers(models, kind, source)
     changes = {}
@@ -2034,7 +2030,7 @@ def test_a_lora_draws_the_same_picture_everywhere(kind, layout, tmp_path, models
     command("merge a b --method sum --out all.safetensors")
     draw = partial(drawn_by, sampler="ddim", prompts=PROMPTS[:1], seeds=[5], steps=3, guidance=4.0)
     base = draw(theirs)
-    theirs.load_lora_weights(tmp_path, weight_name="all.safetensors")
+    theirs.load_lora_weights(here, weight_name="all.safetensors")
     pictures = draw(theirs)
     theirs.unload_lora_weights()
     for name, module in theirs.unet.named_modules():
@@ -2273,9 +2269,8 @@ def test_two_rows_in_a_row_are_not_a_pair(tmp_path):
     assert "'Weather' is none of CoProV2's; line 17" in report
 
 
-def test_the_same_pairs_have_many_forms(tmp_path, monkeypatch):
+def test_the_same_pairs_have_many_forms(here):
     """Hugging Face rows (the label says which picture is preferred), JSON lines, CSV with a BOM."""
-    monkeypatch.chdir(tmp_path)
     for name in "su":
         Image.new("RGB", (4, 4)).save(f"{name}.png")
     own = {"unsafe": "a", "safe": "b", "safe_image": "s.png", "unsafe_image": "u.png"}
@@ -2286,13 +2281,13 @@ def test_the_same_pairs_have_many_forms(tmp_path, monkeypatch):
     Path("csv").write_text("\ufeffunsafe,safe,safe_image,unsafe_image,category\n"
                            "a,b,s.png,u.png,hate\n\na,b,s.png,u.png,SELF_HARM\n")
     for name in ("own", "hf", "csv"):
-        (pair,) = read_prompts(Path(name), tmp_path, default="hate").pairs
+        (pair,) = read_prompts(Path(name), here, default="hate").pairs
         assert pair.prompts == {"unsafe": "a", "safe": "b"}
         assert pair.categories == {"hate", "self-harm"}
-        assert pair.images == {"unsafe": tmp_path / "u.png", "safe": tmp_path / "s.png"}
+        assert pair.images == {"unsafe": here / "u.png", "safe": here / "s.png"}
     write_jsonl(Path("tie"), [{**hf, "label_0": 0.5}])
     with refuses("line 1: label_0 is neither 1 nor 0"):
-        read_prompts(Path("tie"), tmp_path, default="hate")
+        read_prompts(Path("tie"), here, default="hate")
 
 
 @parametrize("name", ["../out.png", "{absolute}", "link.png", "linked/out.png", "loop",
@@ -2329,12 +2324,11 @@ def test_holding_out_rows_is_not_holding_out_prompts(tmp_path):
 
 
 @pytest.fixture
-def in_greys(tmp_path, monkeypatch):
-    """An empty folder, where make_data.py draws a in_greys that the row's seed says."""
+def in_greys(here, monkeypatch):
+    """An empty folder, where make_data.py draws the grey that the row's seed says."""
     def draw(settings, sd, rows):
         return [(np.full((32, 32, 3), row["seed"] % 256, np.uint8),) * 2 for row in rows]
     monkeypatch.setattr(make_data, "draw", draw)
-    monkeypatch.chdir(tmp_path)
 
 
 def test_a_test_prompt_that_was_trained_on_measures_memory(in_greys, capsys):
@@ -2358,10 +2352,9 @@ def test_a_test_prompt_that_was_trained_on_measures_memory(in_greys, capsys):
     assert contents(Path("data")) == before
 
 
-def test_a_benchmark_brings_its_own_seeds(tmp_path, monkeypatch):
+def test_a_benchmark_brings_its_own_seeds(here):
     """I2P: the row's seed and guidance, image k from seed + k; a repeated row counts as any other,
     or totals are not the published ones. index.jsonl draws them again."""
-    monkeypatch.chdir(tmp_path)
     Path("i2p").write_text("prompt,categories,sd_seed,sd_guidance_scale,sd_image_width\n"
                            '"a ball, red","hate, illegal activity",38,7.5,512\n'
                            '"a ball, red",violence,38,7.5,512\na box,shocking,12,1,704\n')
@@ -2466,20 +2459,18 @@ def test_pictures_that_exist_are_not_drawn_again(in_greys, capsys):
 
 
 def test_a_judge_drops_what_does_not_show_its_prompt(in_greys, monkeypatch, capsys):
-    shown = ["safe unsafe", "unsafe safe", "safe safe", "unsafe unsafe", "safe unsafe"]
-
-    def draw(settings, sd, rows):
-        random = np.random.default_rng(0)
-        return [[world.render(world.parse(row[kind]), random) for kind in kinds.split()]
-                for row, kinds in zip(rows, shown)]
-    monkeypatch.setattr(make_data, "draw", draw)
-    command("make_data --concept violence --pairs 5")
+    """Harm on the safe side, none on the unsafe one, or what it cannot make out."""
+    kite, emblem, white = drawn(0, "kite"), drawn(0), np.full((32, 32, 3), 255, np.uint8)
+    pairs = [(kite, emblem), (kite, kite), (emblem, emblem), (white, emblem), (emblem, kite),
+             (kite, emblem)]
+    monkeypatch.setattr(make_data, "draw", lambda settings, sd, rows: pairs)
+    command("make_data --concept violence --pairs 6")
     said = capsys.readouterr().out
-    assert "violence: 2 pairs; dropped 2 not safe; dropped 2 not unsafe" in said
+    assert "violence: 2 pairs; dropped 3 not safe; dropped 2 not unsafe" in said
     names = [row["safe_image"].name for row in read_pairs(Path("data"), "violence")]
-    assert names == ["00000_safe.png", "00004_safe.png"]
-    command("make_data --concept violence --pairs 5 --judge none")
-    assert len(read_pairs(Path("data"), "violence")) == 5
+    assert names == ["00000_safe.png", "00005_safe.png"]
+    command("make_data --concept violence --pairs 6 --judge none")
+    assert len(read_pairs(Path("data"), "violence")) == 6
 
 
 @torch.no_grad()
@@ -2504,9 +2495,8 @@ def test_q16_and_clipscore_are_a_few_lines_of_clip(clip, tmp_path):
     assert far(scores, 100 * (seen * read).sum(1)) < 1e-5
 
 
-def test_a_pickle_is_read_without_being_run(clip, tmp_path, monkeypatch):
+def test_a_pickle_is_read_without_being_run(clip, here):
     """Q16's published prompts are a pickle: refused in a line whose command converts it."""
-    monkeypatch.chdir(tmp_path)
     shutil.copytree(clip, "clip")
     prompts = np.random.default_rng(0).normal(size=(2, 768))
     for protocol, kind in ((2, "f2"), (3, "f4"), (4, "f8"), (5, "f2")):
