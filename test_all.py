@@ -446,7 +446,7 @@ def test_an_expert_is_a_plain_loop_on_w_plus_b_a(here):
         draw = train.draw_noise(pairs, (4, 8, 8), 1000, 0.3, generator(5, "hate", step))
         asked, noise = list(asked_of(data, draw).values())[:3], draw["noise"]
         changes = {name: up[name] @ down[name] for name in up}
-        policy, reference = ([answer(each, *what) for what in asked] for each in (changes, {}))
+        policy, reference = ([answer(added, *what) for what in asked] for added in (changes, {}))
         d_w, d_l = (error(policy[i], noise) - error(reference[i], noise) for i in (0, 1))
         loss = (-nn.functional.logsigmoid(-10 / 2 * (d_w - d_l))
                 + 10 * error(policy[2], reference[2])).mean()
