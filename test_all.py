@@ -1111,7 +1111,7 @@ def test_safe_guidance_is_not_a_negative_prompt(name):
                     sld_threshold=preset.threshold, sld_momentum_scale=preset.momentum,
                     sld_mom_beta=preset.memory).images
     found = steering.safe_latent_diffusion(toy(), Path(), 0, name)(ASKED, SEEDS)
-    assert furthest(found, 255 * wanted) < 1
+    assert furthest(found, 255 * wanted) < 2    # a hard threshold makes more of a rounding error
 
 
 def test_a_second_stream_of_no_weight_changes_nothing(with_pairs):
