@@ -806,6 +806,8 @@ def test_more_pictures_are_not_more_prompts():
     assert effective(np.zeros(9), [0] * 6 + [1, 2, 3]) == 81 / 39    # nothing seen: Kish
     assert effective([1, 0, 1], ["one"] * 3) == 1
     assert effective([1] * 9 + [0] * 9, [0] * 9 + [1] * 9) == 2
+    one_of_two = [0, 1] * 18 + [1, 1, 0, 0]    # nearly in every prompt
+    assert effective(one_of_two, np.arange(40) // 2) == 40
 
 
 def grey(folder: Path, shades: list[int]) -> Path:
