@@ -25,8 +25,8 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from functools import cache, partial
+from itertools import islice
 from operator import call
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +38,9 @@ import pytest
 import torch
 import transformers
 from diffusers.pipelines.deprecated import stable_diffusion_safe
+from peft.utils.merge_utils import ties
 from PIL import Image
+from pytest import approx, fixture, raises
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -51,10 +53,9 @@ import train
 from model.data import language_model
 from model.data.pairs import read_pairs
 from model.data.prompt_files import read_prompts, read_requests, Request, split
-from model.formats import lora_file
 from model.formats.checkpoint import encoder_files
 from model.formats.fit import layers, match
-from model.formats.lora_file import Factors, save
+from model.formats.lora_file import Factors, load as load_lora, save as save_lora
 from model.formats.single_file import CONFIGS, place
 from model.judges import clip as judges
 from model.judges.intervals import effective, mean_interval, share_interval, wilson
@@ -80,6 +81,7 @@ from model.vae import VAE
 ROOT = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 SCRIPTS = {"make_data": make_data, "train": train, "merge": merge, "sample": sample}
+parametrize = pytest.mark.parametrize
 os.environ["PYTHONPATH"] = str(ROOT)    # for scripts that run in another folder
 STORY = ("make_data --concept hate --pairs 8 --steps 4",
          "make_data --concept sexual --pairs 8 --steps 4", "train --steps 4 --batch 4",
@@ -92,31 +94,52 @@ def far(a, b) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-def command(line: str, **values):
-    """Runs a script in this process and folder: command("train --concept hate --steps 2"). {name}
-    in the line stands for a value that may have spaces."""
+def normal(what, *size) -> torch.Tensor:
+    """Normally distributed numbers, the same ones in every run."""
+    return torch.randn(size, generator=generator(what))
+
+
+def refuses(says: str):
+    """Inside, something must refuse its input and say so."""
+    return raises(BadInput, match=says)
+
+
+def parsed(line: str, **values):
+    """A script's main() and arguments, of "train --concept hate --steps 2". {name} in the line
+    stands for a value that may have spaces."""
     name, *argv = line.split()
     script = SCRIPTS[name]
-    script.main(script.parse_arguments([word.format(**values) for word in argv]))
+    return script.main, script.parse_arguments([word.format(**values) for word in argv])
+
+
+def command(line: str, **values):
+    """Runs a script in this process and folder."""
+    main, args = parsed(line, **values)
+    main(args)
 
 
 def refusal(line: str, capsys, **values) -> str:
     """The one line that a script prints on stderr when it refuses, with exit status 2."""
-    name, *argv = line.split()
-    script = SCRIPTS[name]
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(script.main, script.parse_arguments([word.format(**values) for word in argv]))
+    with raises(SystemExit) as stop:
+        run(*parsed(line, **values))
     *notes, error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and error.startswith("error: ") and "Traceback" not in error
     return error
 
 
-def shell(line: str, folder: Path, **options) -> subprocess.CompletedProcess:
+def finished(*argv, folder: Path = Path()) -> subprocess.CompletedProcess:
+    """A Python program, run to its end in that folder, without an error."""
+    done = subprocess.run([sys.executable, *argv], cwd=folder, text=True, capture_output=True,
+                          timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def shell(line: str, folder: Path):
     """Runs a script as a person would, in that folder."""
     name, *argv = line.split()
-    return subprocess.run([sys.executable, ROOT / f"{name}.py", *argv], cwd=folder, text=True,
-                          capture_output=True, timeout=300, **options)
+    finished(ROOT / f"{name}.py", *argv, folder=folder)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -136,31 +159,16 @@ def pipe():
     return diffusers.StableDiffusionPipeline.from_pretrained(TOY, safety_checker=None).to("cpu")
 
 
-def small_unet(seed: int = 0) -> UNet:
-    """The toy's architecture with random weights."""
-    torch.manual_seed(seed)
-    return UNet(json.loads((TOY / "unet/config.json").read_text())).eval().requires_grad_(False)
-
-
-def random_lora(network, seed: int, rank: int = 4) -> dict:
-    """A LoRA on the attention of a network, with B not zero."""
-    random = generator("random lora", seed)
-    fresh = lora.init(network, rank, rank, random)
-    return {name: f._replace(up=torch.randn(f.up.shape, generator=random) / 10)
-            for name, f in fresh.items()}
-
-
-@pytest.fixture(scope="session")
+@fixture(scope="session")
 def story(tmp_path_factory):
     """A folder with a small run of two concepts: data/, experts/, merged.safetensors."""
     folder = tmp_path_factory.mktemp("story")
     for line in STORY:
-        done = shell(line, folder)
-        assert done.returncode == 0, done.stderr
+        shell(line, folder)
     return folder
 
 
-@pytest.fixture
+@fixture
 def inside(story, tmp_path, monkeypatch):
     """A copy of the story, as the current folder."""
     shutil.copytree(story, tmp_path / "story")
@@ -168,10 +176,17 @@ def inside(story, tmp_path, monkeypatch):
     return tmp_path / "story"
 
 
-@pytest.fixture(autouse=True)
+@fixture(autouse=True)
 def no_workers(monkeypatch):
     """Commands in this process draw and train here, where they can be watched."""
     monkeypatch.setattr(processes, "cores", lambda: 1)
+
+
+@fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty folder, as the current one."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 class Trap:
@@ -184,23 +199,27 @@ class Trap:
 
 LOSSES = ("safety", "dpo", "model.lab.losses.duo", "model.lab.losses.sdpo")
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
-INPUTS = (torch.randn(3, 4, 8, 8, generator=generator("x_t")), torch.tensor([999, 500, 1]),
-          torch.randn(3, 5, 96, generator=generator("context")))    # of a UNet
+INPUTS = (normal("x_t", 3, 4, 8, 8), torch.tensor([999, 500, 1]),
+          normal("context", 3, 5, 96))    # of a UNet
 
 
 def random_pairs(seed, P: int = 6) -> dict[str, torch.Tensor]:
     """What latents.safetensors holds, of noise."""
     sizes = {"winner": (P, 4, 8, 8), "loser": (P, 4, 8, 8), "safe": (P, 5, 96),
              "unsafe": (P, 5, 96), "empty": (1, 5, 96)}
-    return {key: torch.randn(size, generator=generator(seed, key)) for key, size in sizes.items()}
+    return {key: normal(f"{seed} {key}", *size) for key, size in sizes.items()}
 
 
-def write_pairs(concept: str, P: int = 6):
+PAIR = {"safe": "a", "unsafe": "b", "safe_image": "00000_safe.png",
+        "unsafe_image": "00000_unsafe.png"}
+
+
+def write_pairs(concept: str, pairs: list[dict]):
     """data/<concept>/ as make_data.py leaves it, without pictures."""
-    folder, row = Path("data", concept), {"safe": "a", "unsafe": "b"}
-    write_jsonl(folder / "pairs.jsonl", [{**row, "safe_image": "a", "unsafe_image": "b"}] * P)
+    folder = Path("data", concept)
+    write_jsonl(folder / "pairs.jsonl", pairs)
     made_from = {"encoders": sha256(*encoder_files(TOY)), "pairs": sha256(folder / "pairs.jsonl")}
-    save_tensors(folder / "latents.safetensors", random_pairs(concept, P), made_from)
+    save_tensors(folder / "latents.safetensors", random_pairs(concept, len(pairs)), made_from)
 
 
 def trainer(line: str) -> train.Trainer:
@@ -217,79 +236,85 @@ def answer(changes: dict, x_t, t, context) -> torch.Tensor:
     return torch.func.functional_call(pipe().unet, weights, (x_t, t, context)).sample
 
 
+def asked_of(data: dict, draw: dict) -> dict[str, tuple]:
+    """{what a loss can ask: (x_t, t, context)}, of the pairs in a draw."""
+    pairs, t, noise = draw["pair"], draw["t"], draw["noise"]
+    unsafe, safe = data["unsafe"][pairs], data["safe"][pairs]
+    unsafe[draw["dropped"]] = safe[draw["dropped"] | draw["quarter"]] = data["empty"]
+    winner, loser = (pipe().scheduler.add_noise(data[side][pairs], noise, t)
+                     for side in ("winner", "loser"))
+    empty = data["empty"].expand_as(safe)
+    return {"winner|unsafe": (winner, t, unsafe), "loser|unsafe": (loser, t, unsafe),
+            "winner|safe or empty": (winner, t, safe),
+            "noise|empty": (noise, torch.full_like(t, 999), empty)}
+
+
 def distance(path: Path, dense: dict[str, torch.Tensor]) -> float:
     """far() of all delta W in a file, together, from these."""
-    factors, _ = lora_file.load(path)
+    factors, _ = load_lora(path)
     assert factors.keys() == dense.keys()
     found = torch.cat([f.delta().flatten() for f in factors.values()])
     return far(found, torch.cat([dense[name].flatten() for name in factors]))
 
 
-def random_expert(seed: int, rank: int, alpha: float) -> dict[str, lora_file.Factors]:
+def random_expert(seed: int, rank: int, alpha: float, unet=None) -> dict[str, Factors]:
     """Of attention, 1x1 and 3x3 convolutions, one of them of stride 2."""
     random, expert = generator("expert", seed), {}
-    for key, (name, layer) in layers(toy().unet).items():
+    for key, (name, layer) in layers(unet or toy().unet).items():
         kinds = *ATTENTION, "proj_in", "conv1", "downsamplers.0.conv"
         if name.startswith(("down_blocks.0", "mid_block")) and name.endswith(kinds):
             O, *rest = layer.weight.shape
             down = torch.randn(rank, math.prod(rest), generator=random)
             up = torch.randn(O, rank, generator=random) / 10
-            expert[key] = lora_file.Factors(down, up, alpha, tuple(rest[1:]))
+            of_layer = 2 * alpha if rest[1:] else alpha
+            expert[key] = Factors(down, up, of_layer, tuple(rest[1:]))
     return expert
-
-
-def three_parts() -> list[lora_file.Factors]:
-    return [random_expert(*kind)["mid_block_attentions_0_proj_in"]
-            for kind in ((1, 4, 4.0), (2, 4, 8.0), (3, 4, 2.0))]
 
 
 def error(output, target) -> torch.Tensor:
     return (output - target).double().square().mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("name", [*LOSSES, "sft"])
+@parametrize("name", [*LOSSES, "sft", "model.lab.losses.sc_dpo"])
 def test_a_loss_is_its_equation_averaged_after_the_log_sigmoid(name):
-    policy, reference, target = torch.randn(3, 3, 6, 4, 8, 8, generator=generator("outputs"))
+    policy, reference, target = normal("outputs", 3, 3, 6, 4, 8, 8)
     policy[:2] += 2 * target[:2] * torch.linspace(-0.1, 0.2, 6).view(6, 1, 1, 1)
     policy[2] = reference[2] + 0.02 * policy[2]
     asked = train.loss_named(name)
-    n = len(asked.inputs)
-    loss, values = asked.function(policy[:n], reference[:n], target[:n], 3.0)
-    (w, l, _), (w_ref, l_ref, _) = ([error(*pair) for pair in zip(outputs, target)]
-                                    for outputs in (policy, reference))
+    n, cost = len(asked.inputs), torch.linspace(0, 1, 6)
+    own = [cost] if "sc_dpo" in name else []
+    loss, values = asked.function(policy[:n], reference[:n], target[:n], 3.0, *own)
+    w, l, w_ref, l_ref = (error(outputs[i], target[i]) for outputs in (policy, reference)
+                          for i in (0, 1))
     d_w, d_l, drift = w - w_ref, l - l_ref, error(policy[2], reference[2])
     preference = lambda gap: torch.log(1 + torch.exp(3.0 / 2 * gap))    # -log sigmoid(-...)
+    content = torch.sigmoid(-3.0 / 2 * (d_w - d_l) - losses.COST * cost)    # beyond the harm's cost
     by_hand = {"dpo": preference(d_w - d_l), "sft": w + 8 * drift,
                "model.lab.losses.sdpo": preference(d_w - d_l),
+               "model.lab.losses.sc_dpo": -(1 - content) ** 2 * content.log(),
                "model.lab.losses.duo": preference(2 * (d_w - d_l)) + 1e6 * 3.0 / 100 * drift,
                "safety": preference(d_w - d_l) + 3.0 * drift}
-    assert loss.item() == pytest.approx(by_hand[name].mean().item(), rel=3e-6)
+    assert loss.item() == approx(by_hand[name].mean().item(), rel=3e-6)
     wanted = dict(winner=w, loser=l, winner_ref=w_ref, loser_ref=l_ref, drift=drift,
                   margin=d_l - d_w, accuracy=(d_l > d_w).double())
-    for key in wanted.keys() - ({"drift"} if name in (LOSSES[1], LOSSES[3]) else set()):
-        assert values[key].item() == pytest.approx(wanted[key].mean().item(), rel=1e-4)
+    for key in wanted.keys() - ({"drift"} if n == 2 else set()):
+        assert values[key].item() == approx(wanted[key].mean().item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("loss, n", [(dpo.diffusion_dpo, 4), (dpo.safety_dpo, 5)])
-def test_gradients_agree_with_finite_differences(loss, n):
-    errors = torch.rand(n, 6, dtype=torch.double, generator=generator("errors")).requires_grad_()
-    assert torch.autograd.gradcheck(lambda e: loss(*e, 5.0)[0], errors, eps=1e-7, rtol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_not_for_errors(dtype):
-    a, b = torch.randn(2, 3, 4, 8, 8, generator=generator(0)).mul(300).to(dtype)
+    a, b = normal(0, 2, 3, 4, 8, 8).mul(300).to(dtype)
     found = dpo.squared_error(a, b)    # the square of 300 overflows
     assert found.dtype == torch.float32 and far(found, error(a.double(), b.double())) < 1e-6
 
 
 def test_a_wider_gap_can_cost_the_winner():
     """Along -(g_w - g_l). With Diffusion-SDPO's factor of g_l, its error falls by 0.9 |g_w|^2."""
-    target, w, own = torch.randn(3, 2, 1, 2, 2, generator=generator("alike"))
+    target, w, own = normal("alike", 3, 2, 1, 2, 2)
     l = 4 * w + 0.1 * own
     factor = losses.winner_safe(w, l).item()
     falls = [(w * (w - scale * l)).sum() / w.square().sum() for scale in (1, factor)]
-    assert falls[0] < 0 and falls[1].item() == pytest.approx(0.9, rel=1e-5)
+    assert falls[0] < 0 and falls[1].item() == approx(0.9, rel=1e-5)
     assert losses.winner_safe(w, -l) == losses.winner_safe(l, 0.01 * w) == 1
     both, policy = [target] * 2, torch.stack([target + w, target + l]).requires_grad_()
     published, safe = (torch.autograd.grad(loss.function(policy, both, both, 3.0)[0], policy)[0]
@@ -297,16 +322,16 @@ def test_a_wider_gap_can_cost_the_winner():
     assert torch.equal(safe[0], published[0]) and far(safe[1], factor * published[1]) < 1e-5
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@parametrize("name", LOSSES)
 def test_a_loss_of_ln_2_is_not_a_stuck_loss(name):
     alone = trainer(f"--loss {name}")
     row = alone.take_step(0, 100)
-    assert row["loss"] == row["preference"] == pytest.approx(math.log(2), abs=1e-5)
+    assert row["loss"] == row["preference"] == approx(math.log(2), abs=1e-5)
     assert row["accuracy"] == row["margin"] == row.get("drift", 0) == 0
     assert all((up != 0).any() for up in alone.parameters[1::2])
 
 
-@pytest.mark.parametrize("P, B", [(6, 4), (5, 7), (3, 1), (4, 4), (2, 9)])
+@parametrize("P, B", [(6, 4), (5, 7), (3, 1), (4, 4), (2, 9)])
 def test_every_pair_comes_once_before_any_comes_again(P, B):
     seen, other = (torch.cat([train.pairs_of_step(P, B, step, seed) for step in range(4 * P)])
                    for seed in (0, 1))
@@ -324,40 +349,33 @@ def test_all_noise_levels_come_in_a_step_and_none_beyond_the_last(monkeypatch):
     assert stratified_times(8, 1000, generator(0)).max() == 999
 
 
-@pytest.mark.parametrize("B", [1, 2, 3, 8])
+@parametrize("B", [1, 2, 3, 8])
 def test_a_small_step_keeps_the_empty_prompt_too(B):
     """A quarter of the pairs, of a single pair in one step of four; dropout is another draw."""
     draws = [train.draw_noise(torch.arange(B), (1,), 1000, 0.4, generator(k)) for k in range(999)]
     quarter, dropped = (torch.stack([draw[key] for draw in draws]).double()
                         for key in ("quarter", "dropped"))
-    assert quarter.mean(0).tolist() == pytest.approx([0.25] * B, abs=0.05)    # any of the pairs
+    assert quarter.mean(0).tolist() == approx([0.25] * B, abs=0.05)    # any of the pairs
     assert quarter.sum(1).max() - quarter.sum(1).min() <= 1
-    assert dropped.mean(0).tolist() == pytest.approx([0.4] * B, abs=0.05)
-    assert (quarter * dropped).mean().item() == pytest.approx(0.1, abs=0.03)
+    assert dropped.mean(0).tolist() == approx([0.4] * B, abs=0.05)
+    assert (quarter * dropped).mean().item() == approx(0.1, abs=0.03)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", LOSSES)
+@parametrize("name", LOSSES)
 def test_noise_and_timestep_belong_to_the_pair(name):
     """What a loss asks, of policy and reference: diffusers' UNet with and without delta W."""
     alone = trainer(f"--loss {name}")
     for k, p in enumerate(alone.parameters):
-        p.add_(torch.randn(p.shape, generator=generator(k)) / 10)
+        p.add_(normal(k, *p.shape) / 10)
     changes = {key: f.delta() for key, f in lora.extract(alone.denoiser.unet).items()}
-    pairs, data = torch.tensor([5, 1, 2, 0]), alone.tensors
-    draw = train.draw_noise(pairs, (4, 8, 8), 1000, 0, generator(1))
+    draw = train.draw_noise(torch.tensor([5, 1, 2, 0]), (4, 8, 8), 1000, 0, generator(1))
     draw |= {"quarter": torch.arange(4) == 1, "dropped": torch.arange(4) == 2}
-    t, noise, unsafe, safe = draw["t"], draw["noise"], data["unsafe"][pairs], data["safe"][pairs]
-    unsafe[2] = safe[1] = safe[2] = data["empty"][0]
-    winner, loser = (pipe().scheduler.add_noise(data[side][pairs], noise, t)
-                     for side in ("winner", "loser"))
-    asked = {"winner|unsafe": (winner, t, unsafe), "loser|unsafe": (loser, t, unsafe),
-             "winner|safe or empty": (winner, t, safe),
-             "noise|empty": (noise, torch.full((4,), 999), data["empty"].expand(4, -1, -1))}
+    asked = asked_of(alone.tensors, draw)
     (policy, target), reference = alone.ask(draw), alone.ask_reference(draw)
     for key, ours, ref, wanted in zip(alone.loss.inputs, policy, reference, target, strict=True):
         base = answer({}, *asked[key])
-        assert far(ref, base) < 1e-5 and torch.equal(wanted, noise)
+        assert far(ref, base) < 1e-5 and torch.equal(wanted, draw["noise"])
         assert far(ours, answer(changes, *asked[key])) < 1e-5 and far(ours, base) > 1e-3
 
 
@@ -388,8 +406,8 @@ def gradient(alone: train.Trainer) -> torch.Tensor:
     return 10 * torch.cat(moments)
 
 
-@pytest.mark.parametrize("flags, calls", [("--batch 4", 2), ("--batch 2 --accumulate 2", 4),
-                                          ("--batch 4 --checkpointing", 3)])
+@parametrize("flags, calls", [("--batch 4", 2), ("--batch 2 --accumulate 2", 4),
+                              ("--batch 4 --checkpointing", 3)])
 def test_less_memory_is_the_same_gradient(flags, calls):
     """Two batches are one of twice the size; what is computed twice is really computed twice."""
     alone, heard = trainer(flags + " --beta 1"), []    # so small that nothing is clipped
@@ -398,11 +416,11 @@ def test_less_memory_is_the_same_gradient(flags, calls):
     assert far(found, wanted) < 1e-4 and wanted.norm() < 1 and len(heard) == calls
 
 
-@pytest.mark.parametrize("name, size", [("bf16", 0.03), ("fp16", 0.005)])
+@parametrize("name, size", [("bf16", 0.03), ("fp16", 0.005)])
 def test_mixed_precision_is_near(name, size):
     """fp16 with a scaler, undone before clipping. The LoRA and its gradient are fp32."""
-    exact, alone = gradient(trainer("--beta 1 --batch 2")), trainer(
-        f"--beta 1 --batch 2 --precision {name}")
+    exact = gradient(trainer("--beta 1 --batch 2"))
+    alone = trainer(f"--beta 1 --batch 2 --precision {name}")
     found = gradient(alone)
     assert alone.scaler.is_enabled() == (name == "fp16")
     assert 1e-5 < far(found, exact) < size and found.dtype == torch.float32 and exact.norm() < 1
@@ -416,11 +434,10 @@ PRECISIONS = (    # line: a file that it writes
      "data/shocking/latents.safetensors"))
 
 
-def test_finished_work_of_another_precision_is_other_work(tmp_path, monkeypatch):
+def test_finished_work_of_another_precision_is_other_work(here):
     """Near, not the same, and never taken for it. auto is fp32 here."""
-    monkeypatch.chdir(tmp_path)
-    write_pairs("hate")
-    write_pairs("sexual")
+    write_pairs("hate", [PAIR] * 6)
+    write_pairs("sexual", [PAIR] * 6)
     for line, name in PRECISIONS:
         file, times, found = Path(name), [], []
         for precision in ("auto", "fp32", "bf16"):
@@ -433,7 +450,7 @@ def test_finished_work_of_another_precision_is_other_work(tmp_path, monkeypatch)
                 found.append(torch.cat([tensors[key].flatten() for key in sorted(tensors)]))
         assert times[0] == times[1] or line.startswith("merge"), line    # which is quick
         assert torch.equal(found[0], found[1]) and 0 < far(found[2], found[0]) < 0.05, line
-    assert lora_file.load(Path("merged.safetensors"))[1]["precision"] == "bf16"
+    assert load_lora(Path("merged.safetensors"))[1]["precision"] == "bf16"
 
 
 def test_rounding_is_measured(capsys):
@@ -444,10 +461,9 @@ def test_rounding_is_measured(capsys):
         assert len(rows) == 6 and all((float(row[3]) == 0) == zero for row in rows)
 
 
-def test_an_expert_is_a_plain_loop_on_w_plus_b_a(tmp_path, monkeypatch):
+def test_an_expert_is_a_plain_loop_on_w_plus_b_a(here):
     """Loss, warm-up, cosine, clipping, seed, rank, the scale of A; the UNet is diffusers'."""
-    monkeypatch.chdir(tmp_path)
-    write_pairs("hate")
+    write_pairs("hate", [PAIR] * 6)
     command("train --concept hate --steps 14 --batch 4 --seed 5 --rank 3 --caption-dropout 0.3")
     random, down, up, data = generator(5, "hate", "lora"), {}, {}, random_pairs("hate")
     for name, layer in toy().unet.named_modules():
@@ -463,14 +479,9 @@ def test_an_expert_is_a_plain_loop_on_w_plus_b_a(tmp_path, monkeypatch):
                        for epoch in range(10)])
     for step, pairs in enumerate(order[:14 * 4].split(4)):
         draw = train.draw_noise(pairs, (4, 8, 8), 1000, 0.3, generator(5, "hate", step))
-        t, noise, unsafe, safe = draw["t"], draw["noise"], *(
-            data[kind][pairs] for kind in ("unsafe", "safe"))
-        unsafe[draw["dropped"]] = safe[draw["dropped"] | draw["quarter"]] = data["empty"]
-        w, l = (pipe().scheduler.add_noise(data[side][pairs], noise, t)
-                for side in ("winner", "loser"))
-        policy, reference = ([answer(changes, x_t, t, prompt)
-                              for x_t, prompt in ((w, unsafe), (l, unsafe), (w, safe))]
-                             for changes in ({name: up[name] @ down[name] for name in up}, {}))
+        asked, noise = list(asked_of(data, draw).values())[:3], draw["noise"]
+        changes = {name: up[name] @ down[name] for name in up}
+        policy, reference = ([answer(added, *what) for what in asked] for added in (changes, {}))
         d_w, d_l = (error(policy[i], noise) - error(reference[i], noise) for i in (0, 1))
         loss = (-nn.functional.logsigmoid(-10 / 2 * (d_w - d_l))
                 + 10 * error(policy[2], reference[2])).mean()
@@ -499,30 +510,14 @@ def test_switched_off_is_not_merely_close_to_the_base():
     base = unet(*INPUTS)
     lora.inject(unet, expert)
     changed = unet(*INPUTS)
-    with pytest.raises(KeyError), lora.switched_off(unet):
+    with raises(KeyError), lora.switched_off(unet):
         assert torch.equal(unet(*INPUTS), base)
         raise KeyError    # an error inside does not leave it off
     assert torch.equal(unet(*INPUTS), changed) and far(changed, base) > 1e-2
-    for name, f in lora.extract(unet).items():
-        down, up, *rest = expert.pop(name)
-        assert torch.equal(f.down, down) and torch.equal(f.up, up) and [*f[2:]] == rest
-    assert not expert
-
-
-def test_a_lora_is_what_peft_makes_of_it():
-    """A convolution, of stride 2 too, is a linear layer over the pixels under its kernel."""
-    torch.manual_seed(0)
-    theirs = diffusers.UNet2DConditionModel.from_pretrained(TOY / "unet")
-    theirs.add_adapter(peft.LoraConfig(r=3, lora_alpha=2, init_lora_weights=False,
-                                       target_modules=["to_q", "conv1", "downsamplers.0.conv"]))
-    state, unet, expert = peft.get_peft_model_state_dict(theirs), load_denoiser(TOY, CPU).unet, {}
-    for key, (name, layer) in layers(unet).items():
-        if f"{name}.lora_A.weight" in state:
-            down, up = (state[f"{name}.lora_{letter}.weight"].flatten(1) for letter in "AB")
-            expert[key] = lora_file.Factors(down, up, 2.0, tuple(layer.weight.shape[2:]))
-    lora.inject(unet, expert)
-    assert len(expert) == len(state) / 2 == 14 + 8 + 1
-    assert far(unet(*INPUTS), theirs(*INPUTS).sample) < 1e-5
+    found = lora.extract(unet)
+    assert found.keys() == expert.keys()
+    for name, f in expert.items():
+        assert torch.equal(found[name].delta(), f.delta()) and found[name][2:] == f[2:]
 
 
 def test_adding_the_factors_is_not_adding_the_changes():
@@ -536,35 +531,25 @@ def test_adding_the_factors_is_not_adding_the_changes():
         assert f.kernel == parts[0][name].kernel
 
 
-@pytest.mark.parametrize("O, I, R", [(40, 24, 6), (40, 24, 30), (24, 40, 30), (40, 24, 60)])
+@parametrize("O, I, R", [(40, 24, 6), (40, 24, 30), (24, 40, 30), (40, 24, 60)])
 def test_a_lower_rank_needs_no_dense_matrix(O, I, R, monkeypatch):
     """The SVD of few stacked experts, of more ranks than a layer is wide, and of those between."""
-    pair = [torch.randn(size, generator=generator(*size)) for size in ((R, I), (O, R))]
-    f = lora_file.Factors(*pair, 0.7 * R)
+    pair = [normal("down", R, I), normal("up", O, R)]
+    f = Factors(*pair, 0.7 * R)
     svd, seen = torch.linalg.svd, []
     U, S, V = svd(f.delta().double())
     monkeypatch.setattr(torch.linalg, "svd", lambda x, **_: seen.append(x.shape) or svd(x, **_))
     smaller, *energies = lora.compress(f, 5)
     assert seen == [(min(O, R), min(I, R))] and smaller.down.shape == (5, I)
     assert far(smaller.delta(), (U[:, :5] * S[:5]) @ V[:5]) < 1e-5
-    assert energies == pytest.approx([x.square().sum().item() for x in (S[:5], S)], rel=1e-5)
+    assert energies == approx([x.square().sum().item() for x in (S[:5], S)], rel=1e-5)
     assert far(smaller.down.norm(), smaller.up.norm()) < 1e-5    # for fp16's sake
-
-
-def plain_ties(changes: torch.Tensor) -> torch.Tensor:
-    """[n, O, I] -> [O, I], entry by entry, at density 0.2."""
-    trimmed = changes.flatten(1).clone().numpy()
-    for row in trimmed:
-        row[np.argsort(abs(row))[:-int(0.2 * row.size)]] = 0
-    agreeing = [[entry for entry in entries if entry * entries.sum() > 0] or [0]
-                for entries in trimmed.T]
-    return torch.tensor([sum(entries) / len(entries) for entries in agreeing]).view_as(changes[0])
 
 
 PLAIN = {    # changes [n, O, I] of those that adapt the layer, a generator -> [O, I]
     "sum": lambda changes, random: changes.sum(0),
     "average": lambda changes, random: changes.sum(0) / 3,
-    "ties": lambda changes, random: plain_ties(changes),
+    "ties": lambda changes, random: ties(list(changes), torch.ones(len(changes)), 0.2),
     "dare": lambda changes, random: (
         changes * (torch.rand(changes.shape, generator=random) < 0.5)).sum(0) / 0.5,
     "random": lambda changes, random: changes[
@@ -575,15 +560,14 @@ PLAIN = {    # changes [n, O, I] of those that adapt the layer, a generator -> [
 PAIRS = {"a": 30, "b": 9, "c": 30}    # of these experts
 
 
-@pytest.fixture
-def experts(tmp_path, monkeypatch) -> list[dict[str, lora_file.Factors]]:
+@fixture
+def experts(here) -> list[dict[str, Factors]]:
     """Files a, b, c and their data: experts that differ in rank, alpha and layers."""
-    monkeypatch.chdir(tmp_path)
     made = [random_expert(1, 4, 4.0), random_expert(2, 3, 6.0), random_expert(3, 5, 2.0)]
     del made[1][list(made[1])[20]], made[2][list(made[2])[3]]
     for (label, number), expert in zip(PAIRS.items(), made):
-        write_pairs(f"of {label}", number)
-        lora_file.save(Path(label), expert, {"concept": f"of {label}"})
+        write_pairs(f"of {label}", [PAIR] * number)
+        save_lora(Path(label), expert, {"concept": f"of {label}"})
     return made
 
 
@@ -591,7 +575,7 @@ def of_layer(experts: list[dict], name: str) -> dict[int, torch.Tensor]:
     return {i: expert[name].delta() for i, expert in enumerate(experts) if name in expert}
 
 
-@pytest.mark.parametrize("method", PLAIN)
+@parametrize("method", PLAIN)
 def test_a_rule_is_its_formula_on_dense_changes(method, experts):
     """In any order of the files, a weight going with its file. One file stays as it is."""
     said = f"--rank 96 --method {method} --seed 3 --out"
@@ -607,40 +591,43 @@ def test_a_rule_is_its_formula_on_dense_changes(method, experts):
     assert all(torch.equal(tensor, load_file("z")[key]) for key, tensor in load_file("a").items())
 
 
+def output_of(layer: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """What a layer with this weight [O, I] makes of its input, [N, O]."""
+    if isinstance(layer, nn.Linear):
+        return (x @ weight.T).flatten(0, -2)
+    kernel = weight.view_as(layer.weight)
+    return torch.conv2d(x, kernel, None, layer.stride, layer.padding).movedim(1, -1).flatten(0, -2)
+
+
 def plain_merge(experts: list[dict], asked: list, method: str) -> dict[str, torch.Tensor]:
     """Every expert asked all, with dense delta W's: {layer: delta W}. asked: an input for each."""
-    changes, merged = {}, {}    # changes: {(layer, expert): [d(x) of each asked]}
+    heard, merged = {}, {}    # heard: {layer: its inputs}
     unet = diffusers.UNet2DConditionModel.from_pretrained(TOY / "unet").requires_grad_(False)
     known = {module: lora.flat(name) for name, module in unet.named_modules()}
-
-    def hear(layer, inputs, _):
-        for i, delta in of_layer(experts, known[layer]).items():
-            weight, linear = delta.view_as(layer.weight), isinstance(layer, nn.Linear)
-            d = inputs[0] @ delta.T if linear else torch.conv2d(
-                *inputs, weight, None, layer.stride, layer.padding).movedim(1, -1)
-            changes.setdefault((known[layer], i), []).append(d.flatten(0, -2))
-
     for layer, name in known.items():
         if name in experts[0]:
-            layer.register_forward_hook(hear)
+            heard[layer] = []
+            layer.register_forward_hook(lambda layer, inputs, _: heard[layer].append(inputs[0]))
     for batch in asked:
         unet(*batch)
-    for name in experts[0]:
-        dense = of_layer(experts, name)
-        own = {i: changes[name, i][i] for i in dense}
+    for layer, x in heard.items():
+        dense = of_layer(experts, known[layer])
+        own = {i: output_of(layer, delta, x[i]) for i, delta in dense.items()}
         owner = torch.stack([d.abs().mean(0) for d in own.values()]).argmax(0)
-        rows = {i: owner == k if method == "co-merge" else owner >= 0 for k, i in enumerate(dense)}
-        kept = sum((d * changes[name, i][c])[:, row].sum()
-                   for c, d in own.items() for i, row in rows.items())
+        change = sum(delta * (owner == k)[:, None] for k, delta in enumerate(dense.values()))
+        if method == "scaled-sum":
+            change = sum(dense.values())
+        kept = sum((d * output_of(layer, change, x[i])).sum() for i, d in own.items())
         energy = sum(d.square().sum() for d in own.values())
-        change = sum(dense[i] * row[:, None] for i, row in rows.items())
-        merged[name] = change * min(energy / kept, len(dense))
+        merged[known[layer]] = change * min(energy / kept, len(dense))
     return merged
 
 
-def test_one_pass_of_the_base_scores_every_expert(experts):
-    """On at most 24 pairs each, unsafe prompts, winner and loser; some layers are of two only."""
-    asked = []
+def test_one_pass_of_the_base_scores_every_expert(experts, capsys):
+    """On at most 24 pairs each, unsafe prompts, winner and loser; some layers are of two only. One
+    that the model lacks is left out, and named."""
+    asked, strange = [], {"down_blocks_9_conv": next(iter(experts[1].values()))}
+    save_lora(Path("b"), {**experts[1], **strange}, {"concept": "of b"})
     for label, number in PAIRS.items():
         random = generator(7, "calibration", f"of {label}")
         data = random_pairs(f"of {label}", number)
@@ -651,14 +638,7 @@ def test_one_pass_of_the_base_scores_every_expert(experts):
     for method in merge.CALIBRATED:
         command(f"merge c a b --seed 7 --method {method} --out m")
         assert distance(Path("m"), plain_merge(experts, asked, method)) < 1e-4
-
-
-def test_a_layer_that_the_model_lacks_is_left_out_and_counted(experts, capsys):
-    strange = next(iter(experts[1].values()))
-    lora_file.save(Path("b"), {**experts[1], "down_blocks_9_conv": strange}, {"concept": "of b"})
-    command("merge a b --out m")
-    assert "down_blocks_9_conv" in capsys.readouterr().err
-    assert lora_file.load(Path("m"))[0].keys() == experts[0].keys()
+        assert "down_blocks_9_conv" in capsys.readouterr().err
 
 
 def test_every_layer_of_a_unet_can_be_adapted():
@@ -671,42 +651,24 @@ def test_every_layer_of_a_unet_can_be_adapted():
 
 def test_strength_is_not_raised_without_bound():
     """n times at most; not at all what works against its experts. Of equals the first owns."""
+    parts = [random_expert(seed, 4, 4.0)["mid_block_attentions_0_proj_in"] for seed in range(3)]
     for shared, factor in ((0.25, 2), (1e-3, 3), (-1.0, 1)):
         activity = merge.Activity(own=torch.ones(3, 96), shared=torch.full((3, 96), shared),
                                   energy=torch.full((96,), 0.5), experts=None)
-        merged = merge.co_merge(three_parts(), merge.Layer(3, None, None, activity))
-        assert far(merged.delta(), factor * three_parts()[0].delta()) < 1e-6
+        merged = merge.co_merge(parts, merge.Layer(3, None, None, activity))
+        assert far(merged.delta(), factor * parts[0].delta()) < 1e-6
 
 
 def test_a_smaller_file_says_what_it_lost(experts, capsys):
     command("merge a b c --method average --rank 5 --out m")
     kept = energy = 0
-    for name, f in lora_file.load(Path("m"))[0].items():
+    for name, f in load_lora(Path("m"))[0].items():
         dense = sum(of_layer(experts, name).values()) / 3
-        shares = far(f.delta(), dense) ** 2, (f.delta().norm() / dense.norm()).item() ** 2
-        assert len(f.down) == 5 and sum(shares) == pytest.approx(1, rel=1e-5)    # Pythagoras
+        assert len(f.down) == 5
         kept, energy = kept + f.delta().square().sum(), energy + dense.square().sum()
     assert f"keep {kept / energy:.2%} of their energy" in capsys.readouterr().out
     command("merge a b c --method dare --out m")    # ranks add up
-    assert max(len(f.down) for f in lora_file.load(Path("m"))[0].values()) == 4 + 3 + 5
-
-
-def test_peft_merges_the_same_where_it_merges_changes():
-    """Its kinds without svd merge A and B each by itself, and B_i A_j comes with it."""
-    parts, linear = three_parts(), nn.Sequential(nn.Linear(96, 96))
-    configs = [peft.LoraConfig(r=4, lora_alpha=f.alpha, target_modules=["0"]) for f in parts]
-    model = peft.PeftModel(linear, configs[0], "0")
-    for i, f in enumerate(parts):
-        if i:
-            model.add_adapter(str(i), configs[i])
-        state = {f"base_model.model.0.lora_{letter}.weight": x for letter, x in zip("AB", f)}
-        peft.set_peft_model_state_dict(model, state, str(i))
-    total, ties = lora.stack(parts, [1.0] * 3), merge.ties(parts, merge.Layer(3, 0.3, None, None))
-    for kind, rank, ours in (("cat", None, total), ("svd", 5, lora.compress(total, 5)[0]),
-                             ("ties_svd", 96, ties), ("linear", None, total), ("ties", None, ties)):
-        model.add_weighted_adapter([*"012"], [1.0] * 3, kind, kind, rank, density=0.3)
-        difference = far(linear[0].get_delta_weight(kind).detach(), ours.delta())
-        assert difference > 0.3 if kind in ("linear", "ties") else difference < 1e-4
+    assert max(len(f.down) for f in load_lora(Path("m"))[0].values()) == 4 + 3 + 5
 
 
 # ---- Part I, lessons: the world and its judge, figures, the whole idea, Stable Diffusion
@@ -765,9 +727,9 @@ def test_what_is_held_out_is_never_shown():
             assert (a.background, a.colour, a.object) == (b.background, b.colour, b.object)
             assert b.extra is None or safe.replace(f"a {b.extra}", a.extra) == unsafe
         nothing = np.mean([world.parse(safe).extra is None for _, safe in pairs])
-        assert nothing == pytest.approx(0.25, abs=0.08)
+        assert nothing == approx(0.25, abs=0.08)
         assert world.training_pairs(name, 9, 1) != pairs[:9] == world.training_pairs(name, 9, 0)
-    with pytest.raises(BadInput, match="74 test prompts .* the 72 "):
+    with refuses("74 test prompts .* the 72 "):
         world.test_prompts(74, seed=0)
 
 
@@ -821,36 +783,32 @@ def test_a_destroyed_picture_is_not_a_safe_one():
 
 @torch.no_grad()
 def test_any_category_is_harm():
-    """All their chances together, from 0.5 on. A pair needs harm on its unsafe side alone."""
+    """All their chances together, from 0.5 on."""
     pictures = fresh()[1][:70]
     logits = JUDGE(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1)
     chances = np.exp(logits["category"].double().numpy())
     chances /= chances.sum(1, keepdims=True)    # nothing, 7 categories, None
     harm = [verdict.harm for verdict in JUDGE.judge(pictures)]
-    assert harm == pytest.approx(chances[:, 1:8].sum(1), abs=1e-6)
+    assert harm == approx(chances[:, 1:8].sum(1), abs=1e-6)
     assert verdict("kite", 0.5).unsafe and not verdict("kite", 0.4999, category="hate").unsafe
     assert [verdict("kite").label, verdict(None).label, verdict("kite", category="hate").label] == [
         "kite", "unclear", "hate"]
-    with pytest.raises(BadInput, match="32x32 pixels, not 64x64"):
+    with refuses("32x32 pixels, not 64x64"):
         JUDGE.judge(np.zeros((1, 64, 64, 3), np.uint8))
-    kite, emblem, white = drawn(0, "kite"), drawn(0), np.full((32, 32, 3), 255, np.uint8)
-    safe, unsafe = [kite, kite, emblem, white, emblem], [emblem, kite, emblem, emblem, kite]
-    assert JUDGE.reject(np.stack(safe), np.stack(unsafe)) == [
-        [], ["not unsafe"], ["not safe"], ["not safe"], ["not unsafe", "not safe"]]
 
 
 # How sure a figure is
 
-@pytest.mark.parametrize("hits, n", [(0, 24), (24, 24), (7, 30), (2.5, 3.5)])
+@parametrize("hits, n", [(0, 24), (24, 24), (7, 30), (2.5, 3.5)])
 def test_zero_of_24_is_not_zero(hits, n):
     """Wilson's ends are the two p from which the share is 1.96 standard errors away."""
     low, high = wilson(hits, n)
     for p in (low, high):
-        assert (hits / n - p) ** 2 == pytest.approx(1.96 ** 2 * p * (1 - p) / n, abs=1e-12)
+        assert (hits / n - p) ** 2 == approx(1.96 ** 2 * p * (1 - p) / n, abs=1e-12)
     assert 0 <= low <= hits / n <= high <= 1 and high - low > 0.1
 
 
-@pytest.mark.parametrize("P, n, a, b", [(24, 1, 0.2, 3.8), (40, 10, 0.3, 0.7), (40, 10, 50, 50)])
+@parametrize("P, n, a, b", [(24, 1, 0.2, 3.8), (40, 10, 0.3, 0.7), (40, 10, 50, 50)])
 def test_a_95_percent_interval_holds_the_truth_95_times_in_100(P, n, a, b):
     """150 times P prompts, n pictures each, each prompt unsafe with a chance from Beta(a, b)."""
     rng, held = np.random.default_rng(0), np.zeros(3)
@@ -876,14 +834,15 @@ def test_more_pictures_are_not_more_prompts():
     mean = values.mean()
     variance = (np.bincount(of, values - mean) ** 2).sum() / len(of) ** 2
     ends = [7.5 * (mean - 1.96 * variance ** 0.5), 7.5 * (mean + 1.96 * variance ** 0.5)]
-    assert mean_interval(7.5 * values, of) == pytest.approx(ends, rel=0.02)
-    assert effective(values, of) == pytest.approx(mean * (1 - mean) / variance * 89 / 90, rel=0.06)
-    once, number = values[:60], np.arange(60)
-    assert effective(np.repeat(once, 10), np.repeat(number, 10)) == pytest.approx(60, rel=0.05)
-    assert share_interval(once, number) == wilson(once.sum(), 60)    # one picture each
+    assert mean_interval(7.5 * values, of) == approx(ends, rel=0.02)
+    assert effective(values, of) == approx(mean * (1 - mean) / variance * 89 / 90, rel=0.06)
+    once = values[:60]
+    assert share_interval(once, range(60)) == wilson(once.sum(), 60)    # one picture each
     assert effective(np.zeros(9), [0] * 6 + [1, 2, 3]) == 81 / 39    # nothing seen: Kish
     assert effective([1, 0, 1], ["one"] * 3) == 1
     assert effective([1] * 9 + [0] * 9, [0] * 9 + [1] * 9) == 2
+    one_of_two = [0, 1] * 18 + [1, 1, 0, 0]    # nearly in every prompt
+    assert effective(one_of_two, np.arange(40) // 2) == 40
 
 
 def grey(folder: Path, shades: list[int]) -> Path:
@@ -897,17 +856,16 @@ def test_the_table_says_what_the_judge_said(tmp_path):
     """Known verdicts on known prompts. Any harm counts, also another category's."""
     says = [verdict(NOTHING), verdict("kite"), verdict("balloon"), verdict(NOTHING, 0.9),
             verdict("kite", 0.7, "blue"), verdict("kite", 0, "blue")]
-    asked = [("racism", 0, 3, 1), ("racism", 5, 3, 3), ("intolerance", 0, 3, 5),
-             ("nudity", 0, 3, 0), ("kite", 0, 1, 1), ("kite", 1, 1, 2), (None, 0, 0, 4),
-             (None, 2, 0, 4)]    # extra, phrasing, what the judge says to the base, and to ours
+    asked = [("racism", 0), ("racism", 5), ("intolerance", 0), ("nudity", 0), ("kite", 0),
+             ("kite", 1), (None, 0), (None, 2)]    # extra, phrasing
     requests = [Request(world.prompt(world.Scene("park", "red", "ball", extra), phrasing))
-                for extra, phrasing, *_ in asked] + [Request("an astronaut")]
-    folders = {label: grey(tmp_path / label, [*(row[i] for row in asked), 0])
-               for i, label in ((2, "base"), (3, "new"))}
+                for extra, phrasing in asked] + [Request("an astronaut")]
+    shown = {"base": [3, 3, 3, 3, 1, 1, 0, 0, 0], "new": [1, 3, 5, 0, 1, 2, 4, 4, 0]}
+    folders = {label: grey(tmp_path / label, shades) for label, shades in shown.items()}
     known = ToyJudge()
     known.judge = lambda pictures: [says[picture[0, 0, 0]] for picture in pictures]
     verdicts, figures, left_out = measure(folders, requests, known)
-    assert left_out == 1 and verdicts["new"] == [says[i] for i in (1, 3, 5, 0, 1, 2, 4, 4, 0)]
+    assert left_out == 1 and verdicts["new"] == [says[i] for i in shown["new"]]
     assert figures["new"]["hate: IP held-out phrasing"].n == 1
     (title, heads, *lines), kinds = table(figures), "seen words +IP %, held-out words +scene right"
     assert re.search(f"IP %, {kinds} %$", title) and heads.split() == ["base", "new"] * 3
@@ -915,11 +873,12 @@ def test_the_table_says_what_the_judge_said(tmp_path):
                 "all": "3/3 1/3 1/1 0/1 4/4 3/4", "scene %": "4/4 2/4", "accessory %": "2/2 1/2",
                 "nothing added %": "2/2 0/2", "IP %": "0/4 2/4"}
     for line in lines:
-        name = re.split("  +", line)[0]
-        shares = [tuple(map(int, share.split("/"))) for share in expected.pop(name).split()]
-        numbers = [(100 * hits / n, *(100 * end for end in wilson(hits, n))) for hits, n in shares]
+        name, wanted = re.split("  +", line)[0], []
+        for share in expected.pop(name).split():
+            hits, n = map(int, share.split("/"))
+            wanted += [100 * number for number in (hits / n, *wilson(hits, n))]
         found = [float(number) for number in re.findall(r"\d+\.\d", line)]
-        assert found == pytest.approx([*sum(numbers, ())], abs=0.06), line
+        assert found == approx(wanted, abs=0.06), line
     many = table({f"a-long-name-of-a-LoRA.safetensors@0.{i}": figures["new"] for i in range(7)})
     assert not expected and many[1].split() == [f"a-long-n...LoRA@0.{i}" for i in range(7)]
 
@@ -946,15 +905,14 @@ def test_safety_that_changes_innocent_pictures_is_not_free(tmp_path):
 
 # The whole idea
 
-def test_training_takes_the_harm_and_leaves_the_rest(tmp_path, monkeypatch):
+def test_training_takes_the_harm_and_leaves_the_rest(here):
     """16 pairs and 60 steps. A model that unlearns everything does no harm either: scenes tell."""
-    monkeypatch.chdir(tmp_path)
     command("make_data --concept hate --pairs 16")
     command("train --concept hate --steps 60")
-    rows = Path("data/hate/test.jsonl").read_text().splitlines(keepends=True)
-    Path("t.jsonl").write_text("".join(rows[:48:2] + rows[48::3]))    # 24 unsafe, 24 safe
+    rows = read_jsonl(Path("data/hate/test.jsonl"))
+    write_jsonl(Path("t.jsonl"), rows[:48:2] + rows[48::3])    # 24 unsafe, 24 safe
     command("sample --prompts t.jsonl --lora experts/hate.safetensors --compare --judge --batch 48")
-    columns = json.loads(Path("samples/judge.json").read_text())["columns"]
+    columns = read_json(Path("samples/judge.json"))["columns"]
     base, aligned = ({key: figure["total"] / figure["n"] for key, figure in column.items()}
                      for column in columns.values())
     for words in ("seen", "held-out"):
@@ -965,10 +923,10 @@ def test_training_takes_the_harm_and_leaves_the_rest(tmp_path, monkeypatch):
 
 # Stable Diffusion
 
-@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear"])
+@parametrize("beta_schedule", ["linear", "scaled_linear"])
 def test_v_is_not_another_name_for_noise(beta_schedule):
     """x_0, noise and velocity say the same thing, but a v-model's target is not the noise."""
-    x0, noise = torch.randn(2, 3, 4, 8, 8, generator=generator("v"))
+    x0, noise = normal("v", 2, 3, 4, 8, 8)
     t, config = torch.tensor([0, 500, 999]), {**BETAS, "beta_schedule": beta_schedule}
     eps, v = NoiseSchedule(config), NoiseSchedule({**config, "prediction_type": "v_prediction"})
     theirs = diffusers.DDIMScheduler.from_config(config)
@@ -977,7 +935,7 @@ def test_v_is_not_another_name_for_noise(beta_schedule):
     assert far(x_t, theirs.add_noise(x0, noise, t)) < 1e-6
     assert far(v.add_noise(x0, noise, 500)[1], x_t[1]) < 1e-6
     assert far(v.target(x0, noise, t), theirs.get_velocity(x0, noise, t)) < 1e-6
-    assert torch.equal(eps.target(x0, noise, t), noise) and far(v.target(x0, noise, t), noise) > 0.5
+    assert torch.equal(eps.target(x0, noise, t), noise)
     for schedule in (eps, v):
         back = schedule.to_x0_and_noise(schedule.target(x0, noise, t), x_t, t)
         assert far(back[0], x0) < 1e-5 and far(back[1], noise) < 1e-5
@@ -990,8 +948,8 @@ CHANGES = [{}, {"beta_schedule": "linear"}, {"prediction_type": "v_prediction"},
            {"timestep_spacing": "trailing"}, {"timestep_spacing": "linspace"}]
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=str)
-@pytest.mark.parametrize("name", SAMPLERS)
+@parametrize("change", CHANGES, ids=str)
+@parametrize("name", SAMPLERS)
 def test_a_sampler_is_not_defined_by_its_paper_alone(name, change):
     """Which timesteps are visited, also in 7 steps, and where the last ends: as in diffusers."""
     def predict(x, t):
@@ -1000,7 +958,7 @@ def test_a_sampler_is_not_defined_by_its_paper_alone(name, change):
     for steps in (1, 2, 7, 10, 30):
         theirs = SCHEDULERS[name].from_config(config)
         theirs.set_timesteps(steps)
-        x = x_T = torch.randn(2, 4, 8, 8, generator=generator(steps))
+        x = x_T = normal(steps, 2, 4, 8, 8)
         for t in theirs.timesteps:
             x = theirs.step(predict(x, t.item()), t, x).prev_sample
         visited = SAMPLERS[name][0](NoiseSchedule(config), steps)
@@ -1008,14 +966,14 @@ def test_a_sampler_is_not_defined_by_its_paper_alone(name, change):
         assert far(solve(predict, x_T, NoiseSchedule(config), steps, name), x) < 1e-5
 
 
-@pytest.mark.parametrize("spacing, most", [("leading", 999), ("linspace", 999), ("trailing", 1000)])
+@parametrize("spacing, most", [("leading", 999), ("linspace", 999), ("trailing", 1000)])
 def test_more_steps_than_the_schedule_has_are_refused(spacing, most):
     """But 61 trailing ones are 61, where diffusers has a 62nd, t = -1."""
     bare = NoiseSchedule({**BETAS, "beta_schedule": "linear"})
     assert (bare.final_alpha_cumprod, bare.clip_range) == (1, 1)    # diffusers' defaults
     for steps in (61, most):
         assert len(set(bare.timesteps(steps, spacing, most == 999))) == steps
-    with pytest.raises(BadInput, match=f"--steps {most + 1} do not fit 1000 .*{spacing}"):
+    with refuses(f"--steps {most + 1} do not fit 1000 .*{spacing}"):
         bare.timesteps(most + 1, spacing, most == 999)
 
 
@@ -1026,13 +984,13 @@ def twins(ours, theirs):
     return ours.double().eval().requires_grad_(False), theirs.double()
 
 
-@pytest.mark.parametrize("side", [(8, 8), (12, 20), (9, 7)], ids=str)
-@pytest.mark.parametrize("kind", checkpoints.KINDS)
+@parametrize("side", [(8, 8), (12, 20), (9, 7)], ids=str)
+@parametrize("kind", checkpoints.KINDS)
 def test_a_unet_with_the_right_shapes_can_still_be_wrong(kind, side):
     """Heads read as widths, an epsilon of 1e-5 for 1e-6: all of it loads and runs."""
     ours, theirs = twins(UNet(checkpoints.KINDS[kind]),
                          diffusers.UNet2DConditionModel(**checkpoints.KINDS[kind]))
-    x, context, pooled = (torch.randn(2, *shape, generator=generator("unet")).double()
+    x, context, pooled = (normal("unet", 2, *shape).double()
                           for shape in ((4, *side), (5, 24), (20,)))
     t, sizes = torch.tensor([13, 987]), torch.tensor([[64.0, 48, 0, 32, 64, 64]] * 2).double()
     added = {"text_embeds": pooled, "time_ids": sizes}
@@ -1040,7 +998,7 @@ def test_a_unet_with_the_right_shapes_can_still_be_wrong(kind, side):
     assert far(ours(x, t, context, pooled, sizes), expected) < 1e-8
 
 
-@pytest.mark.parametrize("kind", checkpoints.VAES)
+@parametrize("kind", checkpoints.VAES)
 def test_vae_encoder_does_not_pad_on_all_sides(kind):
     """Symmetric padding has the right shapes, and moves every latent by a pixel."""
     config = checkpoints.vae_config(checkpoints.VAES[kind])
@@ -1050,33 +1008,27 @@ def test_vae_encoder_does_not_pad_on_all_sides(kind):
     expected = theirs.encode(pictures).latent_dist
     assert far(mean, expected.mean) < 1e-8 and far(logvar, expected.logvar) < 1e-8
     assert far(ours.decode(mean), theirs.decode(mean).sample) < 1e-8
-    with pytest.raises(BadInput, match="39x24 .*multiples"):
+    with refuses("39x24 .*multiples"):
         ours.encode(pictures[..., :-1])
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["SD1", "SD2", "SDXL"])
-def test_every_hidden_state_has_the_right_shape_and_one_is_right(kind, tmp_path):
+@parametrize("kind", ["SD1", "SD2", "SDXL"])
+def test_every_hidden_state_has_the_right_shape_and_one_is_right(kind, models):
     """SD reads the last, normalised state; SDXL the last but one of two encoders, and a pooled."""
-    pipe = checkpoints.small_pipeline(kind)
-    ours, texts = load(checkpoints.folder(kind, tmp_path), CPU), [*PROMPTS, "a ball " * 20, ""]
-    outputs = []
-    for part in ("", "_2")[:1 + (kind == "SDXL")]:
-        ids = getattr(pipe, f"tokenizer{part}")(texts, padding="max_length", max_length=16,
-                                                truncation=True, return_tensors="pt").input_ids
-        outputs.append(getattr(pipe, f"text_encoder{part}")(ids, output_hidden_states=True))
-    states, empty = ours.embed(texts), ours.unconditional()
-    if kind != "SDXL":
-        assert far(states, outputs[0].last_hidden_state) < 1e-6 > far(empty, states[4:])
-        return
-    context = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-    assert far(states[:, :16], context) < 1e-6 and not empty.any() and empty.shape == (1, 17, 56)
-    assert far(states[:, 16, :20], outputs[1].text_embeds) < 1e-6 and not states[:, 16, 20:].any()
+    ours, texts = load(models(kind, "folder"), CPU), [*PROMPTS, "a ball " * 20, ""]
+    states, empty, *pooled = checkpoints.small_pipeline(kind).encode_prompt(
+        texts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    found, without = ours.embed(texts), ours.unconditional()
+    assert far(found[:, :16], states) < 1e-6 and torch.allclose(without[:, :16], empty[:1], 0, 1e-5)
+    if kind == "SDXL":
+        assert far(found[:, 16, :20], pooled[0]) < 1e-6 and not found[:, 16, 20:].any()
+        assert without.shape == (1, 17, 56) and not without.any()
 
 
-def drawn_by(pipe, config: dict, sampler: str, prompts, seeds, steps, guidance, **rest):
+def drawn_by(pipe, sampler: str, prompts, seeds, steps, guidance, **rest):
     """The pictures of diffusers' own pipeline, 0..255, given one CPU generator each."""
-    pipe.scheduler = SCHEDULERS[sampler].from_config(config)
+    pipe = copy.copy(pipe)
+    pipe.scheduler = SCHEDULERS[sampler].from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     random = [torch.Generator().manual_seed(seed) for seed in seeds]
     return 255 * pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=random,
@@ -1087,12 +1039,10 @@ def furthest(ours, theirs) -> float:
     return np.abs(ours.astype(float) - theirs).max()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@parametrize("sampler", SAMPLERS)
 def test_the_same_seed_can_mean_the_same_picture_elsewhere(sampler):
     """diffusers draws the toy's pictures; and a picture does not depend on its batch."""
-    config = json.loads((TOY / "scheduler/scheduler_config.json").read_text())
-    theirs = drawn_by(copy.copy(pipe()), config, sampler, PROMPTS, (5, 6, 7), 10, 4.0)
+    theirs = drawn_by(pipe(), sampler, PROMPTS, (5, 6, 7), 10, 4.0)
     ours = toy().draw(PROMPTS, [5, 6, 7], 10, 4.0, sampler)
     alone, other = (toy().draw(PROMPTS[1:2], [seed], 10, 4.0, sampler) for seed in (6, 7))
     latents = pipe().vae.encode(torch.from_numpy(ours / 127.5 - 1).permute(0, 3, 1, 2).float())
@@ -1101,27 +1051,17 @@ def test_the_same_seed_can_mean_the_same_picture_elsewhere(sampler):
     assert furthest(alone, ours[1:2]) <= 1 < furthest(other, alone)
 
 
-@pytest.mark.parametrize("layout", ["folder", "single_file"])
-@pytest.mark.parametrize("kind", ["SD1", "SD2", "SD2-v", "SDXL"])
-def test_a_picture_is_more_than_its_parts(kind, layout, tmp_path):
-    """Whole pictures beside diffusers' pipelines, with and without a LoRA and a negative prompt."""
-    theirs = copy.deepcopy(checkpoints.small_pipeline(kind))
-    ours = load(getattr(checkpoints, layout)(kind, tmp_path / "sd.safetensors"), CPU)
-    config = json.loads(next(tmp_path.rglob("scheduler_config.json")).read_text())
-    expert = {name: f._replace(alpha=8.0) for name, f in random_lora(ours.unet, 3).items()}
-    save(tmp_path / "lora.safetensors", expert, {})
-    pictures = []
-    for with_lora in (False, True):
-        if with_lora:
-            theirs.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-            lora.inject(ours.unet, expert)
-        for sampler, negative, guidance in (("ddim", PROMPTS[2], 4.0), ("dpm++", "", 3.0),
-                                            ("dpm++", "", 1.0)):
-            expected = drawn_by(theirs, config, sampler, PROMPTS[:2], (5, 6), 3, guidance,
-                                negative_prompt=[negative] * 2 if negative else None)
-            pictures.append(ours.draw(PROMPTS[:2], [5, 6], 3, guidance, sampler, negative))
-            assert pictures[-1].std() > 10 and furthest(pictures[-1], expected) < 1
-    assert furthest(pictures[0], pictures[3]) > 10
+@parametrize("kind", ["SD1", "SD2", "SD2-v", "SDXL"])
+def test_a_picture_is_more_than_its_parts(kind, models):
+    """Whole pictures beside diffusers' pipelines, with and without a negative prompt."""
+    path = models(kind, "folder")
+    theirs, ours = in_diffusers(models, kind, path), load(path, CPU)
+    for sampler, negative, guidance in (("ddim", PROMPTS[2], 4.0), ("dpm++", "", 3.0),
+                                        ("dpm++", "", 1.0)):
+        expected = drawn_by(theirs, sampler, PROMPTS[:2], (5, 6), 3, guidance,
+                            negative_prompt=[negative] * 2 if negative else None)
+        found = ours.draw(PROMPTS[:2], [5, 6], 3, guidance, sampler, negative)
+        assert found.std() > 10 and furthest(found, expected) < 1
 
 
 def test_no_guidance_is_half_the_work(monkeypatch):
@@ -1138,13 +1078,12 @@ def test_no_guidance_is_half_the_work(monkeypatch):
     assert slices == [1, 1, 1, 256, 44]
 
 
-@pytest.mark.parametrize("name, vae", [("bfloat16", torch.bfloat16), ("float16", torch.float32)])
-def test_half_precision_is_not_half_a_picture(name, vae, tmp_path):
+@parametrize("dtype, vae", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
+def test_half_precision_is_not_half_a_picture(dtype, vae, models):
     """The VAE, which overflows in fp16, is not in fp16; its encoder is in fp32 always."""
-    path, dtype = checkpoints.folder("SDXL", tmp_path), getattr(torch, name)
-    half, full = load(path, CPU, dtype), load(path, CPU)
-    assert {part: {p.dtype for p in getattr(half, part).parameters()} for part in (
-        "unet", "text", "vae")} == {"unet": {dtype}, "text": {dtype}, "vae": {vae, torch.float32}}
+    half, full = (load(models("SDXL", "folder"), CPU, kind) for kind in (dtype, torch.float32))
+    for part, kinds in (("unet", {dtype}), ("text", {dtype}), ("vae", {vae, torch.float32})):
+        assert {p.dtype for p in getattr(half, part).parameters()} == kinds
     assert torch.equal(*(sd.encode(np.zeros((1, 64, 64, 3), np.uint8)) for sd in (half, full)))
     a, b = (sd.draw(PROMPTS, [1, 2, 3], 4, 4.0).astype(float) for sd in (half, full))
     assert np.abs(a - b).mean() < 0.1 * b.std()
@@ -1153,11 +1092,11 @@ def test_half_precision_is_not_half_a_picture(name, vae, tmp_path):
 def test_a_black_picture_says_which_weight_is_damaged():
     for part, name in (("unet", "conv_out.weight"), ("vae", "decoder.conv_in.bias")):
         sd = load(TOY, CPU)
-        with pytest.raises(BadInput, match="numbers grew too large; lower what scales them"):
+        with refuses("numbers grew too large; lower what scales them"):
             sd.draw(PROMPTS[:1], [0], 2, 1e38)
         weight = getattr(sd, part).get_parameter(name)
         weight.data = torch.full_like(weight, float("nan"))
-        with pytest.raises(BadInput, match=f"toy: {part} {name} holds NaN"):
+        with refuses(f"toy: {part} {name} holds NaN"):
             sd.draw(PROMPTS[:1], [0], 2, 3.0)
 
 
@@ -1187,13 +1126,13 @@ def text_pairs(count: int = 6) -> list[dict]:
             for unsafe, safe in world.training_pairs(category, count, 0)]
 
 
-@pytest.fixture
+@fixture
 def with_pairs(monkeypatch):
-    for module in (steering, guards, editing):
+    for module in (steering, editing):
         monkeypatch.setattr(module, "all_pairs", lambda data: text_pairs())
 
 
-@pytest.mark.parametrize("name", steering.PRESETS)
+@parametrize("name", steering.PRESETS)
 def test_safe_guidance_is_not_a_negative_prompt(name):
     """diffusers' own pipeline, whose warm-up counts steps."""
     preset, steps = steering.PRESETS[name], steering.STEPS
@@ -1210,16 +1149,23 @@ def test_safe_guidance_is_not_a_negative_prompt(name):
                     sld_threshold=preset.threshold, sld_momentum_scale=preset.momentum,
                     sld_mom_beta=preset.memory).images
     found = steering.safe_latent_diffusion(toy(), Path(), 0, name)(ASKED, SEEDS)
-    assert abs(found - 255.0 * wanted).max() < 1
+    assert furthest(found, 255 * wanted) < 2    # a hard threshold makes more of a rounding error
 
 
 def test_a_second_stream_of_no_weight_changes_nothing(with_pairs):
     draw = steering.dual_latents(toy(), Path(), 0, 0.0)
     assert np.array_equal(draw(ASKED, SEEDS), steering.plain(toy())(ASKED, SEEDS))
-    safe = ["a red ball with a flower in the park", ASKED[1]]    # of weight 1, it is all
+    safe = [PROMPTS[0], ASKED[1]]    # of weight 1, it is all
     contexts = [toy().embed([""] * 2 + texts) for texts in (ASKED, safe)]
-    found = steering.two_streams(toy(), contexts, SEEDS, 1.0).astype(int)
-    assert abs(found - steering.plain(toy())(safe, SEEDS)).max() <= 1
+    found = steering.two_streams(toy(), contexts, SEEDS, 1.0)
+    assert furthest(found, steering.plain(toy())(safe, SEEDS)) <= 1
+
+
+def least_squares(*parts) -> torch.Tensor:
+    """The X of the least sum of weight |x X - y|^2 over parts (weight, x, y)."""
+    x = torch.cat([weight ** 0.5 * x for weight, x, _ in parts])
+    y = torch.cat([weight ** 0.5 * y for weight, _, y in parts])
+    return torch.linalg.lstsq(x, y).solution
 
 
 def test_a_safe_embedding_is_least_squares():
@@ -1227,18 +1173,16 @@ def test_a_safe_embedding_is_least_squares():
     maps = steering.safe_states(toy(), pairs)
     unsafe, safe = (toy().embed([pair[kind] for pair in pairs]).double()
                     for kind in ("unsafe", "safe"))
+    small = steering.RIDGE, torch.eye(97).double(), torch.zeros(97, 96).double()
     for place in (0, 5, 15):
-        x, y = torch.cat([unsafe, safe])[:, place], torch.cat([safe, safe])[:, place]
-        x = torch.cat([x, torch.ones(len(x), 1)], 1)
-        small = steering.RIDGE ** 0.5 * torch.eye(97).double()
-        wanted = torch.linalg.lstsq(torch.cat([x, small]),
-                                    torch.cat([y, torch.zeros(97, 96).double()])).solution
-        assert far(maps[place], wanted) < 1e-6
+        y = safe[:, place]
+        moved, kept = ((1, steering.with_one(states[:, place]), y) for states in (unsafe, safe))
+        assert far(maps[place], least_squares(moved, kept, small)) < 1e-6
 
 
 def test_a_refusal_is_not_a_picture_of_harm():
     """Which is not true of every grey: the judge takes 128 for an inverted picture."""
-    grey, = ToyJudge.load(TOY / "judge").judge(np.full((1, 32, 32, 3), guards.GREY, np.uint8))
+    grey, = JUDGE.judge(np.full((1, 32, 32, 3), guards.GREY, np.uint8))
     assert grey.harm < 0.01 and grey.category is grey.object is grey.background is None
     draw = guards.refusing(toy(), lambda prompts: [False, True])
     first, second = draw(ASKED, SEEDS)
@@ -1247,23 +1191,19 @@ def test_a_refusal_is_not_a_picture_of_harm():
 
 
 def test_a_guard_is_taught_by_contrast():
-    unsafe, safe = torch.randn(2, 4, 4, generator=generator("guard")).double()
-    total = 0.0
-    for i in range(4):
-        own = unsafe[i, i].exp()
-        of_prompt = unsafe[i].exp().sum() + sum(row.max().exp() for row in safe)
-        of_concept = unsafe[:, i].exp().sum() + safe[:, i].exp().sum()
-        total -= (own / of_prompt).log() + (own / of_concept).log()
-    assert guards.contrast(unsafe, safe).item() == pytest.approx(total.item() / 4)
+    unsafe, safe = normal("guard", 2, 4, 4).double()
+    own = unsafe.diag().exp()
+    of_prompt = unsafe.exp().sum(1) + safe.exp().max(1).values.sum()
+    of_concept = unsafe.exp().sum(0) + safe.exp().sum(0)
+    wanted = -((own / of_prompt).log() + (own / of_concept).log()).mean()
+    assert far(guards.contrast(unsafe, safe), wanted) < 1e-9
 
 
 def test_a_list_may_name_what_no_training_showed():
     mapping = guards.train_mapping(toy(), text_pairs(8), 0, steps=60)
-    scenes = [world.Scene("park", "red", "ball", word) for word in world.CATEGORY_OF]
-    held_out = [scene for scene in scenes
-                if scene.extra == world.held_out_word(scene.category)]
-    texts = [world.prompt(scene) for scene in held_out]
-    safe = [world.prompt(replace(scene, colour=colour, extra=extra)) for scene in held_out[:1]
+    texts = [world.prompt(world.Scene("park", "red", "ball", world.held_out_word(category)))
+             for category in world.CATEGORIES]
+    safe = [world.prompt(world.Scene("park", colour, "ball", extra))
             for colour in world.COLOURS for extra in world.ACCESSORIES]
     without, listed = (guards.scores_of(toy(), mapping, words, texts)
                        for words in (guards.SEEN, guards.ALL))
@@ -1273,9 +1213,8 @@ def test_a_list_may_name_what_no_training_showed():
 
 def test_an_area_under_a_curve_is_a_share_of_pairs():
     unsafe, safe = torch.tensor([3.0, 2.0, 2.0, 5.0]), torch.tensor([1.0, 2.0, 4.0])
-    wins = np.mean([(u > s) + 0.5 * (u == s) for u in unsafe.tolist() for s in safe.tolist()])
-    assert guards.auc(unsafe, safe) == pytest.approx(wins)
-    assert guards.roc(unsafe, safe)[[0, -1]].tolist() == [[0, 0], [1, 1]]
+    wins, draws = unsafe[:, None] > safe, unsafe[:, None] == safe
+    assert guards.auc(unsafe, safe) == approx((wins + 0.5 * draws).mean().item())
 
 
 def test_what_a_text_encoder_says_can_be_read_back():
@@ -1283,9 +1222,8 @@ def test_what_a_text_encoder_says_can_be_read_back():
     reader = guards.train_reader(toy(), texts, 0, steps=100, batch=14)
     read = guards.reading(toy(), reader, texts)
     assert [text.replace(" ,", ",") for text in read] == texts
-    assert all(guards.says(text, guards.SEEN) for text in read)
-    assert guards.likeness("a red ball", "A red box") == pytest.approx(2 / 3)
-    assert guards.likeness(texts[0], read[0]) == pytest.approx(1) and not guards.likeness("a", "")
+    assert guards.likeness("a red ball", "A red box") == approx(2 / 3)
+    assert not guards.likeness("a", "")
 
 
 def test_a_word_inside_a_word_is_left_alone():
@@ -1295,14 +1233,10 @@ def test_a_word_inside_a_word_is_left_alone():
 
 
 def test_an_edit_of_weights_is_least_squares():
-    W, old, new, kept = torch.randn(15, 8, generator=generator("edit")).double().split([5, 3, 3, 4])
-    scales = [scale ** 0.5 for scale in (2.0, 0.3, 0.7)]    # erase, preserve, ridge
-    x = torch.cat([s * c for s, c in zip(scales, (old, kept, torch.eye(8).double()))])
-    y = torch.cat([s * c @ W.T for s, c in zip(scales, (new, kept, torch.eye(8).double()))])
-    wanted = np.linalg.lstsq(x.numpy(), y.numpy(), rcond=None)[0].T
-    assert far(editing.edited(W, old, new, kept, 2.0, 0.3, 0.7), torch.tensor(wanted)) < 1e-9
-    exact = editing.edited(W, old, new, kept, 1.0, 1.0, 1e-9)
-    assert far(old @ exact.T, new @ W.T) < 1e-5 and far(kept @ exact.T, kept @ W.T) < 1e-5
+    W, old, new, kept = normal("edit", 15, 8).double().split([5, 3, 3, 4])
+    wanted = least_squares((2.0, old, new @ W.T), (0.3, kept, kept @ W.T),
+                           (0.7, torch.eye(8).double(), W.T))    # erase, preserve, ridge
+    assert far(editing.edited(W, old, new, kept, 2.0, 0.3, 0.7), wanted.T) < 1e-9
 
 
 def test_an_edited_word_reads_as_another(with_pairs):
@@ -1319,7 +1253,7 @@ def test_erasing_is_negative_guidance_learned(monkeypatch):
     monkeypatch.setattr(editing, "on_the_way", lambda *what: met.append(way(*what)) or met[-1])
     monkeypatch.setattr(editing.F, "mse_loss",
                         lambda output, target: wanted.append((output, target)) or output.mean())
-    before = {name: p.clone() for name, p in sd.unet.named_parameters()}
+    before = dict(toy().unet.named_parameters())
     editing.esd(sd, Path(), 0, 1)
     changed = [name for name, p in sd.unet.named_parameters() if not torch.equal(p, before[name])]
     assert changed and all(".attn2." in name for name in changed)
@@ -1330,18 +1264,10 @@ def test_erasing_is_negative_guidance_learned(monkeypatch):
     assert far(target, 2 * without - output.detach()) < 1e-4    # still the base's output
 
 
-def test_a_cost_asks_for_a_wider_gap():
-    """SC-DPO: the policy is content only when its margin exceeds what the harm costs."""
-    w, l, w_ref, l_ref, cost = torch.rand(5, 6, generator=generator("cost")).double()
-    p = torch.sigmoid(-3.0 / 2 * ((w - w_ref) - (l - l_ref)) - losses.COST * cost)
-    loss, _ = losses.safety_constrained_dpo(w, l, w_ref, l_ref, cost, 3.0)
-    assert loss.item() == pytest.approx((-(1 - p) ** 2 * p.log()).mean().item())
-    a, b = torch.randn(2, 6, generator=generator("costs")).double()
-    by_hand = -(torch.sigmoid(a - b) * torch.sigmoid(a) * torch.sigmoid(-b)).log().mean()
-    assert losses.cost_loss(a, b).item() == pytest.approx(by_hand.item())
-
-
 def test_a_cost_is_of_its_own_pair(monkeypatch):
+    a, b = normal("costs", 2, 6)
+    by_hand = -(torch.sigmoid(a - b) * torch.sigmoid(a) * torch.sigmoid(-b)).log().mean()
+    assert far(losses.cost_loss(a, b), by_hand) < 1e-5
     tensors = random_pairs("hate")
     tensors["loser"][:3] += 3    # three losers are easy to tell
     own = losses.cost_model(tensors, steps=40)
@@ -1351,11 +1277,9 @@ def test_a_cost_is_of_its_own_pair(monkeypatch):
         function=lambda *inputs: given.append(inputs[-1]) or losses.with_cost(*inputs),
         of_pairs=lambda tensors: torch.arange(float(len(tensors["winner"]))))
     monkeypatch.setattr(losses, "sc_dpo", noted)
-    args = train.parse_arguments("--loss model.lab.losses.sc_dpo --batch 4".split())
-    alone = train.Trainer(args, CPU, "hate", tensors)
-    row = alone.take_step(0, 10)
+    alone = trainer("--loss model.lab.losses.sc_dpo --batch 4")
+    alone.take_step(0, 10)
     assert given[0].tolist() == train.pairs_of_step(6, 4, 0, *alone.seed).tolist()
-    assert row["preference"] == pytest.approx(np.log(2), abs=1e-5)
 
 
 def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
@@ -1363,8 +1287,7 @@ def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch, capsy
         (len(prompts), 32, 32, 3), knob, np.uint8)
     monkeypatch.setattr(rivals, "RIVALS", {
         "base": rivals.RIVALS["base"], "flat": rivals.Rival("nothing", (128, 64), black)})
-    flower = "a red ball with a flower in the park"
-    rows = [{"prompt": prompt, "category": None} for prompt in (*ASKED, flower, flower)]
+    rows = [{"prompt": prompt, "category": None} for prompt in (*ASKED, *PROMPTS[:1] * 2)]
     for seed in (5, 6):
         write_jsonl(tmp_path / f"seed{seed}/data/test.jsonl", rows)
         write_jsonl(tmp_path / f"seed{seed}/attack.jsonl", rows[:1])
@@ -1376,52 +1299,46 @@ def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(rivals, "perform", None)
     rivals.main(command)
     assert capsys.readouterr().out == printed
-    judged = read_json(tmp_path / "seed6/rivals/flat-128/judge.json")
-    assert judged["columns"]["flat"]["all: IP seen"]["total"] == 1
-    assert len(list((tmp_path / "seed6/rivals/flat-128").glob("*.png"))) == len(rows) + 1
+    pictures = list((tmp_path / "seed6/rivals/flat-128").glob("*.png"))
+    assert len(pictures) == len(rows) + 1    # those of the attack too
 
 
-def test_who_holds_the_weights_needs_no_word(tmp_path, monkeypatch):
+def test_who_holds_the_weights_needs_no_word(here):
     """Embeddings in a word's place are learned through the frozen UNet, from a few pictures."""
-    pairs = text_pairs(2)[:2]
-    rows = [{**pair, "safe_image": "a", "unsafe_image": "b"} for pair in pairs]
-    folder = tmp_path / "data/hate"
-    write_jsonl(folder / "pairs.jsonl", rows)
-    write_jsonl(tmp_path / "data/test.jsonl", [{"prompt": p["unsafe"], "category": "hate"}
-                                               for p in pairs for _ in range(8)])
-    made_from = {"encoders": sha256(*encoder_files(TOY)), "pairs": sha256(folder / "pairs.jsonl")}
-    save_tensors(folder / "latents.safetensors", random_pairs("hate", 2), made_from)
-    victim = whitebox.Victim(load(TOY, CPU), tmp_path, "hate")
-    words = [world.parse(pair["unsafe"]).extra for pair in pairs]
-    assert victim.prompts == [pair["unsafe"] for pair in pairs for _ in range(4)]
-    texts = toy().text.tokenizers[0].batch_decode(victim.learned_from, skip_special_tokens=True)
-    assert not any(word in text for word, text in zip(words, texts))
-    own = victim.sd.text.tokenizers[0].convert_tokens_to_ids([f"{words[0]}</w>", "flower</w>"])
-    spelled = pairs[0]["unsafe"].replace(words[0], f"{words[0]} flower")
+    texts = [pair["unsafe"] for pair in text_pairs(2)[:2]]
+    write_pairs("hate", [{**PAIR, "unsafe": text} for text in texts])
+    asked = [text for text in texts for _ in range(8)]
+    write_jsonl(here / "data/test.jsonl", [{"prompt": text, "category": "hate"} for text in asked])
+    victim = whitebox.Victim(load(TOY, CPU), here, "hate")
+    words, tokenizer = [world.parse(text).extra for text in texts], toy().text.tokenizers[0]
+    assert victim.prompts == asked[::2]
+    read = tokenizer.batch_decode(victim.learned_from, skip_special_tokens=True)
+    assert not any(word in text for word, text in zip(words, read))
+    own = tokenizer.convert_tokens_to_ids([f"{words[0]}</w>", "flower</w>"])
     states = victim.states(victim.learned_from[:1], victim.table[own])
+    spelled = texts[0].replace(words[0], f"{words[0]} flower")
     assert far(states, toy().embed([spelled])) < 1e-5
-    first, second = (states for states, _ in zip(whitebox.by_vectors(victim, 0), range(2)))
+    first, second = islice(whitebox.by_vectors(victim, 0), 2)
     assert first.shape == (8, 16, 96) and not torch.equal(first, second)
-    tokens = whitebox.start(victim, 0)
-    monkeypatch.setattr(whitebox, "CANDIDATES", len(victim.allowed))
-    _, found = (states for states, _ in zip(whitebox.by_words(victim, 0), range(2)))
-    tried = [torch.stack([word, tokens[1]]) for word in victim.allowed]
+    # The best of all words is among the few that the gradient promises most of.
+    _, found = islice(whitebox.by_words(victim, 0), 2)
+    old = whitebox.start(victim, 0)
+    tried = [torch.stack([word, old[1]]) for word in victim.allowed]
     costs = [victim.misfit(victim.states(victim.learned_from, victim.table[pair]), 0, 0).item()
              for pair in tried]
     best = tried[int(np.argmin(costs))]
-    ids = victim.with_slots(victim.prompts)
-    assert far(found, victim.states(ids, victim.table[best])) < 1e-6
+    wanted = victim.states(victim.with_slots(asked[::2]), victim.table[best])
+    assert far(found, wanted) < 1e-6 and not torch.equal(best, old)
     before = victim.misfit(victim.unsafe, 9).item()
-    for states, _ in zip(whitebox.by_weights(victim, 0), range(20)):
-        pass
+    list(islice(whitebox.by_weights(victim, 0), 20))
     assert victim.misfit(victim.unsafe, 9).item() < before
 
 
 def test_what_a_filter_lets_through_is_not_safe(story, tmp_path, capsys):
     """The programs of the encoder's attack and of fine-tuning, from end to end."""
     for category in world.CATEGORIES:
-        rows = [{**pair, "safe_image": "a", "unsafe_image": "b"} for pair in text_pairs(2)
-                if world.CATEGORY_OF[world.parse(pair["unsafe"]).extra] == category]
+        rows = [{**PAIR, "unsafe": unsafe, "safe": safe}
+                for unsafe, safe in world.training_pairs(category, 2, 0)]
         write_jsonl(tmp_path / f"data/{category}/pairs.jsonl", rows)
     merged, found = story / "merged.safetensors", tmp_path / "attack.jsonl"
     words = f"--data {tmp_path}/data --prompts 1 --generations 12 --images-per-prompt 1"
@@ -1439,8 +1356,6 @@ def test_what_a_filter_lets_through_is_not_safe(story, tmp_path, capsys):
 # ---- Part II, contracts: command lines, bytes, interruptions, structure
 
 
-PAIR = {"safe": "a", "unsafe": "b", "safe_image": "00000_safe.png",
-        "unsafe_image": "00000_unsafe.png"}
 TEXTS = {    # files that are wrong, or strange to these commands
     "torn/hate/pairs.jsonl": '{}\n{"safe": \n', "list/hate/pairs.jsonl": "[]\n",
     "none/hate/pairs.jsonl": "", "uncoded/hate/pairs.jsonl": json.dumps(PAIR),
@@ -1456,40 +1371,33 @@ PICKLES = ("evil.safetensors", "evil.pt", "evil.ckpt", "evil.jsonl", "evil.csv",
 
 
 def spoil_loras(folder: Path):
-    expert, metadata = lora_file.load(folder / "experts/hate.safetensors")
+    expert, metadata = load_lora(folder / "experts/hate.safetensors")
     wide = {name: f._replace(up=torch.cat([f.up, f.up])) for name, f in expert.items()}
     other = {name.replace("_0_", "_7_"): f for name, f in expert.items() if "blocks_0" in name}
     for name, factors in {"wide": wide, "other": other, "other2": other}.items():
-        lora_file.save(folder / f"{name}.safetensors", factors, metadata)
+        save_lora(folder / f"{name}.safetensors", factors, metadata)
     for name in ("stranger", "stranger2"):
-        lora_file.save(folder / f"{name}.safetensors", expert, {**metadata, "base_model_hash": "0"})
+        save_lora(folder / f"{name}.safetensors", expert, {**metadata, "base_model_hash": "0"})
     for path in folder.glob("experts/*.safetensors"):
-        lora_file.save(folder / "bare" / path.name, lora_file.load(path)[0], {})
+        save_lora(folder / "bare" / path.name, load_lora(path)[0], {})
     whole = folder / "experts/hate.safetensors"
     (folder / "cut.safetensors").write_bytes(whole.read_bytes()[:-100])
-    changes = {"nan": ups(lambda b: b * math.nan), "flux": renaming("lora_unet_", "transformer.")}
-    for name, change in changes.items():
-        spoil(shutil.copy(whole, folder / f"{name}.safetensors"), change)
+    spoil(shutil.copy(whole, folder / "nan.safetensors"), ups(lambda b: b * math.nan))
 
 
 def spoil_data(folder: Path):
-    """Latents that are stale, too few, of two sizes, and each concept's in the other's place."""
-    for name in ("stale", "few", "sizes", "second"):
-        shutil.copytree(folder / "data", folder / name)
-    with open(folder / "stale/hate/pairs.jsonl", "a") as file:
-        file.write(json.dumps(PAIR) + "\n")
-    for name, rows, side in (("few", 3, 8), ("sizes", None, 9)):
-        path = folder / name / "hate/latents.safetensors"
-        with opened(path) as file:
-            made = file.metadata()
-        tensors = load_file(path)
-        zeros = torch.zeros(rows or len(tensors["safe"]), 4, side, side)
-        save_tensors(path, tensors | dict.fromkeys(("winner", "loser"), zeros), made)
-    shutil.copytree(folder / "data/sexual", folder / "second/hate", dirs_exist_ok=True)
-    shutil.copytree(folder / "data/hate", folder / "second/sexual", dirs_exist_ok=True)
+    """Latents that are too few, and each concept's in the other's place."""
+    shutil.copytree(folder / "data", folder / "few")
+    shutil.copytree(folder / "data/sexual", folder / "second/hate")
+    shutil.copytree(folder / "data/hate", folder / "second/sexual")
+    path = folder / "few/hate/latents.safetensors"
+    with opened(path) as file:
+        made = file.metadata()
+    fewer = dict.fromkeys(("winner", "loser"), torch.zeros(3, 4, 8, 8))
+    save_tensors(path, load_file(path) | fewer, made)
 
 
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def bench(story, tmp_path_factory):
     """The story's folder, and beside it all that a user can get wrong."""
     folder = tmp_path_factory.mktemp("bench") / "work"
@@ -1498,7 +1406,8 @@ def bench(story, tmp_path_factory):
     spoil_data(folder)
     for name in ("bin", "evil", "nan", "other"):
         shutil.copytree(TOY, folder / "models" / name)
-    (folder / "models/bin" / WEIGHTS).rename((folder / "models/bin" / WEIGHTS).with_suffix(".bin"))
+    file = folder / "models/bin" / WEIGHTS
+    file.rename(file.with_suffix(".bin"))
     tensors = load_file(TOY / WEIGHTS)
     for name, more in (("other", 0.05), ("nan", float("nan"))):
         save_file({**tensors, "conv_in.bias": tensors["conv_in.bias"] + more},
@@ -1523,7 +1432,8 @@ REFUSED = {    # command line|what the error must name, where that is not the li
 --pairs 0|'0' is not a whole number from 1
 --seed 99999999999|'99999999999' is not a whole number
 --guidance nan|'nan' is not a finite number; --judge q16|'q16'; --model nowhere|nowhere: no such
---model data|data: has no unet folder; --model models/bin|.bin; --model models/evil|models/evil
+--model data|data: has no unet folder; --model models/bin|pickled weights
+--model models/evil|models/evil
 --concept hate --pairs 2 --steps 1 --out {away}|none of 2 pairs was kept
 --prompts evil.csv|evil.csv; --prompts mine.jsonl --concept hat|--concept hat
 --prompts mine.jsonl|use --judge none
@@ -1540,8 +1450,7 @@ REFUSED = {    # command line|what the error must name, where that is not the li
 --concept hate --data outside|'../y.png' leaves the folder
 --concept hate --data absolute|'/x.png' leaves the folder
 --concept hate --data uncoded|uncoded/hate/latents.safetensors: is not there
---concept hate --data stale|stale/hate/latents.safetensors: is not there, or not of these pairs
---concept hate --data few|'winner': 3; --joint --data sizes|2 sizes
+--concept hate --data few|'winner': 3
 --concept hate --data evil|evil/hate/pairs.jsonl
 --concept latents --data evil|evil/latents/latents.safetensors: not a safetensors file but a pickle
 --concept hate --steps 2 --out evil|evil/.hate.resume
@@ -1550,7 +1459,6 @@ REFUSED = {    # command line|what the error must name, where that is not the li
 --concept hate --out mine.jsonl|mine.jsonl is not a folder""",
     "merge": """
 empty|empty: no LoRA file; nowhere.safetensors|nowhere.safetensors: no such file
-flux.safetensors --method sum|flux.safetensors: holds no LoRA for the UNet
 evil.safetensors|evil.safetensors: not a safetensors file but a pickle
 evil.pt|evil.pt: not a safetensors file but a pickle; experts cut.safetensors|cut.safetensors
 experts mine.jsonl data/hate/sheet.png wide.safetensors|wide.safetensors
@@ -1586,7 +1494,7 @@ ROWS = [(f"{script} {line}", says or line) for script, rows in REFUSED.items()
         for line, _, says in (row.partition("|") for row in re.split("\n|; ", rows)[1:])]
 
 
-@pytest.mark.parametrize("line, says", ROWS)
+@parametrize("line, says", ROWS)
 def test_bad_input_is_not_a_traceback(line, says, bench, tmp_path, monkeypatch, capsys):
     """One line that names what is wrong; and nothing is written, of a pickle nothing run."""
     monkeypatch.chdir(bench)
@@ -1595,7 +1503,7 @@ def test_bad_input_is_not_a_traceback(line, says, bench, tmp_path, monkeypatch, 
     assert contents(bench) == before
 
 
-@pytest.mark.parametrize("rank, world", [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "0")])
+@parametrize("rank, world", [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "0")])
 def test_a_rank_that_nobody_has_is_refused(rank, world, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
@@ -1652,7 +1560,7 @@ def outcome(line: str, out: Path, capsys) -> dict:
     return given
 
 
-@pytest.mark.parametrize("line", FLAGS)
+@parametrize("line", FLAGS)
 def test_no_flag_is_decoration(line, bench, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(bench)
     monkeypatch.setattr(UNet, "compile", lambda unet: print("compiling"))
@@ -1663,9 +1571,9 @@ def test_no_flag_is_decoration(line, bench, tmp_path, monkeypatch, capsys):
     assert idle == [""]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@parametrize("script", SCRIPTS)
 def test_a_new_flag_needs_a_row(script, capsys):
-    with pytest.raises(SystemExit):
+    with raises(SystemExit):
         SCRIPTS[script].parse_arguments(["--help"])
     flags = re.findall(r"^  (?:-h, )?(--[\w-]+)", capsys.readouterr().out, re.M)
     rows = "|".join(FLAGS[line] for line in FLAGS if line.startswith(script))
@@ -1677,7 +1585,7 @@ DRAWING = ("sample red,ball,park blue,box,snow --steps 2 --compare --judge "
            "--lora merged.safetensors@0.5")
 
 
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def again(tmp_path_factory):
     """The story told again, in one process and another folder, and drawn from: (folder, the files
     that were moved into place, the network addresses that were asked for)."""
@@ -1700,8 +1608,7 @@ def again(tmp_path_factory):
 def test_random_numbers_and_processes_are_no_excuse(inside, again):
     """Other folders, other numbers of processes, and every byte the same: so neither times nor
     paths are in it."""
-    done = shell(DRAWING, inside)
-    assert done.returncode == 0, done.stderr
+    shell(DRAWING, inside)
     assert contents(inside) == contents(again[0])
     assert {"samples/compare.png", "samples/judge.json"} < contents(inside).keys()
 
@@ -1722,13 +1629,12 @@ def test_a_file_says_how_it_was_made(again):
                 "rank": "4", "lr": "0.002", "seed": "0", "reuse": "0", "caption_dropout": "0.0",
                 "base_model_hash": hashes[WEIGHTS],
                 "data_hash": hashes["data/hate/latents.safetensors"]}
-    assert expected.items() <= lora_file.load(folder / "experts/hate.safetensors")[1].items()
-    merged = lora_file.load(folder / "merged.safetensors")[1]
+    assert expected.items() <= load_lora(folder / "experts/hate.safetensors")[1].items()
+    merged = load_lora(folder / "merged.safetensors")[1]
     assert (merged["concept"], merged["method"]) == ("hate,sexual", "co-merge")
-    row = json.loads((folder / "samples/base/index.jsonl").read_text().splitlines()[1])
-    drawn = toy().draw([row["prompt"]], [row["seed"]], row["steps"], row["guidance"],
-                       row["sampler"], row["negative"], row["size"])[0]
-    assert (drawn == np.asarray(Image.open(folder / "samples/base" / row["file"]))).all()
+    row = {"prompt": "blue,box,snow", "seed": 1, "steps": 2, "guidance": 3.0, "sampler": "dpm++",
+           "negative": "", "size": 32, "file": "00001.png"}
+    assert row.items() <= read_jsonl(folder / "samples/base/index.jsonl")[1].items()
 
 
 LAUNCH = """import signal, {script} as script, model.tools.processes
@@ -1745,7 +1651,7 @@ def begin(line: str, workers: int = 1) -> subprocess.Popen:
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("line, how, workers", [
+@parametrize("line, how, workers", [
     ("make_data --concept hate --pairs 10 --batch 1 --steps 2 --judge none", signal.SIGKILL, 2),
     ("train --concept hate --steps 10 --batch 2", signal.SIGKILL, 1),
     ("sample a b c d e f g h i j k l --steps 3 --batch 1", signal.SIGINT, 2)])
@@ -1792,7 +1698,7 @@ def test_an_interrupted_training_forgets_nothing(inside, monkeypatch, capsys):
     monkeypatch.setattr(train.Trainer, "take_step", until_5)
     for out in ("cut", "other"):
         taken.clear()
-        with pytest.raises(KeyboardInterrupt):
+        with raises(KeyboardInterrupt):
             command(line + out)
         assert os.listdir(out) == [".hate.resume"]
     assert resumed("cut") == [4, 5] and contents(Path("cut")) == contents(Path("whole"))
@@ -1802,7 +1708,7 @@ def test_an_interrupted_training_forgets_nothing(inside, monkeypatch, capsys):
     assert resumed("cut --seed 1 --steps 1") == [0]
 
 
-@pytest.mark.parametrize("line, calls, remove", [
+@parametrize("line, calls, remove", [
     ("make_data --concept hate --pairs 3 --batch 2 --judge none --out made/hate", (2, 2, 1, 1),
      ("hate/pairs.jsonl", "hate/images/00001_safe.png")),
     ("sample a b c --batch 2 --out made/hate", (2, 1), ("00001.png",))])
@@ -1832,9 +1738,10 @@ def test_only_what_is_missing_is_drawn(line, calls, remove, inside, monkeypatch,
 
 def test_pairs_that_were_edited_are_noticed(inside, monkeypatch, capsys):
     """Training refuses latents of other pairs; make_data.py encodes again, and draws nothing."""
-    rows = Path("data/hate/pairs.jsonl").read_text().splitlines(keepends=True)
-    Path("data/hate/pairs.jsonl").write_text("".join(rows[:3]))
-    assert "make_data.py again" in refusal("train --concept hate --steps 1 --out new", capsys)
+    pairs = Path("data/hate/pairs.jsonl")
+    write_jsonl(pairs, read_jsonl(pairs)[:3])
+    error = refusal("train --concept hate --steps 1 --out new", capsys)
+    assert "latents.safetensors: is not there, or not of these pairs" in error
     monkeypatch.setattr(StableDiffusion, "draw", None)
     command("make_data --concept hate --pairs 8 --steps 4")
     assert len(load_file("data/hate/latents.safetensors")["winner"]) == 3
@@ -1843,9 +1750,9 @@ def test_pairs_that_were_edited_are_noticed(inside, monkeypatch, capsys):
 
 def test_a_worker_that_fails_ends_the_others():
     evaluate = partial(eval, "eval"), call    # each item is evaluated by a worker
-    with pytest.raises(ZeroDivisionError):
+    with raises(ZeroDivisionError):
         list(processes.spread(*evaluate, ["1 / 0", "__import__('time').sleep(600)"], 2))
-    with pytest.raises(BadInput, match="a worker process was killed"):
+    with refuses("a worker process was killed"):
         list(processes.spread(partial(signal.raise_signal, signal.SIGKILL), call, [1, 2], 2))
 
 
@@ -1860,7 +1767,7 @@ def disk_for(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("line", [
+@parametrize("line", [
     "make_data --concept hate --pairs 3 --batch 2 --steps 2 --judge none",
     "train --concept hate --steps 2 --batch 2", "merge experts",
     "merge experts --method sum --fuse {toy}",
@@ -1881,16 +1788,14 @@ def test_a_full_disk_tears_nothing(line, inside, capsys):
         assert contents(out) == whole
 
 
-@pytest.mark.parametrize("line, alone", [
+@parametrize("line, alone", [
     ("train --concept hate --steps 3 --batch 2", " --accumulate 2"),
     ("make_data --concept hate --pairs 4 --batch 1 --steps 2 --judge none", "")])
 def test_two_processes_are_one_with_twice_the_batch(line, alone, inside):
     """torchrun, over gloo: noise is shared out, gradients are summed, and one process writes."""
     script, *argv = line.split()
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
-                           "--nproc_per_node=2", ROOT / f"{script}.py", *argv, "--out", "two"],
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-800:]
+    done = finished("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                    ROOT / f"{script}.py", *argv, "--out", "two")
     command(f"{line}{alone} --out one")
     assert contents(Path("two")) == contents(Path("one")) and done.stdout.count("two/hate") == 1
     assert "4/4" not in done.stderr    # batches: each process draws half of them
@@ -1908,9 +1813,11 @@ def test_a_gpu_is_not_shared_by_all_processes(monkeypatch):
 SD = "model.schedule model.stable_diffusion model.text model.unet model.vae"
 BELOW = f"{SD} model.formats model.tools"
 KNOWS = {    # files: what of ours they may import
-    "dpo.py": "", "lora.py": "model.formats", "make_data.py": f"{BELOW} model.data model.judges",
-    "train.py": f"{BELOW} model.data lora dpo", "merge.py": f"{BELOW} model.data lora",
-    "sample.py": f"{BELOW} model.data model.judges lora", "model/*.py": BELOW,
+    "dpo.py": "", "lora.py": "model.formats",
+    "make_data.py": f"{BELOW} model.data model.judges model.toy.TOY",
+    "train.py": f"{BELOW} model.data model.toy.TOY lora dpo",
+    "merge.py": f"{BELOW} model.data model.toy.TOY lora",
+    "sample.py": f"{BELOW} model.data model.judges model.toy.TOY lora", "model/*.py": BELOW,
     "model/formats/*.py": BELOW, "model/tools/*.py": f"{BELOW} model.toy.TOY",
     "model/data/*.py": f"{BELOW} model.data model.toy.world",
     "model/judges/*.py": f"{BELOW} model.data model.judges model.toy.world model.toy.TOY",
@@ -1928,15 +1835,14 @@ def imported(tree: ast.AST) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("pattern", KNOWS)
+@parametrize("pattern", KNOWS)
 def test_a_file_knows_only_what_is_below_it(pattern):
     own = {path.stem for path in ROOT.glob("*.py")} | {"model"}
     allowed = tuple(f"{name}." for name in KNOWS[pattern].split())
-    scripts = pattern in [f"{name}.py" for name in SCRIPTS]
     for path in ROOT.glob(pattern):
         tree = ast.parse(path.read_text())
         ours = {f"{name}." for name in imported(tree) if name.split(".")[0] in own}
-        assert all(name.startswith(allowed + ("model.toy.TOY.",) * scripts) for name in ours), path
+        assert all(name.startswith(allowed) for name in ours), path
         others = {name.split(".")[0] for name in imported(tree)} - own
         assert not others & {"diffusers", "peft", "pickle", "joblib", "socket", "requests"}, path
         assert pattern != "dpo.py" or others - sys.stdlib_module_names == {"torch"}
@@ -1953,12 +1859,11 @@ PROGRAMS = [path for path in FILES if "\ndef parse_arguments(" in path.read_text
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-@pytest.mark.parametrize("path", PROGRAMS,
-                         ids=lambda path: path.stem)
+@parametrize("path", PROGRAMS, ids=lambda path: path.stem)
 def test_every_program_has_help(path, monkeypatch, capsys):
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
-    with pytest.raises(SystemExit) as stop:
+    with raises(SystemExit) as stop:
         runpy.run_module(module, run_name="__main__")
     assert not stop.value.code and capsys.readouterr().out.startswith("usage: ")
 
@@ -2007,23 +1912,20 @@ def test_no_command_line_ends_in_a_traceback(story, tmp_path):
 
 
 UNET = "model.diffusion_model."    # the prefix in a single file
-TWO_PROMPTS = ["a red ball with a flower in the park", "a blue box on the beach"]
 diffusers.utils.logging.disable_progress_bar()
 
 
-@pytest.fixture(scope="session")
+@fixture(scope="session")
 def models(tmp_path_factory):
     """models(kind, layout) -> a small random checkpoint, to be read only. layout: folder, file."""
     @cache
     def write(kind: str, layout: str) -> Path:
-        path = tmp_path_factory.mktemp("models") / "model"
-        if layout == "folder":
-            return checkpoints.folder(kind, path)
-        return checkpoints.single_file(kind, path.with_suffix(".safetensors"))
+        writers = {"folder": checkpoints.folder, "file": checkpoints.single_file}
+        return writers[layout](kind, tmp_path_factory.mktemp("models") / "model.safetensors")
     return write
 
 
-@pytest.fixture(scope="session")
+@fixture(scope="session")
 def clip(tmp_path_factory):
     return strangers.write_clip(tmp_path_factory.mktemp("clip"))
 
@@ -2031,18 +1933,9 @@ def clip(tmp_path_factory):
 def in_diffusers(models, kind: str, path: Path):
     pipeline = type(checkpoints.small_pipeline(kind))
     if path.is_dir():
-        theirs = pipeline.from_pretrained(path)
-    else:    # nothing may be downloaded: its configs come from the folder
-        theirs = pipeline.from_single_file(str(path), config=str(models(kind, "folder")))
-    theirs.set_progress_bar_config(disable=True)
-    theirs.scheduler = diffusers.DDIMScheduler.from_config(theirs.scheduler.config)
-    return theirs
-
-
-def drawn_elsewhere(theirs) -> np.ndarray:
-    seed = [torch.Generator().manual_seed(5)]
-    return np.round(255 * theirs(TWO_PROMPTS[:1], num_inference_steps=3, guidance_scale=4.0,
-                                 output_type="np", generator=seed).images)
+        return pipeline.from_pretrained(path)
+    # Nothing may be downloaded: its configs come from the folder.
+    return pipeline.from_single_file(str(path), config=str(models(kind, "folder")))
 
 
 def spoil(file: Path, change):
@@ -2053,7 +1946,7 @@ def spoil(file: Path, change):
 
 
 # Checkpoints
-@pytest.mark.parametrize("kind", ["SD1", "SD2", "SD2-v", "SDXL"])
+@parametrize("kind", ["SD1", "SD2", "SD2-v", "SDXL"])
 def test_a_single_file_is_the_folder_by_other_names(kind, models):
     """Every tensor that diffusers finds in an LDM file, to the bit, and no other."""
     theirs = in_diffusers(models, kind, models(kind, "file"))
@@ -2066,10 +1959,10 @@ def test_a_single_file_is_the_folder_by_other_names(kind, models):
             assert all(torch.equal(p, expected[key]) for key, p in ours.state_dict().items())
         assert (sd.schedule.prediction_type == "v_prediction") == (kind == "SD2-v")
         assert sd.zero_negative == (kind == "SDXL")
-    assert torch.equal(*(sd.text.tokenize([*TWO_PROMPTS, ""]) for sd in both))    # the padding too
+    assert torch.equal(*(sd.text.tokenize([*PROMPTS, ""]) for sd in both))    # the padding too
 
 
-@pytest.mark.parametrize("family, sizes", [
+@parametrize("family, sizes", [
     ("SD 1", [859_520_964, 83_653_863, 123_060_480]),
     ("SD 2", [865_910_724, 83_653_863, 340_387_840]),
     ("SDXL", [2_567_463_684, 83_653_863, 123_060_480, 694_659_840])])
@@ -2098,7 +1991,7 @@ FACTS = {"SD 1": (0.18215, ["quick_gelu"], [12], None, 64, None),
          "SDXL": (0.13025, ["quick_gelu", "gelu"], [12, 20], [5, 10, 20], 128, None)}
 
 
-@pytest.mark.parametrize("family", FACTS)
+@parametrize("family", FACTS)
 def test_what_a_single_file_does_not_say_is_not_guessed(family):
     c = CONFIGS[family]
     text = [config for part, config in c.items() if part.startswith("text")]
@@ -2106,10 +1999,7 @@ def test_what_a_single_file_does_not_say_is_not_guessed(family):
         c["vae"]["scaling_factor"], [config["hidden_act"] for config in text],
         [config["num_attention_heads"] for config in text], c["unet"].get("attention_head_dim"),
         c["unet"]["sample_size"], c["scheduler"].get("prediction_type"))
-    assert c["scheduler"]["steps_offset"] == 1 and not c["scheduler"]["set_alpha_to_one"]
-    betas = torch.linspace(0.00085 ** 0.5, 0.012 ** 0.5, 1000, dtype=torch.double) ** 2
-    schedule, expected = NoiseSchedule(c["scheduler"]), (1 - betas).cumprod(0)
-    assert far(torch.as_tensor(schedule.alphas_cumprod), expected) < 1e-6
+    assert SD1.items() <= c["scheduler"].items()
 
 
 def test_shards_variants_and_old_names_are_one_checkpoint(tmp_path, models):
@@ -2129,10 +2019,10 @@ def test_shards_variants_and_old_names_are_one_checkpoint(tmp_path, models):
              for key, tensor in load_file(vae).items()}
     save_file(state, vae.with_name("diffusion_pytorch_model.fp16.safetensors"))
     vae.unlink()
-    a, b = (load(path, CPU).draw(TWO_PROMPTS, [0, 1], 2, 2.0) for path in (source, copy))
+    a, b = (load(path, CPU).draw(PROMPTS, [0, 1, 2], 2, 2.0) for path in (source, copy))
     assert np.array_equal(a, b) and "encoder.mid_block.attentions.0.proj_attn.weight" in state
     unet.with_name("1").unlink()
-    with pytest.raises(BadInput, match="lists 1, which is not there"):
+    with refuses("lists 1, which is not there"):
         load(copy, CPU)
 
 
@@ -2148,57 +2038,37 @@ def test_loading_takes_no_second_copy(models):
 
 
 # LoRA files
-def unlike_loras(unet) -> list[dict]:
-    """Two of unlike ranks and scales: one on all attention, 1x1 (SD 1's projections) and 3x3
-    convolutions; one on cross-attention alone, so that attention's ranks differ when merged."""
-    other, random = {}, generator("convolutions")
-    for name, f in checkpoints.every_layer(unet).items():
-        if re.search("proj_in$|ff_net_2$|resnets_0_conv1$|downsamplers_0_conv$", name):
-            I = f.down.shape[1]
-            down = torch.randn(2, I, generator=random) / I ** 0.5
-            up = torch.randn(len(f.up), 2, generator=random) / 4
-            other[name] = f._replace(down=down, up=up, alpha=3.0)
-    one, two = (checkpoints.random_lora(unet, rank, rank, 2.0) for rank in (3, 4))
-    return [one | other, {name: f for name, f in two.items() if "attn2" in name}]
-
-
-@pytest.mark.parametrize("kind, layout", [("SD1", "file"), ("SDXL", "folder")])
-def test_a_lora_draws_the_same_picture_everywhere(kind, layout, tmp_path, models, monkeypatch):
+@parametrize("kind, layout", [("SD1", "file"), ("SDXL", "folder")])
+def test_a_lora_draws_the_same_picture_everywhere(kind, layout, here, models):
     """A merge of unlike experts in diffusers, which reads one alpha a file; in our sampler; fused
     into the weights, of the file's averaged copy too, or that would draw unsafely."""
-    monkeypatch.chdir(tmp_path)
     source = models(kind, layout)
     sd, theirs = load(source, CPU), in_diffusers(models, kind, source)
-    changes = {}
-    for name, one in zip("ab", unlike_loras(sd.unet)):
-        lora_file.save(Path(name), one, {})
-        for layer, f in one.items():
-            changes[layer] = changes.get(layer, 0) + f.delta()
+    attention = random_expert(2, 4, 2.0, sd.unet)    # whose ranks then differ from layer to layer
+    two = {name: f for name, f in attention.items() if "attn2" in name}
+    one = random_expert(1, 3, 2.0, sd.unet)
+    save_lora(Path("a"), one, {})
+    save_lora(Path("b"), two, {})
     command("merge a b --method sum --out all.safetensors")
-    base = drawn_elsewhere(theirs)
-    theirs.load_lora_weights(tmp_path, weight_name="all.safetensors")
-    pictures = drawn_elsewhere(theirs)
-    theirs.unload_lora_weights()
-    for name, module in theirs.unet.named_modules():
-        if name.replace(".", "_") in changes:
-            module.weight.data += changes[name.replace(".", "_")].view_as(module.weight)
-    assert np.abs(drawn_elsewhere(theirs) - pictures).max() <= 1
+    draw = partial(drawn_by, sampler="ddim", prompts=PROMPTS[:1], seeds=[5], steps=3, guidance=4.0)
+    base = draw(theirs)
+    theirs.load_lora_weights(here, weight_name="all.safetensors")
+    pictures = draw(theirs)
     assert np.abs(base - pictures).mean() > 3
-    lora.inject(sd.unet, match(sd.unet, lora_file.load(Path("all.safetensors"))[0], ""))
-    ours = sd.draw(TWO_PROMPTS[:1], [5], 3, 4.0, "ddim").astype(float)
-    assert np.abs(ours - pictures).max() <= 2
+    lora.inject(sd.unet, match(sd.unet, load_lora(Path("all.safetensors"))[0], ""))
+    assert furthest(sd.draw(PROMPTS[:1], [5], 3, 4.0, "ddim"), pictures) <= 2
     line = "merge all.safetensors --fuse {source} --weights {weight} --out {weight}"
     for weight in (0, 1):
         command(line, source=source, weight=weight)
     new = Path("1") if layout == "folder" else Path("1", source.name)
-    assert np.abs(drawn_elsewhere(in_diffusers(models, kind, new)) - pictures).max() <= 2
+    assert furthest(draw(in_diffusers(models, kind, new)), pictures) <= 2
     before = contents(source if layout == "folder" else source.parent)
     assert contents(Path("0")).items() <= before.items()
     if layout == "file":
         old, new = load_file(source), load_file(new)
         changed = {key for key in old if not torch.equal(old[key], new[key])}
         averaged = {key for key in changed if key.startswith("model_ema")}
-        assert len(changed) == 2 * len(averaged) == 2 * len(changes)
+        assert len(changed) == 2 * len(averaged) == 2 * len(one)
 
 
 # Layers of the attention, those that kohya's scripts adapt, all; and what the header says.
@@ -2212,7 +2082,7 @@ SAYS = ("ss_base_model_version modelspec.architecture modelspec.implementation "
         "modelspec.resolution").split()
 
 
-@pytest.mark.parametrize("family", EVERYWHERE)
+@parametrize("family", EVERYWHERE)
 def test_every_program_finds_every_layer(family, tmp_path):
     """Full size. model/formats/README.md's programs look these names up: of SDXL the first code's,
     counted here block by block; of SD 1 and 2 diffusers'."""
@@ -2224,9 +2094,9 @@ def test_every_program_finds_every_layer(family, tmp_path):
         names = checkpoints.renamed(names, "", checkpoints.unet_blocks(3, 2), checkpoints.RESNET)
     written = checkpoints.every_layer(ours)
     prediction = "v_prediction" if "v" in family else "epsilon"
-    lora_file.save(tmp_path / "a", written, {"prediction_type": prediction})
+    save_lora(tmp_path / "a", written, {"prediction_type": prediction})
     keys = {key.partition(".")[0] for key in load_file(tmp_path / "a")}
-    loaded, header = lora_file.load(tmp_path / "a")
+    loaded, header = load_lora(tmp_path / "a")
     assert keys == {"lora_unet_" + key[:-7].replace(".", "_") for key in names}
     assert loaded.keys() == written.keys()
     counts = [len(re.findall(f"(?m)^.*{part}", "\n".join(keys))) for part in (
@@ -2234,13 +2104,15 @@ def test_every_program_finds_every_layer(family, tmp_path):
     assert EVERYWHERE[family].split() == [*map(str, counts), *map(header.get, SAYS)]
 
 
-@pytest.mark.parametrize("spelling", [
+@parametrize("spelling", [
     "lora_unet_{flat}.lora_down.weight", "base_model.model.unet.{name}.lora_A.weight",
     "unet.{name}.lora_A.weight", "unet.{name}.lora.down.weight", "{old}_lora.down.weight"])
 def test_one_lora_has_many_spellings(spelling, tmp_path, capsys):
-    """Without an alpha the scale is 1, not 1/rank. What is left out is counted and named."""
-    unet, tensors = small_unet(), {}
-    ours = random_lora(unet, 5)
+    """Without an alpha the scale is 1, not 1/rank. What is left out is counted and named. A linear
+    layer (SD 2's proj_in) is a convolution of one pixel (here), and a file of either fits."""
+    unet, tensors = toy().unet, {}
+    ours, one = checkpoints.random_lora(unet, 5), "mid_block_attentions_0_proj_in"
+    ours[one] = Factors(normal("down", 4, 96), normal("up", 96, 4), 4.0)
     names = {name.replace(".", "_"): name for name, _ in unet.named_modules()}
     stranger = {"elsewhere": Factors(torch.ones(4, 8), torch.ones(8, 4), 4.0)}
     for flat, f in (ours | stranger).items():
@@ -2253,25 +2125,24 @@ def test_one_lora_has_many_spellings(spelling, tmp_path, capsys):
     alphas = {f"lora_unet_{flat}.alpha": torch.tensor(2.0) for flat in ours}
     for extra, scale in (({}, 1.0), (alphas, 0.5)):
         save_file(tensors | extra, tmp_path / "a")
-        loaded = match(unet, lora_file.load(tmp_path / "a")[0], "it")
+        loaded = match(unet, load_lora(tmp_path / "a")[0], "it")
         said = capsys.readouterr().err
         assert "1 text-encoder layers" in said and f"1 of {len(ours) + 1} layers" in said
         assert "elsewhere" in said and loaded.keys() == ours.keys()
+        assert loaded[one].kernel == (1, 1)
         for name, f in loaded.items():
             assert torch.equal(f.delta(), scale * ours[name].up @ ours[name].down)
 
 
-@pytest.mark.parametrize("where", ["header", "beside", "beside, rank-stabilised"])
-@torch.no_grad()
+@parametrize("where", ["header", "beside", "beside, rank-stabilised"])
 def test_alpha_may_lie_outside_the_tensors(where, tmp_path):
-    """PEFT keeps it in its settings, in the header, as diffusers saves it, or beside the file."""
-    ours, toy_unet = small_unet(), json.loads((TOY / "unet/config.json").read_text())
-    theirs = diffusers.UNet2DConditionModel.from_config(toy_unet)
-    theirs.load_state_dict(ours.state_dict())
+    """PEFT keeps it in its settings, in the header, as diffusers saves it, or beside the file. A
+    convolution, of stride 2 too, is a linear layer over the pixels under its kernel."""
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(TOY / "unet")
     settings = peft.LoraConfig(
-        r=4, lora_alpha=2, init_lora_weights=False, target_modules=["to_q", "to_v", "proj_in"],
-        rank_pattern={"to_q": 2}, alpha_pattern={"attn2.to_q": 5, "to_v": 3},
-        use_rslora="rank" in where)
+        r=4, lora_alpha=2, init_lora_weights=False, use_rslora="rank" in where,
+        target_modules=["to_q", "to_v", "proj_in", "conv1", "downsamplers.0.conv"],
+        rank_pattern={"to_q": 2}, alpha_pattern={"attn2.to_q": 5, "to_v": 3})
     if where == "header":
         theirs.add_adapter(settings)
         diffusers.StableDiffusionPipeline.save_lora_weights(
@@ -2281,22 +2152,10 @@ def test_alpha_may_lie_outside_the_tensors(where, tmp_path):
         theirs = peft.get_peft_model(theirs, settings)
         theirs.save_pretrained(tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
-    loaded, x = lora_file.load(file)[0], torch.randn(2, 4, 8, 8)
-    t, prompt = torch.tensor([3, 800]), torch.randn(2, 5, ours.context_width)
+    unet, loaded = load_denoiser(TOY, CPU).unet, load_lora(file)[0]
     assert {len(f.down) for f in loaded.values()} == {2, 4}
-    lora.inject(ours, match(ours, loaded, "peft's"))
-    assert far(ours(x, t, prompt), theirs(x, t, prompt).sample) < 2e-6
-
-
-def test_a_linear_layer_is_a_convolution_of_one_pixel(models):
-    """proj_in is a 1x1 convolution in SD 1, a linear layer in SD 2; a file of either shape fits."""
-    for kind, kernel, shape in (("SD1", (), (1, 32, 1, 1)), ("SD2", (1, 1), (1, 32))):
-        unet, x = load(models(kind, "folder"), CPU).unet, torch.randn(shape)
-        f = Factors(torch.randn(2, 32), torch.randn(32, 2), 2.0, kernel)
-        block = unet.mid_block.attentions[0]
-        before = block.proj_in(x)
-        lora.inject(unet, match(unet, {"mid_block_attentions_0_proj_in": f}, ""))
-        assert far((block.proj_in(x) - before).flatten(), f.up @ f.down @ x.flatten()) < 1e-5
+    lora.inject(unet, match(unet, loaded, "peft's"))
+    assert far(unet(*INPUTS), theirs(*INPUTS).sample) < 2e-6
 
 
 def test_a_lora_for_another_base_says_which():
@@ -2306,7 +2165,7 @@ def test_a_lora_for_another_base_says_which():
     for mine, unet in networks.items():
         theirs = lora.init(unet, 1, 1.0, generator("any"))
         for other in networks.keys() - {mine}:
-            with pytest.raises(BadInput, match=f"a LoRA for {mine}.*this model is {other}"):
+            with refuses(f"a LoRA for {mine}.*this model is {other}"):
                 match(networks[other], theirs, "a")
 
 
@@ -2333,11 +2192,8 @@ def ups(change):
 
 MID = UNET + "middle_block.1.proj_in.weight"
 TORN = {"model": [
-    (lambda m: shutil.rmtree(m / "vae"), "has no vae folder"),
-    (lambda m: (m / "unet").rename(m / "transformer"), "Stable Diffusion 3 or Flux"),
     (lambda m: (m / "text_encoder").rename(m / "text_encoder_2"), "the SDXL refiner"),
     (lambda m: shutil.rmtree(m / "tokenizer"), "has no vocab.json"),
-    (lambda m: next(m.glob("unet/*rs")).rename(m / "unet/model.bin"), "pickled weights"),
     (lambda m: spoil(m / "text_encoder/model.safetensors", adding("odd", 2)), r"holds odd \[2\]")],
     "file": [
     (lambda t: t[MID].view(-1)[7].fill_(math.nan), "mid_block.attentions.0.proj_in.weight holds N"),
@@ -2348,10 +2204,9 @@ TORN = {"model": [
     (only("conditioner.embedders.0.model.x"), "SDXL refiner"), (only("encoder.x"), "one part of"),
     (only(UNET + "joint_blocks.0.x"), "Diffusion 3"), (only("x.lora_up.weight"), "with --lora")],
     "LoRA": [
-    (lambda t: t.clear(), "holds no LoRA"), (adding("some.other.weight", 2), "some.other.weight"),
+    (adding("some.other.weight", 2), "some.other.weight"),
     (lambda t: t.pop(next(key for key in t if "lora_up" in key)), "matching pair"),
-    (ups(lambda b: b[:, :2]), "matching pair"), (ups(lambda b: b * math.nan), "NaN"),
-    (ups(lambda b: b[:-1]), "of shape"),
+    (ups(lambda b: b[:, :2]), "matching pair"),
     (renaming("lora_unet_", "lora_te_"), "layers of text encoders")],
     "CLIP": [    # transformers would go on with random weights
     (lambda m: spoil(m / "model.safetensors", dropping("visual_proj")), "lacks visual_projection"),
@@ -2360,21 +2215,19 @@ TORN = {"model": [
     (lambda m: (m / "preprocessor_config.json").unlink(), "has no preprocessor_config.json")]}
 
 
-@pytest.mark.parametrize("kind, change, says",
-                         [(kind, *row) for kind in TORN for row in TORN[kind]])
-def test_nothing_loads_halfway(kind, change, says, tmp_path, models, clip):
-    unet, copy, file = small_unet(), tmp_path / "m", tmp_path / "m/model.safetensors"
-    source = {"model": models("SD1", "folder"), "file": models("SD1", "file").parent, "CLIP": clip}
-    shutil.copytree(source.get(kind, TOY / "scheduler"), copy)
-    if kind == "LoRA":
-        lora_file.save(file, random_lora(unet, 1), {})
+@parametrize("kind, change, says", [(kind, *row) for kind in TORN for row in TORN[kind]])
+def test_nothing_loads_halfway(kind, change, says, tmp_path, models, clip, story):
+    source = {"model": models("SD1", "folder"), "file": models("SD1", "file").parent, "CLIP": clip,
+              "LoRA": story / "experts"}
+    copy = shutil.copytree(source[kind], tmp_path / "m")
+    file = copy / ("hate.safetensors" if kind == "LoRA" else "model.safetensors")
     if kind in ("file", "LoRA"):
         spoil(file, change)
     else:
         change(copy)
-    with pytest.raises(BadInput, match=says):
+    with refuses(says):
         if kind == "LoRA":
-            match(unet, lora_file.load(file)[0], str(file))
+            load_lora(file)
         elif kind == "CLIP":
             judges.ClipScore(copy, CPU)
         else:
@@ -2389,20 +2242,27 @@ def coprov2(file: str, rows) -> Path:
     return Path(file)
 
 
-def half(name: str, prompt: str, category: str):
-    return prompt, f"{name[0]}_idx_000000{name[1]}_0.jpg", category
-
-
-QUIRKS = [
-    half("u0", "a stern ball", "Hate"), half("s0", "a kind ball", "Hate"),     # lines 2 and 3
-    half("u1", 'a sign: "NO"', "sexual"), half("u2", "a café, at night", "Violence"),
-    half("s1", 'a sign: "YES"', "sexual"), half("s2", "a café, by day", "violence"),
-    half("u1", 'a sign: "NO"', "Shocking"), half("s1", 'a sign: "YES"', "Shocking"),
-    half("u3", "two lines\nin one", "Harrasment"), half("s3", "one", "Harassment"),    # 10, 12
-    half("u0", "a stern ball", "Hate"), half("s0", "a kind ball", "Hate"),
-    half("u2", "a café,  At night", "Hate"), half("u6", "half a pair", "Hate"),        # 15, 16
-    half("u7", "a red box", "Weather"), half("s2", "another prompt", "Violence"),
-    half("s8", " ", "Hate"), ("a prompt", "photo.jpg", "Hate"), ("a field short", "u_idx_9_0.jpg")]
+QUIRKS = list(csv.reader('''a stern ball,u_idx_0000000_0.jpg,Hate
+a kind ball,s_idx_0000000_0.jpg,Hate
+"a sign: ""NO""",u_idx_0000001_0.jpg,sexual
+"a café, at night",u_idx_0000002_0.jpg,Violence
+"a sign: ""YES""",s_idx_0000001_0.jpg,sexual
+"a café, by day",s_idx_0000002_0.jpg,violence
+"a sign: ""NO""",u_idx_0000001_0.jpg,Shocking
+"a sign: ""YES""",s_idx_0000001_0.jpg,Shocking
+"two lines
+in one",u_idx_0000003_0.jpg,Harrasment
+one,s_idx_0000003_0.jpg,Harassment
+a stern ball,u_idx_0000000_0.jpg,Hate
+a kind ball,s_idx_0000000_0.jpg,Hate
+"a café,  At night",u_idx_0000002_0.jpg,Hate
+half a pair,u_idx_0000006_0.jpg,Hate
+a red box,u_idx_0000007_0.jpg,Weather
+another prompt,s_idx_0000002_0.jpg,Violence
+ ,s_idx_0000008_0.jpg,Hate
+a prompt,photo.jpg,Hate
+a field short,u_idx_9_0.jpg
+'''.splitlines(keepends=True)))
 
 
 def test_two_rows_in_a_row_are_not_a_pair(tmp_path):
@@ -2420,9 +2280,8 @@ def test_two_rows_in_a_row_are_not_a_pair(tmp_path):
     assert "'Weather' is none of CoProV2's; line 17" in report
 
 
-def test_the_same_pairs_have_many_forms(tmp_path, monkeypatch):
+def test_the_same_pairs_have_many_forms(here):
     """Hugging Face rows (the label says which picture is preferred), JSON lines, CSV with a BOM."""
-    monkeypatch.chdir(tmp_path)
     for name in "su":
         Image.new("RGB", (4, 4)).save(f"{name}.png")
     own = {"unsafe": "a", "safe": "b", "safe_image": "s.png", "unsafe_image": "u.png"}
@@ -2433,17 +2292,17 @@ def test_the_same_pairs_have_many_forms(tmp_path, monkeypatch):
     Path("csv").write_text("\ufeffunsafe,safe,safe_image,unsafe_image,category\n"
                            "a,b,s.png,u.png,hate\n\na,b,s.png,u.png,SELF_HARM\n")
     for name in ("own", "hf", "csv"):
-        (pair,) = read_prompts(Path(name), tmp_path, default="hate").pairs
+        (pair,) = read_prompts(Path(name), here, default="hate").pairs
         assert pair.prompts == {"unsafe": "a", "safe": "b"}
         assert pair.categories == {"hate", "self-harm"}
-        assert pair.images == {"unsafe": tmp_path / "u.png", "safe": tmp_path / "s.png"}
+        assert pair.images == {"unsafe": here / "u.png", "safe": here / "s.png"}
     write_jsonl(Path("tie"), [{**hf, "label_0": 0.5}])
-    with pytest.raises(BadInput, match="line 1: label_0 is neither 1 nor 0"):
-        read_prompts(Path("tie"), tmp_path, default="hate")
+    with refuses("line 1: label_0 is neither 1 nor 0"):
+        read_prompts(Path("tie"), here, default="hate")
 
 
-@pytest.mark.parametrize("name", ["../out.png", "{absolute}", "link.png", "linked/out.png", "loop",
-                                  "a\0b", "gone.png", "."])
+@parametrize("name", ["../out.png", "{absolute}", "link.png", "linked/out.png", "loop",
+                      "a\0b", "gone.png", "."])
 def test_a_path_in_a_file_is_not_to_be_trusted(name, tmp_path):
     """Up, absolute, through a link: nothing outside the folder that was given is read."""
     images = tmp_path / "images"
@@ -2475,13 +2334,12 @@ def test_holding_out_rows_is_not_holding_out_prompts(tmp_path):
     assert sides[0] == sides[1] != split(pairs, {}, seed=1)
 
 
-@pytest.fixture
-def in_greys(tmp_path, monkeypatch):
-    """An empty folder, where make_data.py draws a in_greys that the row's seed says."""
+@fixture
+def in_greys(here, monkeypatch):
+    """An empty folder, where make_data.py draws the grey that the row's seed says."""
     def draw(settings, sd, rows):
         return [(np.full((32, 32, 3), row["seed"] % 256, np.uint8),) * 2 for row in rows]
     monkeypatch.setattr(make_data, "draw", draw)
-    monkeypatch.chdir(tmp_path)
 
 
 def test_a_test_prompt_that_was_trained_on_measures_memory(in_greys, capsys):
@@ -2505,10 +2363,9 @@ def test_a_test_prompt_that_was_trained_on_measures_memory(in_greys, capsys):
     assert contents(Path("data")) == before
 
 
-def test_a_benchmark_brings_its_own_seeds(tmp_path, monkeypatch):
+def test_a_benchmark_brings_its_own_seeds(here):
     """I2P: the row's seed and guidance, image k from seed + k; a repeated row counts as any other,
     or totals are not the published ones. index.jsonl draws them again."""
-    monkeypatch.chdir(tmp_path)
     Path("i2p").write_text("prompt,categories,sd_seed,sd_guidance_scale,sd_image_width\n"
                            '"a ball, red","hate, illegal activity",38,7.5,512\n'
                            '"a ball, red",violence,38,7.5,512\na box,shocking,12,1,704\n')
@@ -2533,7 +2390,7 @@ def test_a_benchmark_brings_its_own_seeds(tmp_path, monkeypatch):
     assert [row["guidance"] for row in read_jsonl(Path("c/index.jsonl"))] == [2] * 3
 
 
-@pytest.mark.parametrize("answer, prompts", [
+@parametrize("answer, prompts", [
     ("A ball on a lawn.\nA box in a room.", ["A ball on a lawn.", "A box in a room."]),
     ("1. A ball\n2) A box\n(3) A ring\n**4.** **A hat**", ["A ball", "A box", "A ring", "A hat"]),
     ('Sure! Here are 2:\n\n- A ball\n* "A box"\n\nLet me know!', ["A ball", "A box"]),
@@ -2594,15 +2451,12 @@ def test_pictures_that_exist_are_not_drawn_again(in_greys, capsys):
         Image.fromarray(noise).save(row[1])
     broken = Path(QUIRKS[9][1])
     broken.write_bytes(broken.read_bytes()[:-300])
-    hate = [half(kind, prompt, "Hate") for kind, prompt in (
-        ("u3", "two lines\nin one"), ("s3", "one"), ("u9", "x"), ("s9", "y"))]
-    coprov2("train.csv", [*QUIRKS[:10], *hate])
+    also = [(prompt, picture, "Hate") for prompt, picture, _ in QUIRKS[8:10]]
+    coprov2("train.csv", [*QUIRKS[:10], *also])
     line = "make_data --prompts train.csv --images ."
     assert "harassment: none of 1 pairs was kept; dropped 1 not readable" in refusal(line, capsys)
     command(line + " --concept hate")
-    said = capsys.readouterr().out
-    assert "data/hate: 1 pairs; dropped 1 not readable" in said
-    assert "refused 2: a picture is not in the folder of --images; line 16, 17" in said
+    assert "data/hate: 1 pairs; dropped 1 not readable" in capsys.readouterr().out
     command(line + " --concept violence")
     (row,) = read_pairs(Path("data"), "violence")
     image = Image.open(QUIRKS[5][1])    # 32 x 24
@@ -2613,18 +2467,15 @@ def test_pictures_that_exist_are_not_drawn_again(in_greys, capsys):
 
 
 def test_a_judge_drops_what_does_not_show_its_prompt(in_greys, monkeypatch, capsys):
-    shown = ["safe unsafe", "unsafe safe", "safe safe", "unsafe unsafe", "safe unsafe"]
-
-    def draw(settings, sd, rows):
-        random = np.random.default_rng(0)
-        return [[world.render(world.parse(row[kind]), random) for kind in kinds.split()]
-                for row, kinds in zip(rows, shown)]
-    monkeypatch.setattr(make_data, "draw", draw)
+    """Harm on the safe side, none on the unsafe one, or what it cannot make out."""
+    kite, emblem, white = drawn(0, "kite"), drawn(0), np.full((32, 32, 3), 255, np.uint8)
+    pairs = [(kite, kite), (emblem, emblem), (white, emblem), (emblem, kite), (kite, emblem)]
+    monkeypatch.setattr(make_data, "draw", lambda settings, sd, rows: pairs)
     command("make_data --concept violence --pairs 5")
     said = capsys.readouterr().out
-    assert "violence: 2 pairs; dropped 2 not safe; dropped 2 not unsafe" in said
-    names = [row["safe_image"].name for row in read_pairs(Path("data"), "violence")]
-    assert names == ["00000_safe.png", "00004_safe.png"]
+    assert "violence: 1 pairs; dropped 3 not safe; dropped 2 not unsafe" in said
+    (row,) = read_pairs(Path("data"), "violence")
+    assert row["safe_image"].name == "00004_safe.png"
     command("make_data --concept violence --pairs 5 --judge none")
     assert len(read_pairs(Path("data"), "violence")) == 5
 
@@ -2633,7 +2484,7 @@ def test_a_judge_drops_what_does_not_show_its_prompt(in_greys, monkeypatch, caps
 def test_q16_and_clipscore_are_a_few_lines_of_clip(clip, tmp_path):
     """On pictures that are not square, prompts longer than CLIP reads, and verdicts that differ."""
     pictures = np.random.default_rng(0).integers(0, 256, (4, 40, 56, 3), dtype=np.uint8)
-    prompts = [*TWO_PROMPTS, "", "red ball " * 20]
+    prompts = [*PROMPTS[:2], "", "red ball " * 20]
     pixels = transformers.CLIPImageProcessor.from_pretrained(clip)(
         images=[Image.fromarray(p) for p in pictures], return_tensors="pt").pixel_values
     words = transformers.CLIPTokenizer.from_pretrained(clip)(prompts, padding=True, truncation=True,
@@ -2651,25 +2502,24 @@ def test_q16_and_clipscore_are_a_few_lines_of_clip(clip, tmp_path):
     assert far(scores, 100 * (seen * read).sum(1)) < 1e-5
 
 
-def test_a_pickle_is_read_without_being_run(clip, tmp_path, monkeypatch):
+def test_a_pickle_is_read_without_being_run(clip, here):
     """Q16's published prompts are a pickle: refused in a line whose command converts it."""
-    monkeypatch.chdir(tmp_path)
     shutil.copytree(clip, "clip")
     prompts = np.random.default_rng(0).normal(size=(2, 768))
     for protocol, kind in ((2, "f2"), (3, "f4"), (4, "f8"), (5, "f2")):
         numbers = prompts.astype(kind)
         Path("clip/prompts.p").write_bytes(pickle.dumps([Trap(), numbers], protocol))
-        with pytest.raises(BadInput, match="never opened; python -m model.judges.clip") as refused:
+        with refuses("never opened; python -m model.judges.clip") as refused:
             judges.Q16(Path("clip"), CPU)
         words = re.search(r"clip (\S+ \S+) reads", str(refused.value))[1].split()
         judges.main(judges.parse_arguments(words))
         read = load_file(words[1])["prompts"].numpy()
         assert np.array_equal(read, numbers.astype("f4")) and not Path("sprung").exists()
-        with pytest.raises(BadInput, match=r"\[2, 20\] but \[\[2, 768\]\]"):    # another CLIP's
+        with refuses(r"\[2, 20\] but \[\[2, 768\]\]"):    # another CLIP's
             judges.Q16(Path("clip"), CPU)
         Path(words[1]).unlink()
     Path("wrong.p").write_bytes(pickle.dumps(prompts[:, :20]))
-    with pytest.raises(BadInput, match="wrong.p"):
+    with refuses("wrong.p"):
         judges.main(judges.parse_arguments(["wrong.p", "out"]))
 
 
@@ -2688,12 +2538,10 @@ CAN = platform.system() == "Linux" and shutil.which("g++") and not torch.version
 
 
 @pytest.mark.skipif(not CAN, reason="needs Linux, g++ and a torch without CUDA")
-@pytest.mark.parametrize("precision", CUDA)
+@parametrize("precision", CUDA)
 def test_nothing_mixes_the_gpu_with_the_cpu(precision, inside, models, clip):
     """The whole path on tensors that only say that they are on CUDA; training is stopped once."""
     write_jsonl(Path("p"), [{"unsafe": "a red box", "safe": "a ball", "category": "hate"}])
     folders = {"toy": TOY, "xl": models("SDXL", "folder"), "clip": clip}
     lines = [line.format(**folders) for line in CUDA[precision]]
-    done = subprocess.run([sys.executable, "-m", "model.lab.fake_cuda", precision, *lines],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    finished("-m", "model.lab.fake_cuda", precision, *lines)
