@@ -62,7 +62,7 @@ BETAS, OF_BETAS = (2, 50, 500), (0.35, 0.7)
 UNSAFE = ("IP seen", "IP held-out", "IP held-out phrasing", "scene")
 SAFE = ("safe: scene", "safe: accessory", "safe: nothing added", "safe: IP")
 KEPT = ("scene", *SAFE[:3])    # what damage takes away
-COLUMNS = (*UNSAFE, *SAFE, "others: IP")
+COLUMNS = ("IP", "kept", *UNSAFE, *SAFE, "others: IP")    # IP: of seen and held-out words
 
 
 class Row(NamedTuple):

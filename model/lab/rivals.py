@@ -27,13 +27,13 @@ from tqdm import tqdm
 import lora
 from model.data.prompt_files import read_requests
 from model.formats.fit import match
+from model.formats.lora_file import Factors, load as load_lora
 from model.judges.table import measure
 from model.judges.toy import ToyJudge
-from model.formats.lora_file import Factors, load as load_lora
 from model.lab import attack, editing, guards, steering
 from model.lab.attack import BATCH
-from model.lab.experiments import (SCRIPTS, Plan, Row, best_strength, cut_data, figures,
-                                   first_noise, make_all, slug, table)
+from model.lab.experiments import (SAFE, SCRIPTS, UNSAFE, Plan, Row, best_strength, cut_data,
+                                   figures, first_noise, make_all, slug, table)
 from model.stable_diffusion import load
 from model.tools import processes
 from model.tools.command import BadInput, PlainParser, natural, run
@@ -41,9 +41,7 @@ from model.tools.files import read_json, write_json
 from model.tools.pictures import write_picture
 from model.toy import TOY, world
 
-COLUMNS = ("IP seen", "IP held-out", "IP held-out phrasing", "scene", "safe: scene",
-           "safe: accessory", "safe: nothing added", "safe: IP", "safe: change", "attack: IP",
-           "preparation, s", "cost")
+COLUMNS = ("kept", *UNSAFE, *SAFE, "safe: change", "attack: IP", "preparation, s", "cost")
 STRENGTHS = (0.35, 0.5, 0.7, 1, 1.4)    # of LoRAs: without preservation the best is below 1
 
 
