@@ -40,8 +40,8 @@ def diffusion_dpo(winner, loser, winner_ref, loser_ref, beta: float, **more):
 
     ln 2 = 0.693 at the start, where policy and reference agree. It rewards a GAP, so nothing stops
     both errors from rising together: watch `winner`. beta: the reference is better at the loser,
-    its own picture, by g = L_w,ref - L_l,ref. Where the policy is as good at both, the logit is
-    beta g / 2. A beta much above 2 / g makes the sigmoid flat before that: nothing pulls any more.
+    its own picture, by delta = L_w,ref - L_l,ref. Where the policy is as good at both, the logit is
+    beta delta / 2. With beta far above 2 / delta the sigmoid is flat before that: nothing pulls.
 
     The metrics are means over the pairs, those of more too. preference: this loss. accuracy: share
     of pairs that the policy, read as a reward model, orders rightly. margin: error gap won over the
