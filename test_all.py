@@ -1633,7 +1633,7 @@ def test_a_file_says_how_it_was_made(again):
     merged = load_lora(folder / "merged.safetensors")[1]
     assert (merged["concept"], merged["method"]) == ("hate,sexual", "co-merge")
     row = {"prompt": "blue,box,snow", "seed": 1, "steps": 2, "guidance": 3.0, "sampler": "dpm++",
-           "negative": "", "size": 32, "file": "00001.png"}
+           "negative": "", "size": None, "file": "00001.png"}
     assert row.items() <= read_jsonl(folder / "samples/base/index.jsonl")[1].items()
 
 
