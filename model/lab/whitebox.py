@@ -47,9 +47,9 @@ from model.tools.files import read_json, read_jsonl, sha256, write_json
 from model.tools.training import generator, stratified_times
 from model.toy import TOY, world
 
-# {model: the knob that it is attacked at}
-MODELS = {"base": None, **{name: 1 for name in LORAS}, "UCE": 1.0, "ESD-x": 500}
-BUDGETS = {"words": (0, 10, 30), "vectors": (0, 30, 100, 300), "weights": (0, 1, 10, 100)}
+# {model: the knob that it is attacked at}, the best of model.lab.rivals
+MODELS = {"base": None, **{name: 0.7 for name in LORAS}, "UCE": 1.0, "ESD-x": 250}
+BUDGETS = {"words": (0, 10, 30), "vectors": (0, 10, 30, 100), "weights": (0, 1, 10, 100)}
 PICTURES, BATCH, PROMPTS, K, CANDIDATES = 16, 8, 8, 2, 8
 RATES = {"vectors": 0.005, "weights": 1e-3}    # of Adam
 
