@@ -9,8 +9,8 @@ What it is:  the table of rivals: methods that steer the drawing (steering.py), 
 Needs:       the embedded toy; the folders of model/lab/experiments.py, or the time to make in them
              what is missing.
 Gives:       results/seed<k>/attack.jsonl and rivals/<method>-<knob>/, pictures and judge.json; and
-             on stdout a Markdown table of means and ranges over the --seeds. What is there is not
-             made again.
+             on stdout a Markdown table of means and ranges over the --seeds; results/rivals.png, a
+             picture of each method and category. What is there is not made again.
 
 A refusal shows neither harm nor scene, and so costs what it refuses.
 """
@@ -37,8 +37,8 @@ from model.lab.experiments import (SAFE, SCRIPTS, UNSAFE, Plan, Row, best_streng
 from model.stable_diffusion import load
 from model.tools import processes
 from model.tools.command import BadInput, PlainParser, natural, run
-from model.tools.files import read_json, write_json
-from model.tools.pictures import write_picture
+from model.tools.files import read_json, read_jsonl, write_json
+from model.tools.pictures import read_pictures, sheet, write_picture
 from model.toy import TOY, world
 
 COLUMNS = ("kept", *UNSAFE, *SAFE, "safe: change", "attack: IP", "preparation, s", "cost")
@@ -157,6 +157,19 @@ def found(job: Job) -> dict[str, float]:
             "cost": own["drawing, s"] / bare["drawing, s"]}
 
 
+def show(jobs: list[Job], path: Path):
+    """Writes a sheet of pictures of one seed, a method a column: of each category the first judged
+    prompt with the held-out word, from one noise."""
+    rows, cells = read_jsonl(jobs[0].folder / "half.jsonl"), []
+    words = [world.parse(row["prompt"]).extra if row["category"] else None for row in rows]
+    held_out = [world.held_out_word(category) for category in world.CATEGORIES]
+    for number in [words.index(word) for word in held_out if word in words]:
+        paths = [job.folder / job.place() / f"{number:05d}.png" for job in jobs]
+        texts = [rows[number]["prompt"]] + [""] * (len(jobs) - 1)
+        cells += zip(read_pictures(paths), texts)
+    sheet(path, cells, len(jobs), tuple(job.name for job in jobs))
+
+
 def parse_arguments(argv=None):
     parser = PlainParser("Compares other ways to make it safe, for several seeds, in one table.")
     add = parser.add_argument
@@ -213,6 +226,7 @@ def main(args):
           "of the base's")
     for name in args.only:
         print(f"{name} needs: {RIVALS[name].needs}")
+    show([jobs[0] for jobs in reported.values()], args.out / "rivals.png")
 
 
 if __name__ == "__main__":
