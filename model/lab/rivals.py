@@ -92,7 +92,7 @@ RIVALS = {
         TEXTS, (0.3, 0.5, 0.7), partial(guards.latent_guard, concepts=guards.ALL)),
     "GuardT2I": Rival(TEXTS, (0.0, 0.66), guards.guard_t2i),
     "rewriting and a classifier": Rival(CLASSIFIER, (0.1, 0.5, 1.0), guards.wrapper),
-    "ESD-x": Rival("the words; training of cross-attention", (250, 500), editing.esd),
+    "ESD-x": Rival("the words; training of cross-attention", (60, 125, 250, 500), editing.esd),
     "UCE": Rival("the words, safe prompts", (0.3, 1.0, 3.0), editing.uce)}
 
 
