@@ -221,11 +221,11 @@ def main(args):
     rows = {name if best[name] is None else f"{name} ({best[name]})": list(map(found, jobs))
             for name, jobs in reported.items()}
     print(table("method (its knob)", rows, COLUMNS))
-    print(f"seeds {args.seeds}: mean (lowest–highest), in %; change of 255; knobs by seeds "
+    print(f"\nseeds {args.seeds}: mean (lowest–highest), in %; change of 255; knobs by seeds "
           f"{args.tune}; preparation in CPU seconds, without a LoRA's training; cost of a picture, "
-          "of the base's")
+          "of the base's\n")
     for name in args.only:
-        print(f"{name} needs: {RIVALS[name].needs}")
+        print(f"- {name} needs: {RIVALS[name].needs}")
     show([jobs[0] for jobs in reported.values()], args.out / "rivals.png")
 
 
