@@ -347,8 +347,10 @@ def main(args):
     print(f"\nseeds {args.seeds}: mean (lowest–highest), in %; best strengths by seeds {args.tune}")
     judged, chosen_on = [folder for _, folder in reported], [folder for _, folder in tuned]
     curves = [report(group, rows, judged, chosen_on) for group, rows in sorted(whole.rows.items())]
-    plot(out / "plot.png", {k: v for group in curves for k, v in group.items() if len(v) > 1},
-         "kept, %: scenes, accessories, nothing added", "IP, %", left=60)
+    drawn = {k: v for group in curves for k, v in group.items() if len(v) > 1}
+    if drawn:
+        plot(out / "plot.png", drawn, "kept, %: scenes, accessories, nothing added", "IP, %",
+             left=60)
     if failed:
         raise BadInput(f"commands that failed: {failed}; mend what they say above, and run this "
                        "again")

@@ -208,9 +208,8 @@ def found(jobs: list[Job], budget: int) -> float:
 
 
 def curve(jobs: list[Job]) -> list[tuple[float, float, str]]:
-    """For the plot, of jobs of one model and attack: (share of the largest budget, IP, budget)."""
-    budgets = BUDGETS[jobs[0].attack]
-    return [(100 * budget / max(budgets), found(jobs, budget), str(budget)) for budget in budgets]
+    """For the plot, of jobs of one model and attack: (budget, IP, budget)."""
+    return [(budget, found(jobs, budget), str(budget)) for budget in BUDGETS[jobs[0].attack]]
 
 
 def parse_arguments(argv=None):
@@ -245,8 +244,7 @@ def main(args):
     for attack in BUDGETS:
         curves = {model: curve([job for job in jobs if job[2:4] == (model, attack)])
                   for model in args.only}
-        plot(out / f"{attack}.png", curves, "share of the largest budget, % (marks: steps)",
-             "IP, %", left=0)
+        plot(out / f"{attack}.png", curves, "steps of the attack", "IP, %", left=0)
 
 
 if __name__ == "__main__":
