@@ -423,42 +423,33 @@ def test_mixed_precision_is_near(name, size):
     alone = trainer(f"--beta 1 --batch 2 --precision {name}")
     found = gradient(alone)
     assert alone.scaler.is_enabled() == (name == "fp16")
-    assert 1e-5 < far(found, exact) < size and found.dtype == torch.float32 and exact.norm() < 1
+    assert 1e-5 < far(found, exact) < size and found.dtype == torch.float32
 
 
-PRECISIONS = (    # line: a file that it writes
-    ("train --concept all --steps 2 --batch 2", "experts/hate.safetensors"),
-    ("merge experts", "merged.safetensors"),
-    ("sample red,box blue,ball --batch 1 --steps 2", "samples/00000.png"),
-    ("make_data --concept shocking --pairs 2 --steps 2 --judge none",
-     "data/shocking/latents.safetensors"))
+REPEATED = {    # line: a file that it writes
+    "train --concept hate --steps 1 --batch 2": "experts/hate.safetensors",
+    "sample a b --batch 1 --steps 1": "samples/00000.png",
+    "make_data --concept sexual --pairs 2 --steps 1 --judge none":
+        "data/sexual/latents.safetensors"}
 
 
 def test_finished_work_of_another_precision_is_other_work(here):
-    """Near, not the same, and never taken for it. auto is fp32 here."""
+    """auto is fp32 here. That bf16 gives something else: test_no_flag_is_decoration."""
     write_pairs("hate", [PAIR] * 6)
-    write_pairs("sexual", [PAIR] * 6)
-    for line, name in PRECISIONS:
-        file, times, found = Path(name), [], []
+    for line, name in REPEATED.items():
+        times = []
         for precision in ("auto", "fp32", "bf16"):
             command(f"{line} --precision {precision}")
-            times.append(file.stat().st_mtime_ns)
-            if file.suffix == ".png":
-                found.append(torch.from_numpy(np.array(Image.open(file))).float())
-            else:
-                tensors = load_file(file)
-                found.append(torch.cat([tensors[key].flatten() for key in sorted(tensors)]))
-        assert times[0] == times[1] or line.startswith("merge"), line    # which is quick
-        assert torch.equal(found[0], found[1]) and 0 < far(found[2], found[0]) < 0.05, line
-    assert load_lora(Path("merged.safetensors"))[1]["precision"] == "bf16"
+            times.append(Path(name).stat().st_mtime_ns)
+        assert times[0] == times[1] < times[2], line
 
 
 def test_rounding_is_measured(capsys):
     """Without a step B is zero: policy and reference round alike."""
-    for steps, zero in (("0", True), ("1", False)):
+    for steps in "01":
         rounding.main(rounding.parse_arguments(["--pairs", "1", "--steps", steps]))
         rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-        assert len(rows) == 6 and all((float(row[3]) == 0) == zero for row in rows)
+        assert len(rows) == 6 and all((float(row[3]) > 0) == (steps == "1") for row in rows)
 
 
 def test_an_expert_is_a_plain_loop_on_w_plus_b_a(here):
@@ -635,9 +626,10 @@ def test_one_pass_of_the_base_scores_every_expert(experts, capsys):
         t = stratified_times(len(x0), 1000, random)
         x_t = pipe().scheduler.add_noise(x0, torch.randn(x0.shape, generator=random), t)
         asked.append((x_t, t, data["unsafe"][:24].repeat(2, 1, 1)))
-    for method in merge.CALIBRATED:
-        command(f"merge c a b --seed 7 --method {method} --out m")
-        assert distance(Path("m"), plain_merge(experts, asked, method)) < 1e-4
+    for method, precision, near in (("co-merge", "fp32", 1e-4), ("scaled-sum", "fp32", 1e-4),
+                                    ("scaled-sum", "bf16", 0.05)):
+        command(f"merge c a b --seed 7 --method {method} --precision {precision} --out m")
+        assert distance(Path("m"), plain_merge(experts, asked, method)) < near
         assert "down_blocks_9_conv" in capsys.readouterr().err
 
 
@@ -1630,8 +1622,8 @@ def test_a_file_says_how_it_was_made(again):
                 "base_model_hash": hashes[WEIGHTS],
                 "data_hash": hashes["data/hate/latents.safetensors"]}
     assert expected.items() <= load_lora(folder / "experts/hate.safetensors")[1].items()
-    merged = load_lora(folder / "merged.safetensors")[1]
-    assert (merged["concept"], merged["method"]) == ("hate,sexual", "co-merge")
+    expected = {"concept": "hate,sexual", "method": "co-merge", "precision": "fp32"}
+    assert expected.items() <= load_lora(folder / "merged.safetensors")[1].items()
     row = {"prompt": "blue,box,snow", "seed": 1, "steps": 2, "guidance": 3.0, "sampler": "dpm++",
            "negative": "", "size": None, "file": "00001.png"}
     assert row.items() <= read_jsonl(folder / "samples/base/index.jsonl")[1].items()
