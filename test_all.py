@@ -1520,10 +1520,9 @@ FLAGS = {    # a small command: flags that must change what it gives
     "sample {unsafe} --steps 6 --lora merged.safetensors --model models/other": "--compare",
     "sample {unsafe} --steps 6 --lora merged.safetensors --judge --model models/other --compare":
         "--show-unsafe"}
-# Those that change no file, or need another model, and what holds them instead.
-ELSEWHERE = {"--device": "REFUSED", "--out": "everywhere", "--checkpointing": "a lesson",
-             "--batch": "what is missing", "--help": "every program", **dict.fromkeys(
-                 ("--llm", "--concepts", "--clipscore"), "files elsewhere")}
+# Those that change no file, or need another model, are held by REFUSED, by every program, by a
+# lesson (--checkpointing), by what is missing (--batch), and by files of other programs.
+ELSEWHERE = "--device --out --checkpointing --batch --help --llm --concepts --clipscore".split()
 
 
 def outcome(line: str, out: Path, capsys) -> dict:
@@ -1558,8 +1557,8 @@ def test_a_new_flag_needs_a_row(script, capsys):
         SCRIPTS[script].parse_arguments(["--help"])
     flags = re.findall(r"^  (?:-h, )?(--[\w-]+)", capsys.readouterr().out, re.M)
     rows = "|".join(FLAGS[line] for line in FLAGS if line.startswith(script))
-    known = {row.split()[0] for row in rows.split("|")} | ELSEWHERE.keys()
-    assert len(flags) > 8 and not set(flags) - known
+    known = {row.split()[0] for row in rows.split("|")}
+    assert len(flags) > 8 and not set(flags) - known.union(ELSEWHERE)
 
 
 DRAWING = ("sample red,ball,park blue,box,snow --steps 2 --compare --judge "
@@ -1849,27 +1848,26 @@ def test_every_program_has_help(path, monkeypatch, capsys):
     assert not stop.value.code and capsys.readouterr().out.startswith("usage: ")
 
 
+README = (ROOT / "README.md").read_text()
+TESTS = re.findall(r"def (test_\w+)", (ROOT / "test_all.py").read_text())
 # [`symbol`](file.py#L12)
 LINK = re.compile(r"\[`([\w./]+)(?:\(\))?`\]\(([\w/.-]+?)(?:#L(\d+))?\)")
 
 
 def test_the_readme_leads_where_it_says():
-    readme, tests = (ROOT / "README.md").read_text(), (ROOT / "test_all.py").read_text()
-    for symbol, file, line in LINK.findall(readme):
+    for symbol, file, line in LINK.findall(README):
         assert (ROOT / file).exists(), file
         if line:
             there = (ROOT / file).read_text().splitlines()[int(line) - 1]
             assert re.match(rf"\s*(def|class) {symbol.rpartition('.')[2]}\b", there), symbol
-    named = re.findall(r"`(test_\w+)`", readme)
-    assert named and not [name for name in named if f"def {name}(" not in tests]
+    named = re.findall(r"`(test_\w+)`", README)
+    assert named and not set(named) - set(TESTS)
 
 
 def test_a_command_in_a_readme_is_not_known_to_work():
     """Its scripts take these flags; an exercise's words are words of tests."""
-    tests = re.findall(r"def (test_\w+)", (ROOT / "test_all.py").read_text())
-    readme = (ROOT / "README.md").read_text()
-    assert SHOWN.findall(readme)    # or there is nothing to compare
-    for line in commands_of(readme + (ROOT / "model/formats/README.md").read_text()):
+    assert SHOWN.findall(README)    # or there is nothing to compare
+    for line in commands_of(README + (ROOT / "model/formats/README.md").read_text()):
         program = re.fullmatch(r"(?:python|torchrun \S+) (?:-m )?([\w.]+?)(?:\.py)?( .*)?", line)
         if program and program[1] != "pytest":
             package = program[1] == "model.lab.bench"
@@ -1877,7 +1875,7 @@ def test_a_command_in_a_readme_is_not_known_to_work():
             module.parse_arguments(shlex.split(program[2] or ""))
         for word in shlex.split(line.partition("-k ")[2]):
             for part in word.split(" or "):
-                assert any(part in test for test in tests), line
+                assert any(part in test for test in TESTS), line
 
 
 def test_a_damaged_file_is_read_or_refused(story, tmp_path):
