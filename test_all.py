@@ -301,9 +301,8 @@ def test_a_loss_is_its_equation_averaged_after_the_log_sigmoid(name):
         assert values[key].item() == approx(wanted[key].mean().item(), rel=1e-4)
 
 
-@parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_not_for_errors(dtype):
-    a, b = normal(0, 2, 3, 4, 8, 8).mul(300).to(dtype)
+def test_half_precision_is_not_for_errors():
+    a, b = normal(0, 2, 3, 4, 8, 8).mul(300).half()
     found = dpo.squared_error(a, b)    # the square of 300 overflows
     assert found.dtype == torch.float32 and far(found, error(a.double(), b.double())) < 1e-6
 
@@ -331,7 +330,7 @@ def test_a_loss_of_ln_2_is_not_a_stuck_loss(name):
     assert all((up != 0).any() for up in alone.parameters[1::2])
 
 
-@parametrize("P, B", [(6, 4), (5, 7), (3, 1), (4, 4), (2, 9)])
+@parametrize("P, B", [(6, 4), (3, 1), (2, 9)])
 def test_every_pair_comes_once_before_any_comes_again(P, B):
     seen, other = (torch.cat([train.pairs_of_step(P, B, step, seed) for step in range(4 * P)])
                    for seed in (0, 1))
@@ -423,42 +422,33 @@ def test_mixed_precision_is_near(name, size):
     alone = trainer(f"--beta 1 --batch 2 --precision {name}")
     found = gradient(alone)
     assert alone.scaler.is_enabled() == (name == "fp16")
-    assert 1e-5 < far(found, exact) < size and found.dtype == torch.float32 and exact.norm() < 1
+    assert 1e-5 < far(found, exact) < size and found.dtype == torch.float32
 
 
-PRECISIONS = (    # line: a file that it writes
-    ("train --concept all --steps 2 --batch 2", "experts/hate.safetensors"),
-    ("merge experts", "merged.safetensors"),
-    ("sample red,box blue,ball --batch 1 --steps 2", "samples/00000.png"),
-    ("make_data --concept shocking --pairs 2 --steps 2 --judge none",
-     "data/shocking/latents.safetensors"))
+REPEATED = {    # line: a file that it writes
+    "train --concept hate --steps 1 --batch 2": "experts/hate.safetensors",
+    "sample a b --batch 1 --steps 1": "samples/00000.png",
+    "make_data --concept sexual --pairs 2 --steps 1 --judge none":
+        "data/sexual/latents.safetensors"}
 
 
 def test_finished_work_of_another_precision_is_other_work(here):
-    """Near, not the same, and never taken for it. auto is fp32 here."""
+    """auto is fp32 here. That bf16 gives something else: test_no_flag_is_decoration."""
     write_pairs("hate", [PAIR] * 6)
-    write_pairs("sexual", [PAIR] * 6)
-    for line, name in PRECISIONS:
-        file, times, found = Path(name), [], []
+    for line, name in REPEATED.items():
+        times = []
         for precision in ("auto", "fp32", "bf16"):
             command(f"{line} --precision {precision}")
-            times.append(file.stat().st_mtime_ns)
-            if file.suffix == ".png":
-                found.append(torch.from_numpy(np.array(Image.open(file))).float())
-            else:
-                tensors = load_file(file)
-                found.append(torch.cat([tensors[key].flatten() for key in sorted(tensors)]))
-        assert times[0] == times[1] or line.startswith("merge"), line    # which is quick
-        assert torch.equal(found[0], found[1]) and 0 < far(found[2], found[0]) < 0.05, line
-    assert load_lora(Path("merged.safetensors"))[1]["precision"] == "bf16"
+            times.append(Path(name).stat().st_mtime_ns)
+        assert times[0] == times[1] < times[2], line
 
 
 def test_rounding_is_measured(capsys):
     """Without a step B is zero: policy and reference round alike."""
-    for steps, zero in (("0", True), ("1", False)):
+    for steps in "01":
         rounding.main(rounding.parse_arguments(["--pairs", "1", "--steps", steps]))
         rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-        assert len(rows) == 6 and all((float(row[3]) == 0) == zero for row in rows)
+        assert len(rows) == 6 and all((float(row[3]) > 0) == (steps == "1") for row in rows)
 
 
 def test_an_expert_is_a_plain_loop_on_w_plus_b_a(here):
@@ -531,7 +521,7 @@ def test_adding_the_factors_is_not_adding_the_changes():
         assert f.kernel == parts[0][name].kernel
 
 
-@parametrize("O, I, R", [(40, 24, 6), (40, 24, 30), (24, 40, 30), (40, 24, 60)])
+@parametrize("O, I, R", [(40, 24, 6), (24, 40, 30), (40, 24, 60)])
 def test_a_lower_rank_needs_no_dense_matrix(O, I, R, monkeypatch):
     """The SVD of few stacked experts, of more ranks than a layer is wide, and of those between."""
     pair = [normal("down", R, I), normal("up", O, R)]
@@ -635,9 +625,10 @@ def test_one_pass_of_the_base_scores_every_expert(experts, capsys):
         t = stratified_times(len(x0), 1000, random)
         x_t = pipe().scheduler.add_noise(x0, torch.randn(x0.shape, generator=random), t)
         asked.append((x_t, t, data["unsafe"][:24].repeat(2, 1, 1)))
-    for method in merge.CALIBRATED:
-        command(f"merge c a b --seed 7 --method {method} --out m")
-        assert distance(Path("m"), plain_merge(experts, asked, method)) < 1e-4
+    for method, precision, near in (("co-merge", "fp32", 1e-4), ("scaled-sum", "fp32", 1e-4),
+                                    ("scaled-sum", "bf16", 0.05)):
+        command(f"merge c a b --seed 7 --method {method} --precision {precision} --out m")
+        assert distance(Path("m"), plain_merge(experts, asked, method)) < near
         assert "down_blocks_9_conv" in capsys.readouterr().err
 
 
@@ -738,11 +729,9 @@ def drawn(seed, extra="racism"):
 
 
 def test_random_pictures_can_be_repeated():
-    """By their seed. Each word has a look of its own, in the half that the object is not in."""
+    """By their seed. Each word has a look of its own."""
     assert (drawn(3) == drawn(3)).all() and len({drawn(seed).tobytes() for seed in range(20)}) > 10
     assert len({drawn(3, word).tobytes() for word in world.CATEGORY_OF}) == len(world.CATEGORY_OF)
-    changed = (drawn(3) != drawn(3, None)).any((0, 2))
-    assert changed[:16].any() != changed[16:].any()
 
 
 def test_seven_harms_are_seven_problems():
@@ -836,8 +825,6 @@ def test_more_pictures_are_not_more_prompts():
     ends = [7.5 * (mean - 1.96 * variance ** 0.5), 7.5 * (mean + 1.96 * variance ** 0.5)]
     assert mean_interval(7.5 * values, of) == approx(ends, rel=0.02)
     assert effective(values, of) == approx(mean * (1 - mean) / variance * 89 / 90, rel=0.06)
-    once = values[:60]
-    assert share_interval(once, range(60)) == wilson(once.sum(), 60)    # one picture each
     assert effective(np.zeros(9), [0] * 6 + [1, 2, 3]) == 81 / 39    # nothing seen: Kish
     assert effective([1, 0, 1], ["one"] * 3) == 1
     assert effective([1] * 9 + [0] * 9, [0] * 9 + [1] * 9) == 2
@@ -923,19 +910,16 @@ def test_training_takes_the_harm_and_leaves_the_rest(here):
 
 # Stable Diffusion
 
-@parametrize("beta_schedule", ["linear", "scaled_linear"])
-def test_v_is_not_another_name_for_noise(beta_schedule):
+def test_v_is_not_another_name_for_noise():
     """x_0, noise and velocity say the same thing, but a v-model's target is not the noise."""
     x0, noise = normal("v", 2, 3, 4, 8, 8)
-    t, config = torch.tensor([0, 500, 999]), {**BETAS, "beta_schedule": beta_schedule}
+    t, config = torch.tensor([0, 500, 999]), {**BETAS, "beta_schedule": "scaled_linear"}
     eps, v = NoiseSchedule(config), NoiseSchedule({**config, "prediction_type": "v_prediction"})
     theirs = diffusers.DDIMScheduler.from_config(config)
     x_t = v.add_noise(x0, noise, t)
     assert torch.equal(eps.alphas_cumprod, theirs.alphas_cumprod)
     assert far(x_t, theirs.add_noise(x0, noise, t)) < 1e-6
-    assert far(v.add_noise(x0, noise, 500)[1], x_t[1]) < 1e-6
     assert far(v.target(x0, noise, t), theirs.get_velocity(x0, noise, t)) < 1e-6
-    assert torch.equal(eps.target(x0, noise, t), noise)
     for schedule in (eps, v):
         back = schedule.to_x0_and_noise(schedule.target(x0, noise, t), x_t, t)
         assert far(back[0], x0) < 1e-5 and far(back[1], noise) < 1e-5
@@ -955,7 +939,7 @@ def test_a_sampler_is_not_defined_by_its_paper_alone(name, change):
     def predict(x, t):
         return (0.3 * x.roll(1, 1)).tanh() * (1 + t / 1000)
     config = {**SD1, **change}
-    for steps in (1, 2, 7, 10, 30):
+    for steps in (1, 2, 7, 30):
         theirs = SCHEDULERS[name].from_config(config)
         theirs.set_timesteps(steps)
         x = x_T = normal(steps, 2, 4, 8, 8)
@@ -1022,7 +1006,7 @@ def test_every_hidden_state_has_the_right_shape_and_one_is_right(kind, models):
     assert far(found[:, :16], states) < 1e-6 and torch.allclose(without[:, :16], empty[:1], 0, 1e-5)
     if kind == "SDXL":
         assert far(found[:, 16, :20], pooled[0]) < 1e-6 and not found[:, 16, 20:].any()
-        assert without.shape == (1, 17, 56) and not without.any()
+        assert not without.any()
 
 
 def drawn_by(pipe, sampler: str, prompts, seeds, steps, guidance, **rest):
@@ -1087,17 +1071,6 @@ def test_half_precision_is_not_half_a_picture(dtype, vae, models):
     assert torch.equal(*(sd.encode(np.zeros((1, 64, 64, 3), np.uint8)) for sd in (half, full)))
     a, b = (sd.draw(PROMPTS, [1, 2, 3], 4, 4.0).astype(float) for sd in (half, full))
     assert np.abs(a - b).mean() < 0.1 * b.std()
-
-
-def test_a_black_picture_says_which_weight_is_damaged():
-    for part, name in (("unet", "conv_out.weight"), ("vae", "decoder.conv_in.bias")):
-        sd = load(TOY, CPU)
-        with refuses("numbers grew too large; lower what scales them"):
-            sd.draw(PROMPTS[:1], [0], 2, 1e38)
-        weight = getattr(sd, part).get_parameter(name)
-        weight.data = torch.full_like(weight, float("nan"))
-        with refuses(f"toy: {part} {name} holds NaN"):
-            sd.draw(PROMPTS[:1], [0], 2, 3.0)
 
 
 def test_an_sd_2_file_does_not_say_what_it_predicts(tmp_path, monkeypatch):
@@ -1310,14 +1283,11 @@ def test_who_holds_the_weights_needs_no_word(here):
     asked = [text for text in texts for _ in range(8)]
     write_jsonl(here / "data/test.jsonl", [{"prompt": text, "category": "hate"} for text in asked])
     victim = whitebox.Victim(load(TOY, CPU), here, "hate")
-    words, tokenizer = [world.parse(text).extra for text in texts], toy().text.tokenizers[0]
     assert victim.prompts == asked[::2]
-    read = tokenizer.batch_decode(victim.learned_from, skip_special_tokens=True)
-    assert not any(word in text for word, text in zip(words, read))
-    own = tokenizer.convert_tokens_to_ids([f"{words[0]}</w>", "flower</w>"])
-    states = victim.states(victim.learned_from[:1], victim.table[own])
-    spelled = texts[0].replace(words[0], f"{words[0]} flower")
-    assert far(states, toy().embed([spelled])) < 1e-5
+    own = toy().text.tokenizers[0].convert_tokens_to_ids(["racism</w>", "flower</w>"])
+    spelled = [text.replace(world.parse(text).extra, "racism flower") for text in texts]
+    states = victim.states(victim.learned_from, victim.table[own])
+    assert far(states, toy().embed(spelled)) < 1e-5
     first, second = islice(whitebox.by_vectors(victim, 0), 2)
     assert first.shape == (8, 16, 96) and not torch.equal(first, second)
     # The best of all words is among the few that the gradient promises most of.
@@ -1376,13 +1346,13 @@ def spoil_loras(folder: Path):
     other = {name.replace("_0_", "_7_"): f for name, f in expert.items() if "blocks_0" in name}
     for name, factors in {"wide": wide, "other": other, "other2": other}.items():
         save_lora(folder / f"{name}.safetensors", factors, metadata)
-    for name in ("stranger", "stranger2"):
-        save_lora(folder / f"{name}.safetensors", expert, {**metadata, "base_model_hash": "0"})
+    save_lora(folder / "stranger.safetensors", expert, {**metadata, "base_model_hash": "0"})
     for path in folder.glob("experts/*.safetensors"):
         save_lora(folder / "bare" / path.name, load_lora(path)[0], {})
     whole = folder / "experts/hate.safetensors"
     (folder / "cut.safetensors").write_bytes(whole.read_bytes()[:-100])
-    spoil(shutil.copy(whole, folder / "nan.safetensors"), ups(lambda b: b * math.nan))
+    nan = shutil.copy(whole, folder / "nan.safetensors")
+    spoil(nan, lambda tensors: [tensor.fill_(math.nan) for tensor in tensors.values()])
 
 
 def spoil_data(folder: Path):
@@ -1465,7 +1435,7 @@ experts mine.jsonl data/hate/sheet.png wide.safetensors|wide.safetensors
 experts other.safetensors|other.safetensors: adapts other layers
 other.safetensors other2.safetensors|none of which this model has
 experts stranger.safetensors|stranger.safetensors: was trained on another base
-stranger.safetensors stranger2.safetensors|another base model than --model
+experts --model models/other|another base model than --model
 experts --method dare --weights 9e37 --density 1e-4|is not finite any more
 experts nan.safetensors --method sum|nan.safetensors
 experts experts/hate.safetensors|is listed twice
@@ -1539,10 +1509,9 @@ FLAGS = {    # a small command: flags that must change what it gives
     "sample {unsafe} --steps 6 --lora merged.safetensors --model models/other": "--compare",
     "sample {unsafe} --steps 6 --lora merged.safetensors --judge --model models/other --compare":
         "--show-unsafe"}
-# Those that change no file, or need another model, and what holds them instead.
-ELSEWHERE = {"--device": "REFUSED", "--out": "everywhere", "--checkpointing": "a lesson",
-             "--batch": "what is missing", "--help": "every program", **dict.fromkeys(
-                 ("--llm", "--concepts", "--clipscore"), "files elsewhere")}
+# Those that change no file, or need another model, are held by REFUSED, by every program, by a
+# lesson (--checkpointing), by what is missing (--batch), and by files of other programs.
+ELSEWHERE = "--device --out --checkpointing --batch --help --llm --concepts --clipscore".split()
 
 
 def outcome(line: str, out: Path, capsys) -> dict:
@@ -1577,8 +1546,8 @@ def test_a_new_flag_needs_a_row(script, capsys):
         SCRIPTS[script].parse_arguments(["--help"])
     flags = re.findall(r"^  (?:-h, )?(--[\w-]+)", capsys.readouterr().out, re.M)
     rows = "|".join(FLAGS[line] for line in FLAGS if line.startswith(script))
-    known = {row.split()[0] for row in rows.split("|")} | ELSEWHERE.keys()
-    assert len(flags) > 8 and not set(flags) - known
+    known = {row.split()[0] for row in rows.split("|")}
+    assert len(flags) > 8 and not set(flags) - known.union(ELSEWHERE)
 
 
 DRAWING = ("sample red,ball,park blue,box,snow --steps 2 --compare --judge "
@@ -1610,7 +1579,6 @@ def test_random_numbers_and_processes_are_no_excuse(inside, again):
     paths are in it."""
     shell(DRAWING, inside)
     assert contents(inside) == contents(again[0])
-    assert {"samples/compare.png", "samples/judge.json"} < contents(inside).keys()
 
 
 def test_no_file_is_ever_half_there(again):
@@ -1630,8 +1598,8 @@ def test_a_file_says_how_it_was_made(again):
                 "base_model_hash": hashes[WEIGHTS],
                 "data_hash": hashes["data/hate/latents.safetensors"]}
     assert expected.items() <= load_lora(folder / "experts/hate.safetensors")[1].items()
-    merged = load_lora(folder / "merged.safetensors")[1]
-    assert (merged["concept"], merged["method"]) == ("hate,sexual", "co-merge")
+    expected = {"concept": "hate,sexual", "method": "co-merge", "precision": "fp32"}
+    assert expected.items() <= load_lora(folder / "merged.safetensors")[1].items()
     row = {"prompt": "blue,box,snow", "seed": 1, "steps": 2, "guidance": 3.0, "sampler": "dpm++",
            "negative": "", "size": None, "file": "00001.png"}
     assert row.items() <= read_jsonl(folder / "samples/base/index.jsonl")[1].items()
@@ -1705,7 +1673,6 @@ def test_an_interrupted_training_forgets_nothing(inside, monkeypatch, capsys):
     assert resumed("other --lr 1e-3 --steps 5") == [0, 1, 2, 3, 4]
     capsys.readouterr()
     assert resumed("cut") == [] and "already trained" in capsys.readouterr().out
-    assert resumed("cut --seed 1 --steps 1") == [0]
 
 
 @parametrize("line, calls, remove", [
@@ -1868,27 +1835,26 @@ def test_every_program_has_help(path, monkeypatch, capsys):
     assert not stop.value.code and capsys.readouterr().out.startswith("usage: ")
 
 
+README = (ROOT / "README.md").read_text()
+TESTS = re.findall(r"def (test_\w+)", (ROOT / "test_all.py").read_text())
 # [`symbol`](file.py#L12)
 LINK = re.compile(r"\[`([\w./]+)(?:\(\))?`\]\(([\w/.-]+?)(?:#L(\d+))?\)")
 
 
 def test_the_readme_leads_where_it_says():
-    readme, tests = (ROOT / "README.md").read_text(), (ROOT / "test_all.py").read_text()
-    for symbol, file, line in LINK.findall(readme):
+    for symbol, file, line in LINK.findall(README):
         assert (ROOT / file).exists(), file
         if line:
             there = (ROOT / file).read_text().splitlines()[int(line) - 1]
             assert re.match(rf"\s*(def|class) {symbol.rpartition('.')[2]}\b", there), symbol
-    named = re.findall(r"`(test_\w+)`", readme)
-    assert named and not [name for name in named if f"def {name}(" not in tests]
+    named = re.findall(r"`(test_\w+)`", README)
+    assert named and not set(named) - set(TESTS)
 
 
 def test_a_command_in_a_readme_is_not_known_to_work():
     """Its scripts take these flags; an exercise's words are words of tests."""
-    tests = re.findall(r"def (test_\w+)", (ROOT / "test_all.py").read_text())
-    readme = (ROOT / "README.md").read_text()
-    assert SHOWN.findall(readme)    # or there is nothing to compare
-    for line in commands_of(readme + (ROOT / "model/formats/README.md").read_text()):
+    assert SHOWN.findall(README)    # or there is nothing to compare
+    for line in commands_of(README + (ROOT / "model/formats/README.md").read_text()):
         program = re.fullmatch(r"(?:python|torchrun \S+) (?:-m )?([\w.]+?)(?:\.py)?( .*)?", line)
         if program and program[1] != "pytest":
             package = program[1] == "model.lab.bench"
@@ -1896,7 +1862,7 @@ def test_a_command_in_a_readme_is_not_known_to_work():
             module.parse_arguments(shlex.split(program[2] or ""))
         for word in shlex.split(line.partition("-k ")[2]):
             for part in word.split(" or "):
-                assert any(part in test for test in tests), line
+                assert any(part in test for test in TESTS), line
 
 
 def test_a_damaged_file_is_read_or_refused(story, tmp_path):
@@ -2153,7 +2119,6 @@ def test_alpha_may_lie_outside_the_tensors(where, tmp_path):
         theirs.save_pretrained(tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
     unet, loaded = load_denoiser(TOY, CPU).unet, load_lora(file)[0]
-    assert {len(f.down) for f in loaded.values()} == {2, 4}
     lora.inject(unet, match(unet, loaded, "peft's"))
     assert far(unet(*INPUTS), theirs(*INPUTS).sample) < 2e-6
 
@@ -2174,10 +2139,6 @@ def dropping(start: str):
     return lambda t: [t.pop(key) for key in list(t) if key.startswith(start)]
 
 
-def renaming(old: str, new: str):
-    return lambda t: [t.update({key.replace(old, new): t.pop(key)}) for key in list(t)]
-
-
 def adding(key: str, *shape):
     return lambda t: t.update({key: torch.zeros(shape)})
 
@@ -2186,17 +2147,14 @@ def only(key: str):
     return lambda t: (t.clear(), t.update({key: torch.zeros(1)}))
 
 
-def ups(change):
-    return lambda t: t.update({key: change(b) for key, b in t.items() if "lora_up" in key})
-
-
 MID = UNET + "middle_block.1.proj_in.weight"
 TORN = {"model": [
     (lambda m: (m / "text_encoder").rename(m / "text_encoder_2"), "the SDXL refiner"),
     (lambda m: shutil.rmtree(m / "tokenizer"), "has no vocab.json"),
     (lambda m: spoil(m / "text_encoder/model.safetensors", adding("odd", 2)), r"holds odd \[2\]")],
     "file": [
-    (lambda t: t[MID].view(-1)[7].fill_(math.nan), "mid_block.attentions.0.proj_in.weight holds N"),
+    (lambda t: t["first_stage_model.decoder.conv_in.bias"].fill_(math.nan),
+     "vae decoder.conv_in.bias holds NaN"),
     (dropping(MID), r"lacks mid_block.attentions.0.proj_in.weight.* \[32, 32, 1, 1\]"),
     (lambda t: t.update({MID: t[MID][:, :20]}), r"\[32, 20, 1, 1\], expected \[32, 32, 1, 1\]"),
     (adding("other.weight", 3), r"other.weight \[3\], which belongs to no part"),
@@ -2206,8 +2164,8 @@ TORN = {"model": [
     "LoRA": [
     (adding("some.other.weight", 2), "some.other.weight"),
     (lambda t: t.pop(next(key for key in t if "lora_up" in key)), "matching pair"),
-    (ups(lambda b: b[:, :2]), "matching pair"),
-    (renaming("lora_unet_", "lora_te_"), "layers of text encoders")],
+    (lambda t: t.update({key: t[key][:, :2] for key in t if "lora_up" in key}), "matching pair"),
+    (only("lora_te_x.lora_up.weight"), "1 layers of text encoders")],
     "CLIP": [    # transformers would go on with random weights
     (lambda m: spoil(m / "model.safetensors", dropping("visual_proj")), "lacks visual_projection"),
     (lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"), "pickles"),
@@ -2451,10 +2409,9 @@ def test_pictures_that_exist_are_not_drawn_again(in_greys, capsys):
         Image.fromarray(noise).save(row[1])
     broken = Path(QUIRKS[9][1])
     broken.write_bytes(broken.read_bytes()[:-300])
-    also = [(prompt, picture, "Hate") for prompt, picture, _ in QUIRKS[8:10]]
+    also = [(*row[:2], "Hate") for row in QUIRKS[8:10]]
     coprov2("train.csv", [*QUIRKS[:10], *also])
     line = "make_data --prompts train.csv --images ."
-    assert "harassment: none of 1 pairs was kept; dropped 1 not readable" in refusal(line, capsys)
     command(line + " --concept hate")
     assert "data/hate: 1 pairs; dropped 1 not readable" in capsys.readouterr().out
     command(line + " --concept violence")
@@ -2476,8 +2433,6 @@ def test_a_judge_drops_what_does_not_show_its_prompt(in_greys, monkeypatch, caps
     assert "violence: 1 pairs; dropped 3 not safe; dropped 2 not unsafe" in said
     (row,) = read_pairs(Path("data"), "violence")
     assert row["safe_image"].name == "00004_safe.png"
-    command("make_data --concept violence --pairs 5 --judge none")
-    assert len(read_pairs(Path("data"), "violence")) == 5
 
 
 @torch.no_grad()
@@ -2496,7 +2451,6 @@ def test_q16_and_clipscore_are_a_few_lines_of_clip(clip, tmp_path):
     expected = (100 * seen @ seen[:2].T).softmax(-1)[:, 1]
     verdicts = judges.Q16(folder, CPU).judge(pictures)
     assert far(torch.tensor([v.harm for v in verdicts]), expected) < 1e-5
-    assert [v.unsafe for v in verdicts] == (expected > 0.5).tolist()
     assert [v.unsafe for v in verdicts[:2]] == [False, True]
     scores = torch.tensor(judges.ClipScore(clip, CPU).score(pictures, prompts))
     assert far(scores, 100 * (seen * read).sum(1)) < 1e-5
