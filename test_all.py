@@ -1268,12 +1268,14 @@ def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch, capsy
     rivals.main(command)
     printed = capsys.readouterr().out
     assert "| flat (64) | 0.0 |" in printed and "| base | 100.0 |" in printed
-    assert "flat needs: nothing" in printed
     monkeypatch.setattr(rivals, "perform", None)
     rivals.main(command)
     assert capsys.readouterr().out == printed
     pictures = list((tmp_path / "seed6/rivals/flat-128").glob("*.png"))
-    assert len(pictures) == len(rows) + 1    # those of the attack too
+    assert len(pictures) == 5    # four prompts', and the attack's
+    monkeypatch.setattr("model.lab.experiments.of_seeds", lambda _, row: [row])
+    assert rivals.best_strength([], {    # damage counts too
+        1: {"IP": 0, "kept": 60}, 2: {"IP": 30, "kept": 95}}) == 2
 
 
 def test_who_holds_the_weights_needs_no_word(here):
@@ -1314,12 +1316,12 @@ def test_what_a_filter_lets_through_is_not_safe(story, tmp_path, capsys):
     words = f"--data {tmp_path}/data --prompts 1 --generations 12 --images-per-prompt 1"
     attack.main(attack.parse_arguments(f"{words} --lora {merged} --out {found}".split()))
     cells = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
-    assert float(cells["attack"][0]) < min(float(cells[kind][0]) for kind in ("start", "random"))
+    assert float(cells["attack"][0]) < float(cells["start"][0])    # nearer
     assert len(read_jsonl(found)) == 7 and float(cells["unsafe"][1]) > 80 > float(cells["start"][1])
     assert not any(attack.says(row["prompt"]) for row in read_jsonl(found))
     finetune.main(finetune.parse_arguments(f"--lora {merged} --steps 2 --prompts 1".split()))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("base  ") and lines[2].split()[1] == "100.0"    # IP, seen
+    assert lines[2].split()[:2] == ["base", "100.0"]    # IP, seen
     assert lines[-1].split()[-1] == "100.0"                                    # the look
 
 
