@@ -183,7 +183,7 @@ def table(columns: dict[str, dict[str, Figure]]) -> list[str]:
         rows = [line(SAFE[kind], columns, [f"{name}: {kind}"])
                 for kind in SAFE if f"{name}: {kind}" in keys]
         if rows:
-            lines += [f"{name} prompts" if kinds else f"{name + ' prompts':<18}{heads}", *rows]
+            lines += [f"{name + ' prompts':<18}{heads}", *rows]
     return [text.rstrip() for text in lines]
 
 
