@@ -1,10 +1,13 @@
-"""How alike are the experts? `python -m model.lab.geometry experts/*`
+"""How alike are the experts, and how near is Co-Merge's approximation? `python -m
+model.lab.geometry experts/*`
 
 What it is:  cosines between the experts' delta W, and between the gradients with respect to W that
              their training started with. Near 0: each problem has a direction of its own. Near 1:
-             one direction would do for all.
+             one direction would do for all. And a second pass: Co-Merge scores experts on what the
+             base's layers meet; what if it were what the merged model's layers meet?
 Needs:       experts, and the data that they were trained on; the embedded toy.
-Gives:       a table of means with the lowest and highest pair, by kind of layer.
+Gives:       a table of means with the lowest and highest pair, by kind of layer; the share of rows
+             that keep their owner in the second pass; and what it merges, --out.
 """
 from itertools import combinations
 from pathlib import Path
@@ -12,12 +15,15 @@ from pathlib import Path
 import torch
 
 import lora
+import merge
 import train
 from model.data.pairs import read_latents
 from model.formats.checkpoint import encoder_files
-from model.formats.lora_file import Factors, expand, flat, load
+from model.formats.experts import Experts
+from model.formats.fit import layers
+from model.formats.lora_file import Factors, expand, flat, load, save
 from model.lab.experiments import mean_and_range
-from model.stable_diffusion import settle
+from model.stable_diffusion import load_denoiser, settle
 from model.tools.command import Parser, run
 from model.tools.files import sha256
 
@@ -29,6 +35,8 @@ def parse_arguments(argv=None):
     parser = Parser("Cosines between experts, and between the gradients that they started with.")
     parser.add_argument("experts", nargs="+", type=Path, help="LoRA files, or a folder of them")
     parser.add_argument("--data", type=Path, default=Path("data"), help="what make_data.py wrote")
+    parser.add_argument("--out", type=Path, default=Path("second-pass.safetensors"),
+                        help="LoRA file to write: Co-Merge's, of the second pass")
     return parser.parse_args(argv)
 
 
@@ -44,14 +52,14 @@ def gradients(args, concept: str) -> dict[str, torch.Tensor]:
                                      "--precision", args.precision])
     tensors = read_latents(args.data, [concept], sha256(*encoder_files(args.model)))
     trainer = train.Trainer(options, device, concept, tensors)
-    layers = {flat(name): module for name, module in trainer.denoiser.unet.named_modules()
-              if isinstance(module, lora.LoRALayer)}
-    for layer in layers.values():
+    adapted = {flat(name): module for name, module in trainer.denoiser.unet.named_modules()
+               if isinstance(module, lora.LoRALayer)}
+    for layer in adapted.values():
         layer.base.weight.requires_grad_(True)
     draw = trainer.draw_step(0, PAIRS)
     reference, (policy, target) = trainer.ask_reference(draw), trainer.ask(draw)
     trainer.loss.function(policy, reference, target, options.beta)[0].backward()
-    return {name: layer.base.weight.grad for name, layer in layers.items()}
+    return {name: layer.base.weight.grad for name, layer in adapted.items()}
 
 
 def cosines(vectors: list[dict], product) -> dict[str, list[float]]:
@@ -69,6 +77,26 @@ def total(u: dict, v: dict, kind: str, product) -> float:
     return sum(product(u[name], v[name]) for name in u if name.endswith(kind))
 
 
+def second_pass(args, files: list[Path]) -> float:
+    """Merges by Co-Merge, scores the experts anew on what the layers of the merged model meet, and
+    writes what Co-Merge makes of that. Returns the share of rows, in the mean of layers, that have
+    the same owner."""
+    options = merge.parse_arguments([*map(str, files), "--model", str(args.model), "--data",
+                                     str(args.data), "--seed", str(args.seed)])
+    experts, denoiser = Experts(files, [1.0]), load_denoiser(args.model, settle(options))
+    activity = merge.calibrate(options, experts)
+    known = layers(denoiser.unet)
+    for name, factors in merge.merge(options, experts, activity)[0].items():
+        known[name][1].weight += factors.delta()
+    concepts = [file.metadata["concept"] for file in experts.files]
+    encoders = sha256(*encoder_files(args.model))
+    inputs = merge.calibration(options, concepts, encoders, denoiser)
+    again = merge.measure(denoiser, experts.layers(), inputs)
+    save(args.out, merge.merge(options, experts, again)[0], experts.metadata)
+    kept = [(again[name].owner == activity[name].owner).float().mean() for name in activity]
+    return torch.stack(kept).mean().item()
+
+
 def main(args):
     torch.set_num_threads(1)
     files = expand(args.experts)
@@ -81,6 +109,8 @@ def main(args):
         cells = [mean_and_range(found[kind]) for found in (of_changes, of_gradients)]
         print(f"| {kind} | {' | '.join(cells)} |")
     print("cosines of all pairs of experts, in %: mean (lowest–highest)")
+    kept = second_pass(args, files)
+    print(f"{args.out}: scored on the merged model's inputs, {kept:.1%} of rows keep their owner")
 
 
 if __name__ == "__main__":
