@@ -1,18 +1,19 @@
 """Speed and memory beside diffusers and PEFT. `python -m model.lab.bench picture`
 
-    picture   a picture at 256 px with guidance, SD 1.5 (fp32, 2 steps) and SDXL (bf16, 1 step)
+    picture   pictures with guidance: SD 1.5 at 256 and 512 px (2 steps), SDXL at 512 and 1024 (1)
     train     a DPO step on SD 1.5: fp32, 256 px, one pair, a LoRA of rank 4
     merge     random experts of SD 1.5's 128 attention layers; and Co-Merge's pass beside a forward
     gpu       on CUDA: pictures of 25 steps, and DPO steps, of SD 1.5 at 512 px and SDXL at 1024 px
 
 Models are full-size, their weights random; all but gpu runs on the CPU. Printed are seconds until
-ready, from the start of Python; seconds of the last round of work; and peak memory: the least
-seconds and the most memory of --rounds, taken in turns, and in brackets their ratio to the first
-row of the table. inf: was stopped after LIMIT seconds.
+ready, from the start of Python; of the first and of the last round of work; and peak memory: each
+the median of --rounds, in which the jobs take turns, and in brackets the ratio to the first row of
+the table, lowest and highest of the rounds. inf: was stopped after LIMIT seconds.
 """
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -47,18 +48,18 @@ def parse_arguments(argv=None):
 
 
 def measured(module: str, *words) -> list[float]:
-    """[seconds until ready, of the last round, GiB] of one job."""
+    """[seconds until ready, of the first and of the last round, GiB] of one job."""
     command = [sys.executable, "-m", "model.lab.bench.clock", time.time(),
                f"model.lab.bench.{module}", *words]
     try:
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True,
                               timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        return [math.inf] * 3
+        return [math.inf] * 4
     if done.returncode:
         sys.exit(done.stderr)
-    ready, *_, last, peak = json.loads(done.stdout.splitlines()[-1])
-    return [ready, last, peak]
+    ready, first, *_, peak = figures = json.loads(done.stdout.splitlines()[-1])
+    return [ready, first, figures[-2], peak]
 
 
 def compare(jobs: dict[str, tuple], rounds: int):
@@ -67,22 +68,28 @@ def compare(jobs: dict[str, tuple], rounds: int):
     for _ in range(rounds):
         for label, job in jobs.items():
             figures[label].append(measured(*job))
-    print(f"{'':28}{'ready, s':>17}{'a round, s':>17}{'peak, GiB':>17}")
-    first = None
+    heads = "ready, s", "first, s", "last, s", "peak, GiB"
+    print(f"{'':32}" + "".join(f"{head:>20}" for head in heads))
+    first = next(iter(figures.values()))
     for label, rows in figures.items():
-        ready, last, peak = zip(*rows)
-        best = min(ready), min(last), max(peak)
-        first = first or best
-        cells = [f"{value:9.2f} ({value / base:5.2f})" for value, base in zip(best, first)]
-        print(f"{label:28}" + " ".join(cells), flush=True)
+        cells = []
+        for column, bases in zip(zip(*rows), zip(*first)):
+            ratios = [value / base for value, base in zip(column, bases)]
+            cells.append(f"{statistics.median(column):7.2f} "
+                         f"({min(ratios):4.2f}-{max(ratios):4.2f})")
+        print(f"{label:32}" + "".join(f"{cell:>20}" for cell in cells), flush=True)
 
 
 def picture(args, folder: Path):
-    for family, dtype, steps in (("SD 1", "float32", 2), ("SDXL", "bfloat16", 1)):
-        model = full_size(family, folder / family, getattr(torch, dtype))
-        compare({f"diffusers, {family}": ("with_diffusers", "picture", model, dtype, 256, steps),
-                 f"ours, {family}": ("ours", "picture", model, "cpu", dtype, 256, steps)},
-                args.rounds)
+    for family, steps, sides in (("SD 1", 2, (256, 512)), ("SDXL", 1, (512, 1024))):
+        for dtype in ("float32", "bfloat16")[family == "SDXL":]:    # SDXL in fp32: 10 GB
+            model = full_size(family, folder / family / dtype, getattr(torch, dtype))
+            for side in sides:
+                name = f"{family} {dtype} {side}"
+                compare({f"diffusers, {name}": ("with_diffusers", "picture", model, dtype, side,
+                                                steps),
+                         f"ours, {name}": ("ours", "picture", model, "cpu", dtype, side, steps)},
+                        args.rounds)
 
 
 def train(args, folder: Path):
