@@ -203,10 +203,10 @@ INPUTS = (normal("x_t", 3, 4, 8, 8), torch.tensor([999, 500, 1]),
           normal("context", 3, 5, 96))    # of a UNet
 
 
-def random_pairs(seed, P: int = 6) -> dict[str, torch.Tensor]:
+def random_pairs(seed, P: int = 6, L: int = 5, D: int = 96) -> dict[str, torch.Tensor]:
     """What latents.safetensors holds, of noise."""
-    sizes = {"winner": (P, 4, 8, 8), "loser": (P, 4, 8, 8), "safe": (P, 5, 96),
-             "unsafe": (P, 5, 96), "empty": (1, 5, 96)}
+    sizes = {"winner": (P, 4, 8, 8), "loser": (P, 4, 8, 8), "safe": (P, L, D),
+             "unsafe": (P, L, D), "empty": (1, L, D)}
     return {key: normal(f"{seed} {key}", *size) for key, size in sizes.items()}
 
 
@@ -222,8 +222,9 @@ def write_pairs(concept: str, pairs: list[dict]):
     save_tensors(folder / "latents.safetensors", random_pairs(concept, len(pairs)), made_from)
 
 
-def trainer(line: str) -> train.Trainer:
-    return train.Trainer(train.parse_arguments(line.split()), CPU, "hate", random_pairs("hate"))
+def trainer(line: str, **sizes) -> train.Trainer:
+    args, tensors = train.parse_arguments(line.split()), random_pairs("hate", **sizes)
+    return train.Trainer(args, CPU, "hate", tensors)
 
 
 def answer(changes: dict, x_t, t, context) -> torch.Tensor:
@@ -321,9 +322,11 @@ def test_a_wider_gap_can_cost_the_winner():
     assert torch.equal(safe[0], published[0]) and far(safe[1], factor * published[1]) < 1e-5
 
 
+@parametrize("kind, L, D", [("toy", 5, 96), ("SD1", 5, 24), ("SDXL", 6, 56)])    # 6: the pooled row
 @parametrize("name", LOSSES)
-def test_a_loss_of_ln_2_is_not_a_stuck_loss(name):
-    alone = trainer(f"--loss {name}")
+def test_a_loss_of_ln_2_is_not_a_stuck_loss(name, kind, L, D, models):
+    path = TOY if kind == "toy" else models(kind, "folder")
+    alone = trainer(f"--loss {name} --model {path}", L=L, D=D)
     row = alone.take_step(0, 100)
     assert row["loss"] == row["preference"] == approx(math.log(2), abs=1e-5)
     assert row["accuracy"] == row["margin"] == row.get("drift", 0) == 0
@@ -1108,7 +1111,7 @@ def with_pairs(monkeypatch):
 @parametrize("name", steering.PRESETS)
 def test_safe_guidance_is_not_a_negative_prompt(name):
     """diffusers' own pipeline, whose warm-up counts steps."""
-    preset, steps = steering.PRESETS[name], steering.STEPS
+    preset, steps = steering.PRESETS[name], 6
     solver = diffusers.DPMSolverMultistepScheduler.from_config(pipe().scheduler.config)
     parts = {**pipe().components, "scheduler": solver}
     theirs = stable_diffusion_safe.StableDiffusionPipelineSafe(**parts,
@@ -1121,17 +1124,30 @@ def test_safe_guidance_is_not_a_negative_prompt(name):
                     sld_warmup_steps=-(-preset.warm_up * steps // 50), height=32, width=32,
                     sld_threshold=preset.threshold, sld_momentum_scale=preset.momentum,
                     sld_mom_beta=preset.memory).images
-    found = steering.safe_latent_diffusion(toy(), Path(), 0, name)(ASKED, SEEDS)
+    found = steering.safe_latent_diffusion(toy(), Path(), 0, name)(ASKED, SEEDS, steps=steps)
     assert furthest(found, 255 * wanted) < 2    # a hard threshold makes more of a rounding error
 
 
-def test_a_second_stream_of_no_weight_changes_nothing(with_pairs):
-    draw = steering.dual_latents(toy(), Path(), 0, 0.0)
-    assert np.array_equal(draw(ASKED, SEEDS), steering.plain(toy())(ASKED, SEEDS))
-    safe = [PROMPTS[0], ASKED[1]]    # of weight 1, it is all
-    contexts = [toy().embed([""] * 2 + texts) for texts in (ASKED, safe)]
-    found = steering.two_streams(toy(), contexts, SEEDS, 1.0)
-    assert furthest(found, steering.plain(toy())(safe, SEEDS)) <= 1
+@parametrize("kind", ["SD1", "SDXL"])
+def test_safe_guidance_spares_what_is_the_safety_text(kind, models):
+    """It acts where the prompt's answer is NOT that of the safety text."""
+    sd = load(models(kind, "folder"), CPU)
+    found = steering.draw_safely(sd, ASKED, SEEDS, steering.PRESETS["max"], ASKED[0], 4, 5.0)
+    change = np.abs(found - sd.draw(ASKED, SEEDS, 4, 5.0).astype(float)).max((1, 2, 3))
+    assert change[0] <= 1 and change[1] > 10
+
+
+@parametrize("kind", ["SD1", "SDXL"])
+def test_a_second_stream_of_no_weight_changes_nothing(kind, models, with_pairs):
+    """Of weight 1, it is all. It then reads every prompt as one safe prompt: a map's last row."""
+    sd = load(models(kind, "folder"), CPU)
+    draw = steering.dual_latents(sd, Path(), 0, 0.0)
+    assert furthest(draw(ASKED, SEEDS), steering.plain(sd)(ASKED, SEEDS)) <= 1
+    safe = sd.embed(PROMPTS[:1])[0]
+    maps = torch.cat([torch.zeros(len(safe), *safe.shape[-1:] * 2), safe[:, None]], 1).double()
+    contexts = steering.contexts_of(sd, ASKED, maps)
+    found = steering.two_streams(sd, contexts, SEEDS, 1.0, 4, 5.0)
+    assert furthest(found, sd.draw(PROMPTS[:1] * 2, SEEDS, 4, 5.0)) <= 1
 
 
 def least_squares(*parts) -> torch.Tensor:

@@ -9,7 +9,9 @@ Needs:       the unwanted concepts' words; dual_latents also pairs of prompts, u
              training. Time at each step: none more for a negative prompt, a half more for SLD (a
              third answer of the UNet), twice for two streams.
 
-The safety text is the first two seen words of each category: 14 tokens, all that the toy can read.
+draw_safely() and two_streams() draw with any StableDiffusion (model/formats/README.md). Their
+defaults are the toy's: its steps and guidance, and as safety text the first two seen words of each
+category, 14 tokens, all that it can read.
 
 Letters: B pictures of a batch, C H W a latent's shape, S a picture's side, L tokens, D context
 width, t a timestep.
@@ -78,45 +80,55 @@ class SafePrediction:
     """What sample() asks at each step of one batch: eps_0 + s_g (eps_p - eps_0 - gamma), gamma from
     the end of the warm-up on."""
 
-    def __init__(self, sd, prompts: list[str], preset: Preset):
+    def __init__(self, sd, prompts: list[str], preset: Preset, safety: str, steps: int,
+                 guidance: float):
         B = len(prompts)
         self.sd, self.preset, self.step, self.momentum = sd, preset, 0, 0.0
-        self.context = sd.embed([""] * B + list(prompts) + [SAFETY] * B)    # [3B, L, D]
+        self.warm_up, self.guidance = preset.warm_up * steps / 50, guidance
+        self.context = sd.embed([""] * B + list(prompts) + [safety] * B)    # [3B, L, D]
+        if sd.zero_negative:    # SDXL, as in StableDiffusion.draw()
+            self.context[:B] = 0
 
     def __call__(self, x_t: torch.Tensor, t: int) -> torch.Tensor:
         times = torch.full((len(self.context),), t, device=self.sd.device)
         output = self.sd.predict(x_t.repeat(3, 1, 1, 1), times, self.context).float()
         without, prompt, safety = output.chunk(3)
         gamma, self.momentum = safety_guidance(self.preset, prompt, without, safety, self.momentum)
-        warm = self.step >= self.preset.warm_up * STEPS / 50
+        warm = self.step >= self.warm_up
         self.step += 1
-        return without + GUIDANCE * (prompt - without - gamma * warm)
+        return without + self.guidance * (prompt - without - gamma * warm)
+
+
+@torch.no_grad()
+def draw_safely(sd, prompts, seeds, preset: Preset, safety: str = SAFETY, steps: int = STEPS,
+                guidance: float = GUIDANCE) -> np.ndarray:
+    """SLD's pictures of prompts, uint8 [B, S, S, 3]. safety: what is unwanted, in words."""
+    predict = SafePrediction(sd, prompts, preset, safety, steps, guidance)
+    noise = sd.noise(seeds, sd.size).to(sd.device)
+    return sd.decode(sample(predict, noise, sd.schedule, steps, SAMPLER))
 
 
 def safe_latent_diffusion(sd, data: Path, seed: int, knob: str):
     """knob: a published preset."""
-    def draw(prompts, seeds) -> np.ndarray:
-        predict = SafePrediction(sd, prompts, PRESETS[knob])
-        noise = sd.noise(seeds, sd.size).to(sd.device)
-        with torch.no_grad():
-            return sd.decode(sample(predict, noise, sd.schedule, STEPS, SAMPLER))
-    return draw
+    return partial(draw_safely, sd, preset=PRESETS[knob])
 
 
 @torch.no_grad()
-def two_streams(sd, contexts: list[torch.Tensor], seeds, weight: float) -> np.ndarray:
-    """Pictures of contexts = [the prompts', the safe ones], [2B, L, D] each, from the same noise:
+def two_streams(sd, contexts: list[torch.Tensor], seeds, weight: float, steps: int = STEPS,
+                guidance: float = GUIDANCE) -> np.ndarray:
+    """Pictures uint8 [B, S, S, 3] of contexts_of(), [the prompts', the safe ones], from the same
+    noise. guidance: not 1.
 
         z <- (1 - weight) z + weight z_safe         after each step, once the layout stands
     """
     pairs, step = SAMPLERS[SAMPLER]
     z = [sd.noise(seeds, sd.size).to(sd.device)] * 2
     memory = [None, None]
-    for i, (t, s) in enumerate(pairs(sd.schedule, STEPS)):
+    for i, (t, s) in enumerate(pairs(sd.schedule, steps)):
         for k, context in enumerate(contexts):
-            output = sd.guide(context, GUIDANCE, z[k], t)
+            output = sd.guide(context, guidance, z[k], t)
             z[k], memory[k] = step(sd.schedule, z[k], output, t, s, memory[k])
-        if i >= APART * STEPS:
+        if i >= APART * steps:
             z[0] = z[0] + weight * (z[1] - z[0])
     return sd.decode(z[0])
 
@@ -136,6 +148,16 @@ def with_one(states: torch.Tensor) -> torch.Tensor:
     return F.pad(states, (0, 1), value=1.0)
 
 
+def contexts_of(sd, prompts, maps: torch.Tensor) -> list[torch.Tensor]:
+    """What the two streams of prompts read, [2B, L, D] each: no prompt first, then the prompts; or
+    the prompts through maps, of safe_states()."""
+    without, prompt = sd.embed([""] * len(prompts)), sd.embed(list(prompts))
+    if sd.zero_negative:    # SDXL, as in StableDiffusion.draw()
+        without = torch.zeros_like(without)
+    safe = torch.einsum("bld,lde->ble", with_one(prompt.double()), maps).to(prompt.dtype)
+    return [torch.cat([without, asked]) for asked in (prompt, safe)]
+
+
 def dual_latents(sd, data: Path, seed: int, knob: float):
     """[a reconstruction: of the paper we can read that there are two streams, of the prompt and of
     a safe embedding, a tunable weighted sum, and a threshold for the global context]
@@ -143,8 +165,5 @@ def dual_latents(sd, data: Path, seed: int, knob: float):
     maps = safe_states(sd, all_pairs(data))
 
     def draw(prompts, seeds) -> np.ndarray:
-        without, prompt = sd.embed([""] * len(prompts)), sd.embed(list(prompts))
-        safe = torch.einsum("bld,lde->ble", with_one(prompt.double()), maps).to(prompt.dtype)
-        contexts = [torch.cat([without, asked]) for asked in (prompt, safe)]
-        return two_streams(sd, contexts, seeds, knob)
+        return two_streams(sd, contexts_of(sd, prompts, maps), seeds, knob)
     return draw
