@@ -3,12 +3,16 @@
     picture   pictures with guidance: SD 1.5 at 256 and 512 px (2 steps), SDXL at 512 and 1024 (1)
     train     a DPO step on SD 1.5: fp32, 256 px, one pair, a LoRA of rank 4
     merge     random experts of SD 1.5's 128 attention layers; and Co-Merge's pass beside a forward
-    gpu       on CUDA: pictures of 25 steps, and DPO steps, of SD 1.5 at 512 px and SDXL at 1024 px
+    gpu       on CUDA, SD 1.5 at 512 px and SDXL at 1024 px, in bf16 (fp16 where it is emulated):
+              a picture of 25 steps with guidance; a DPO step of 1 pair and of 4, the frozen weights
+              and the peer's second UNet in half precision too; the most pairs that a step can have
+              in 8, 16 and 24 GB; and merge.py with Co-Merge on 7 random experts
 
 Models are full-size, their weights random; all but gpu runs on the CPU. Printed are seconds until
 ready, from the start of Python; of the first and of the last round of work; and peak memory: each
 the median of --rounds, in which the jobs take turns, and in brackets the ratio to the first row of
-the table, lowest and highest of the rounds. inf: was stopped after LIMIT seconds.
+the table, lowest and highest of the rounds. inf: was stopped after LIMIT seconds, or ran out of a
+GPU's memory.
 """
 import json
 import math
@@ -25,6 +29,7 @@ import torch
 from model.formats.lora_file import save
 from model.formats.single_file import CONFIGS
 from model.lab.checkpoints import full_size, random_lora
+from model.stable_diffusion import precision, skeleton
 from model.tools.command import BadInput, PlainParser, positive, run
 from model.unet import UNet
 
@@ -118,16 +123,41 @@ def merge(args, folder: Path):
                  f"scoring {n} experts": ("ours", "score", model, experts)}, args.rounds)
 
 
+def most(gb: int, module: str, *words) -> int:
+    """Pairs in a step of that memory (largest.py)."""
+    command = [sys.executable, "-m", "model.lab.bench.largest", gb, f"model.lab.bench.{module}",
+               *words]
+    return int(subprocess.check_output([str(word) for word in command]).split()[-1])
+
+
 def gpu(args, folder: Path):
     if not torch.cuda.is_available():
         raise BadInput("gpu: torch finds no CUDA device here; use a machine with one")
-    print(torch.cuda.get_device_name())
+    whole = torch.cuda.get_device_properties(0).total_memory
+    half = str(precision(torch.device("cuda"))).removeprefix("torch.")
+    print(f"{torch.cuda.get_device_name()}, {whole / 1e9:.1f} GB, {half}")
     for family, side in (("SD 1", 512), ("SDXL", 1024)):
-        model = full_size(family, folder / family, torch.bfloat16)
-        jobs = {f"{family}, picture": ("ours", "picture", model, "cuda", "bfloat16", side, 25)}
+        model, experts = folder / family, folder / f"{family} experts"
+        full_size(family, model, getattr(torch, half))
+        unet = skeleton(model)
+        for i in range(7):
+            save(experts / f"{i}.safetensors", random_lora(unet, i), {})
+        print(f"\n{family}, a picture, and Co-Merge of 7")
+        compare({"diffusers": ("with_diffusers", "picture", model, half, side, 25, "cuda"),
+                 "ours": ("ours", "picture", model, "cuda", half, side, 25)}, args.rounds)
+        compare({"Co-Merge": ("ours", "co_merge", model, experts, side, "cuda")}, args.rounds)
+        ours = "ours", "step", model, side, "--device", "cuda", "--batch", "{}"
+        peer = "with_peft", "step", model, side, "{}", "cuda"
+        jobs = {"diffusers + PEFT": peer, "the same, checkpointing": (*peer, "checkpointing"),
+                "ours": ours, "ours, --checkpointing": (*ours, "--checkpointing")}
         for pairs in (1, 4):
-            jobs[f"{family}, step of {pairs}"] = ("ours", "step", model, side, "--batch", pairs)
-        compare(jobs, args.rounds)
+            print(f"\n{family}, a step; pairs: {pairs}")
+            compare({label: [str(word).format(pairs) for word in job]
+                     for label, job in jobs.items()}, args.rounds)
+        for gb in (8, 16, 24):
+            for label, (module, _, *words) in jobs.items():
+                if gb * 1e9 <= whole:
+                    print(f"{label:28}most pairs in {gb} GB: {most(gb, module, *words)}")
 
 
 BENCHES = {"picture": picture, "train": train, "merge": merge, "gpu": gpu}

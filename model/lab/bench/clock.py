@@ -4,10 +4,11 @@
 
 A job is a generator: it yields when it is ready, and after each round of its work. Prints a JSON
 list: the seconds of each of these stretches, the first one since STARTED, and the peak memory in
-GiB, of the GPU if the job used it.
+GiB, of the GPU if the job used it; all infinite if its memory was too small.
 """
 import importlib
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -16,8 +17,14 @@ import torch
 
 _, started, module, job, *words = sys.argv
 times = [float(started)]
-for _ in getattr(importlib.import_module(module), job)(*words):
-    times.append(time.time())
+try:
+    for _ in getattr(importlib.import_module(module), job)(*words):
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()    # what was asked of a GPU may not be done yet
+        times.append(time.time())
+except torch.OutOfMemoryError:
+    print(json.dumps([math.inf] * 3))
+    sys.exit()
 peak = torch.cuda.max_memory_allocated()
 if not peak:    # resident pages, mapped files included; ru_maxrss would start with the parent's
     status = Path("/proc/self/status").read_text()

@@ -36,14 +36,19 @@ def forward(folder: str):
             yield
 
 
+def random_pairs(folder: str, side: str, pairs: int) -> dict[str, torch.Tensor]:
+    """What make_data.py would write of pictures of this side, in pixels."""
+    unet, side = skeleton(Path(folder)), int(side) // 8
+    words = (77 + bool(unet.pooled_width), unet.context_width)
+    tensors = {key: torch.randn(pairs, 4, side, side) for key in ("winner", "loser")}
+    tensors |= {key: torch.randn(pairs, *words) for key in ("safe", "unsafe")}
+    return {**tensors, "empty": torch.randn(1, *words)}
+
+
 def step(folder: str, side: str, *flags: str):
     """A step of the published loss, on random latents."""
     args = train.parse_arguments(["--model", folder, "--loss", "dpo", "--beta", "5000", *flags])
-    unet, side = skeleton(args.model), int(side) // 8
-    words = (77 + bool(unet.pooled_width), unet.context_width)
-    tensors = {key: torch.randn(args.batch, 4, side, side) for key in ("winner", "loser")}
-    tensors |= {key: torch.randn(args.batch, *words) for key in ("safe", "unsafe")}
-    tensors["empty"] = torch.randn(1, *words)
+    tensors = random_pairs(folder, side, args.batch)
     trainer = train.Trainer(args, pick_device(args.device), "bench", tensors)
     yield
     for number in range(3):
@@ -56,6 +61,13 @@ def combine(experts: str, *flags: str):
     yield
     merge.main(args)
     yield
+
+
+def co_merge(folder: str, experts: str, side: str, device: str):
+    """The whole of merge.py, calibrated on random pairs."""
+    tensors = random_pairs(folder, side, merge.CALIBRATION_PAIRS)
+    merge.read_latents = lambda *where: tensors
+    yield from combine(experts, "--model", folder, "--device", device)
 
 
 def score(folder: str, experts: str):

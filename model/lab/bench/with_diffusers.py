@@ -6,9 +6,9 @@ diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 
 
-def picture(folder: str, dtype: str, side: str, steps: str):
+def picture(folder: str, dtype: str, side: str, steps: str, device: str = "cpu"):
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
-    pipe.set_progress_bar_config(disable=True)
+    pipe.to(device).set_progress_bar_config(disable=True)
     yield
     for _ in range(2):
         pipe("a red ball", num_inference_steps=int(steps), guidance_scale=4.0, height=int(side),

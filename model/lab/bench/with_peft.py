@@ -5,44 +5,69 @@ import diffusers
 import peft
 import torch
 import torch.nn.functional as F
+from diffusers.training_utils import cast_training_params
 from safetensors.torch import save_file
 
 from model.formats.lora_file import load
+from model.stable_diffusion import precision
+from model.tools.training import mixed_precision
 
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 
 
-def step(folder: str, side: str):
-    """With VAE and text encoder in the loop, and a second UNet as the reference."""
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
-    reference = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+def step(folder: str, side: str, pairs: str = "1", device: str = "cpu", checkpointing: str = ""):
+    """With VAE and text encoder in the loop, and a second UNet as the reference. On a GPU all but
+    the LoRA is in half precision, as in train.py."""
+    device, side, n = torch.device(device), int(side), int(pairs)
+    cast, scaler = mixed_precision(device)
+    dtype = precision(device)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
+    reference = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet",
+                                                               torch_dtype=dtype).to(device)
     noiser = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder, reference):
-        part.requires_grad_(False)
+    for part in (reference, *pipe.components.values()):
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False)
     targets = ["to_k", "to_q", "to_v", "to_out.0"]
     pipe.unet.add_adapter(peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian",
                                           target_modules=targets))
+    cast_training_params(pipe.unet)    # to fp32
+    if device.type == "cuda":
+        pipe.vae.enable_slicing()    # or a large batch would need the most memory there
+        for unet in (pipe.unet, reference):
+            unet.to(memory_format=torch.channels_last)
+    if checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
     parameters = [p for p in pipe.unet.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, 1e-5)
-    pictures = torch.rand(2, 3, int(side), int(side)) * 2 - 1    # winner, loser
+    optimiser = torch.optim.AdamW(parameters, 1e-5, fused=device.type == "cuda")
+    pictures = torch.rand(2 * n, 3, side, side).to(device, dtype) * 2 - 1    # n winners, n losers
+    sizes = torch.tensor([[side, side, 0, 0, side, side]], device=device).repeat(2 * n, 1)
     yield
     for _ in range(3):
         with torch.no_grad():
-            latents = pipe.vae.encode(pictures).latent_dist.sample()
+            latents = pipe.vae.encode(pictures).latent_dist.sample().float()
             latents *= pipe.vae.config.scaling_factor
-            words = pipe.tokenizer(["a red ball"] * 2, padding="max_length", return_tensors="pt")
-            context = pipe.text_encoder(words.input_ids)[0]
-        noise = torch.randn_like(latents[:1]).repeat(2, 1, 1, 1)
-        t = torch.randint(1000, (1,)).repeat(2)
-        x_t = noiser.add_noise(latents, noise, t)
-        winner, loser = (pipe.unet(x_t, t, context).sample - noise).square().mean((1, 2, 3))
-        with torch.no_grad():
-            output = reference(x_t, t, context).sample
-            winner_ref, loser_ref = (output - noise).square().mean((1, 2, 3))
-        F.logsigmoid(-2500 * ((winner - loser) - (winner_ref - loser_ref))).neg().backward()
+            context, _, *pooled = pipe.encode_prompt(
+                prompt=["a red ball"] * 2 * n, device=device, num_images_per_prompt=1,
+                do_classifier_free_guidance=False)
+        noise = torch.randn_like(latents[:n]).repeat(2, 1, 1, 1)
+        t = torch.randint(1000, (n,), device=device).repeat(2)
+        added = {"text_embeds": pooled[0], "time_ids": sizes} if pooled else {}    # SDXL
+        inputs = {"sample": noiser.add_noise(latents, noise, t), "timestep": t,
+                  "encoder_hidden_states": context, "added_cond_kwargs": added}
+        with cast:
+            output = pipe.unet(**inputs).sample.float()
+            with torch.no_grad():
+                output_ref = reference(**inputs).sample.float()
+        winner, loser = (output - noise).square().mean((1, 2, 3)).chunk(2)
+        winner_ref, loser_ref = (output_ref - noise).square().mean((1, 2, 3)).chunk(2)
+        loss = F.logsigmoid(-2500 * ((winner - loser) - (winner_ref - loser_ref))).mean().neg()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimiser)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
+        scaler.step(optimiser)
+        scaler.update()
         optimiser.zero_grad()
         yield
 
