@@ -1,7 +1,7 @@
 """Speed and memory beside diffusers and PEFT. `python -m model.lab.bench picture`
 
     picture   pictures with guidance: SD 1.5 at 256 and 512 px (2 steps), SDXL at 512 and 1024 (1)
-    train     a DPO step on SD 1.5: fp32, 256 px, one pair, a LoRA of rank 4
+    train     a DPO step on SD 1.5: 256 px, one pair, a LoRA of rank 4, in fp32 and bf16
     merge     random experts of SD 1.5's 128 attention layers; and Co-Merge's pass beside a forward
     gpu       on CUDA, SD 1.5 at 512 px and SDXL at 1024 px, in bf16 (fp16 where it is emulated):
               a picture of 25 steps with guidance; a DPO step of 1 pair and of 4, the frozen weights
@@ -103,7 +103,10 @@ def train(args, folder: Path):
     compare({"one forward": ("ours", "forward", model), "ours": ours,
              "ours, --reuse 1": (*ours, "--reuse", 1),
              "ours, --checkpointing": (*ours, "--checkpointing"),
-             "diffusers + PEFT": ("with_peft", "step", model, 256)}, args.rounds)
+             "ours, --precision bf16": (*ours, "--precision", "bf16"),
+             "diffusers + PEFT": ("with_peft", "step", model, 256),
+             "diffusers + PEFT, bf16": ("with_peft", "step", model, 256, 1, "cpu", "bf16")},
+            args.rounds)
 
 
 def merge(args, folder: Path):
@@ -148,7 +151,7 @@ def gpu(args, folder: Path):
         compare({"Co-Merge": ("ours", "co_merge", model, experts, side, "cuda")}, args.rounds)
         ours = "ours", "step", model, side, "--device", "cuda", "--batch", "{}"
         peer = "with_peft", "step", model, side, "{}", "cuda"
-        jobs = {"diffusers + PEFT": peer, "the same, checkpointing": (*peer, "checkpointing"),
+        jobs = {"diffusers + PEFT": peer, "the same, checkpointing": (*peer, "auto", "checkpointing"),
                 "ours": ours, "ours, --checkpointing": (*ours, "--checkpointing")}
         for pairs in (1, 4):
             print(f"\n{family}, a step; pairs: {pairs}")

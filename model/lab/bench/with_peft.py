@@ -16,12 +16,13 @@ diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 
 
-def step(folder: str, side: str, pairs: str = "1", device: str = "cpu", checkpointing: str = ""):
-    """With VAE and text encoder in the loop, and a second UNet as the reference. On a GPU all but
-    the LoRA is in half precision, as in train.py."""
+def step(folder: str, side: str, pairs: str = "1", device: str = "cpu", wanted: str = "auto",
+         checkpointing: str = ""):
+    """With VAE and text encoder in the loop, and a second UNet as the reference. wanted: the
+    precision of all but the LoRA, as train.py reads it."""
     device, side, n = torch.device(device), int(side), int(pairs)
-    cast, scaler = mixed_precision(device)
-    dtype = precision(device)
+    cast, scaler = mixed_precision(device, wanted)
+    dtype = precision(device, wanted)
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
     reference = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet",
                                                                torch_dtype=dtype).to(device)
