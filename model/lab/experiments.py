@@ -39,9 +39,10 @@ from model.toy.world import CATEGORIES, parse, seen_words
 SCRIPTS = ("make_data", "train", "merge", "sample")    # each needs those before it
 GRID = (0.7, 1, 1.4)
 # a. train.py's flags of each row, and the strengths. "dpo" is the default without its second term;
-# "sft" has another term in place of its first.
+# "sft" has another term in place of its first; in "never empty" the second never sees "".
 LOSSES = {"default": ("", GRID), "sft": ("--loss sft", GRID),
-          "dpo": ("--loss dpo", (0.35, 0.5, 0.7, 1))}
+          "dpo": ("--loss dpo", (0.35, 0.5, 0.7, 1)),
+          "never empty": ("--loss model.lab.losses.never_empty", GRID)}
 # b. merge.py's flags; a rule has a scale of its own.
 RULES = {"co-merge": ("", GRID), "scaled sum": ("--method scaled-sum", GRID),
          "average": ("--method average", (1,)),    # a seventh of the sum
@@ -119,7 +120,7 @@ def losses(plan: Plan):
     plan.judge("a", "base", None)
     for name, (flags, strengths) in LOSSES.items():
         experts = plan.train_all(name, flags)
-        for rule in ("co-merge", "scaled sum") if name != "dpo" else ("co-merge",):
+        for rule in ("co-merge", "scaled sum") if name in ("default", "sft") else ("co-merge",):
             title = rule if name == "default" else f"{name} {rule}"
             plan.judge("a", title, plan.merge(experts, title, RULES[rule][0]), strengths)
 

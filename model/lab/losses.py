@@ -6,8 +6,9 @@ What it is:  DUO (2407.21035) and Diffusion-SDPO (2511.03317), with the weights 
              DUO also trains self-attention only, at timesteps up to 750, on pairs made by SDEdit,
              so that its figures here are those of its loss, not of DUO.
 Needs:       torch; dpo.py. SC-DPO also the pairs' latents, on which it first learns what harm is.
-Gives:       duo, sdpo, sc_dpo; their equations prior_dpo(), winner_safe(), winner_safe_dpo(),
-             cost_loss(), safety_constrained_dpo(); cost_model().
+Gives:       duo, sdpo, sc_dpo; never_empty, dpo.py's own without the empty prompts; the rivals'
+             equations prior_dpo(), winner_safe(), winner_safe_dpo(), cost_loss(),
+             safety_constrained_dpo(); cost_model().
 
 Letters: B pairs, C H W a latent's shape.
 """
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpo import Loss, diffusion_dpo, errors_of, on_errors
+from dpo import Loss, diffusion_dpo, errors_of, on_errors, safety_dpo
 from model.tools.training import generator, set_rate
 
 PRIOR = 1e6    # DUO's base_lambda
@@ -123,6 +124,7 @@ def with_cost(policy, reference, target, beta: float, cost):
     return safety_constrained_dpo(*errors, cost.to(errors[0]), beta)
 
 
+never_empty = Loss(("winner|unsafe", "loser|unsafe", "winner|safe"), on_errors(safety_dpo))
 duo = Loss(("winner|unsafe", "loser|unsafe", "noise|empty"), on_errors(prior_dpo))
 sdpo = Loss(("winner|unsafe", "loser|unsafe"), with_safe_winner)
 sc_dpo = Loss(("winner|unsafe", "loser|unsafe"), with_cost, extra_cost)
