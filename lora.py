@@ -33,9 +33,9 @@ class LoRALayer(nn.Module):
     def __init__(self, base: nn.Linear | nn.Conv2d, factors: Factors):
         super().__init__()
         self.base, self.scale, self.on = base, factors.scale, True
-        # fp32 master copies, whatever the network's own precision is
-        self.down = nn.Parameter(factors.down.float().to(base.weight.device))
-        self.up = nn.Parameter(factors.up.float().to(base.weight.device))
+        # master copies: fp32, as factors are, whatever the network's own precision is
+        self.down = nn.Parameter(factors.down.to(base.weight.device))
+        self.up = nn.Parameter(factors.up.to(base.weight.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base(x)
@@ -60,11 +60,9 @@ def init(network: nn.Module, rank: int, alpha: float,
 
     Give every expert its OWN generator: experts that share an A are correlated, and merge badly.
     """
-    targets = {flat(name): module for name, module in network.named_modules()
-               if TARGETS.search(name)}
-    return {name: Factors(torch.randn(rank, layer.in_features, generator=random) / rank,
-                          torch.zeros(layer.out_features, rank), float(alpha))
-            for name, layer in targets.items()}
+    return {flat(name): Factors(torch.randn(rank, layer.in_features, generator=random) / rank,
+                                torch.zeros(layer.out_features, rank), float(alpha))
+            for name, layer in network.named_modules() if TARGETS.search(name)}
 
 
 def inject(network: nn.Module, lora: dict[str, Factors]) -> list[nn.Parameter]:
@@ -74,9 +72,8 @@ def inject(network: nn.Module, lora: dict[str, Factors]) -> list[nn.Parameter]:
     parameters, known = [], layers(network)
     for key, factors in lora.items():
         name, layer = known[key]
-        parent, _, child = name.rpartition(".")
         injected = LoRALayer(layer, factors)
-        setattr(network.get_submodule(parent), child, injected)
+        network.set_submodule(name, injected)
         parameters += [injected.down, injected.up]
     return parameters
 
@@ -118,8 +115,8 @@ def stack(parts: list[Factors], weights: list[float]) -> Factors:
 
     Adding or averaging the factors themselves instead would leave cross terms B_i A_j.
     """
-    down = torch.cat([f.down.float() for f in parts])
-    up = torch.cat([w * f.scale * f.up.float() for f, w in zip(parts, weights)], dim=1)
+    down = torch.cat([f.down for f in parts])
+    up = torch.cat([w * f.scale * f.up for f, w in zip(parts, weights)], dim=1)
     return Factors(down, up, float(len(down)), parts[0].kernel)    # alpha = rank: scale 1
 
 
@@ -135,20 +132,30 @@ def compose(loras: list[dict[str, Factors]], weights: list[float]) -> dict[str, 
 def thin_qr(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Q, R with x = Q R. Q is 1 where x is not taller than wide: the core of very many stacked
     experts is then no larger than delta W."""
-    return torch.linalg.qr(x) if x.shape[0] > x.shape[1] else (torch.eye(len(x)), x)
+    return torch.linalg.qr(x) if len(x) > x.shape[1] else (torch.eye(len(x)), x)
 
 
-def compress(f: Factors, rank: int) -> tuple[Factors, float, float]:
+def compress(f: Factors, rank: int) -> tuple[Factors, torch.Tensor, torch.Tensor]:
     """The closest delta W of at most this rank (Eckart & Young 1936; README, eq. 7), its energy
-    |delta W|^2, and that of f.
+    |delta W|^2, and that of f, [] each. f's energy less its own is the squared distance to f.
 
     Never by the SVD of a dense delta W where f has a lower rank: with thin QRs B = Q_B R_B and
-    A^T = Q_A R_A, all that is left to decompose is the small core s R_B R_A^T.
+    A^T = Q_A R_A, all that is left to decompose is the small core s R_B R_A^T. Of a large core (of
+    ties, dare, or hundreds of experts), only what lies in the span of its first singular vectors,
+    nearly: that of random directions, multiplied again and again (Halko et al. 2009, 0909.4061).
     """
-    (Q_B, R_B), (Q_A, R_A) = thin_qr(f.up.float()), thin_qr(f.down.float().T)
-    U, S, V = torch.linalg.svd(f.scale * R_B @ R_A.T, full_matrices=False)    # core = U S V
+    Q_B, R_B = thin_qr(f.up)
+    Q_A, R_A = thin_qr(f.down.T)
+    core = f.scale * R_B @ R_A.T
+    energy = core.square().sum()
+    # Measured: below this bound the SVD takes milliseconds, or is about as fast.
+    if min(core.shape) > 500 + 4 * rank:
+        # more directions than asked for, since the last ones are the least exact
+        Q = torch.randn(len(core), 2 * rank + 16, generator=torch.Generator().manual_seed(0))
+        for _ in range(6):
+            Q = torch.linalg.qr(core @ (core.T @ Q)).Q
+        Q_B, core = Q_B @ Q, Q.T @ core
+    U, S, V = torch.linalg.svd(core, full_matrices=False)    # core = U S V
     root = S[:rank].sqrt()    # half of S to each factor: both of a size that fp16 can hold
     down, up = root[:, None] * (V[:rank] @ Q_A.T), Q_B @ U[:, :rank] * root
-    energy = S.double().square()
-    return (Factors(down, up, float(len(root)), f.kernel),
-            energy[:rank].sum().item(), energy.sum().item())
+    return Factors(down, up, float(len(root)), f.kernel), S[:rank].square().sum(), energy

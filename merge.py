@@ -122,8 +122,8 @@ def ties(parts: list[Factors], layer: Layer) -> Factors:
     size = deltas.abs().flatten(1)
     smallest = size.shape[1] - max(1, int(layer.density * size.shape[1])) + 1
     trimmed = deltas * (deltas.abs() >= size.kthvalue(smallest).values[:, None, None])
-    elected = trimmed * (trimmed.sign() == trimmed.sum(0).sign())
-    return dense(elected.sum(0) / (elected != 0).sum(0).clamp(min=1), parts[0].kernel)
+    elected = trimmed * (trimmed * trimmed.sum(0) > 0)
+    return dense(elected.sum(0) / elected.count_nonzero(0).clamp(min=1), parts[0].kernel)
 
 
 def dare(parts: list[Factors], layer: Layer) -> Factors:
@@ -258,7 +258,7 @@ def merge(args, experts: Experts, activity: dict[str, Activity]):
         rank = args.rank or min(LARGEST_RANK, sum(len(part.down) for part in parts.values()))
         if (args.rank or args.method in DENSITY) and rank < len(f.down):
             f, *kept = lora.compress(f, rank)
-            energy += torch.tensor(kept)    # by compression, and before
+            energy += torch.stack(kept)    # by compression, and before
         merged[name] = f
     return merged, energy
 
@@ -267,7 +267,7 @@ def print_rows(labels: list[str], activity: dict[str, Activity]):
     """Which share of a layer's rows each expert keeps, on average."""
     shares = torch.zeros(len(labels))
     for a in activity.values():
-        shares.index_add_(0, a.experts[a.owner], torch.ones(len(a.owner)) / len(a.owner))
+        shares += a.experts[a.owner].bincount(minlength=len(labels)) / len(a.owner)
     for label, total in zip(labels, shares.tolist()):
         print(f"{label:>20} keeps {total / len(activity):6.1%} of a layer's rows")
 

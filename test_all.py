@@ -540,6 +540,20 @@ def test_a_lower_rank_needs_no_dense_matrix(O, I, R, monkeypatch):
     assert far(smaller.down.norm(), smaller.up.norm()) < 1e-5    # for fp16's sake
 
 
+@parametrize("decay, near", [(0.5, 1e-5), (0, 0.03)])
+def test_a_large_matrix_is_cut_without_its_svd(decay, near, monkeypatch):
+    """Nearly as well as by it, and what is lost is told. decay 0: of noise, the hardest case."""
+    matrix = normal("matrix", 700, 600) * torch.arange(1, 601) ** -decay
+    f, svd, seen = Factors(matrix, torch.eye(700), 700.0), torch.linalg.svd, []
+    best = torch.linalg.svdvals(matrix)[:8].square().sum()
+    monkeypatch.setattr(torch.linalg, "svd", lambda x, **_: seen.append(x.shape) or svd(x, **_))
+    smaller, kept, energy = lora.compress(f, 8)
+    lost = (matrix - smaller.delta()).square().sum()
+    assert seen == [(32, 600)] and 1 - near < kept / best < 1 + 1e-5
+    assert far(energy, matrix.square().sum()) < 1e-5 and far(kept + lost, energy) < 1e-5
+    assert torch.equal(lora.compress(f, 8)[0].up, smaller.up)
+
+
 PLAIN = {    # changes [n, O, I] of those that adapt the layer, a generator -> [O, I]
     "sum": lambda changes, random: changes.sum(0),
     "average": lambda changes, random: changes.sum(0) / 3,
