@@ -86,8 +86,8 @@ class Activity(NamedTuple):
     """What calibration tells of a layer: sums over the rows x of its inputs. c: the expert of x."""
     experts: torch.Tensor   # [n]     which of all experts these are
     own: torch.Tensor       # [n, O]  mean |d_i(x)_j| over the x with c = i
-    shared: torch.Tensor    # [n, O]  sum over all x of d_c(x)_j d_i(x)_j
-    energy: torch.Tensor    # [O]     sum over all x of d_c(x)_j^2
+    moment: torch.Tensor    # [O, R]  sum over all x of d_c(x) (A x)^T; A [R, I]: all A_i stacked
+    energy: torch.Tensor    # []      sum over all x of |d_c(x)|^2
 
     @property
     def owner(self) -> torch.Tensor:
@@ -144,23 +144,23 @@ def random_rows(parts: list[Factors], layer: Layer) -> Factors:
     return keep_rows(parts, torch.randint(len(parts), (len(parts[0].up),), generator=layer.random))
 
 
-def rescaled(merged: Factors, layer: Layer, kept: torch.Tensor) -> Factors:
-    """gamma times merged (README, eq. 9). kept: sum_x <d_c(x), d_merged(x)>."""
+def rescaled(merged: Factors, layer: Layer) -> Factors:
+    """gamma times merged (README, eq. 9), whose A is all A_i stacked: <d_c(x), B A x>, summed over
+    x, is <B, moment>."""
+    kept = (merged.up * layer.activity.moment).sum()
     if kept <= 0:    # it works against its experts: more of it would do harm
         return merged
     # Rows dealt out among n experts with nothing in common need n; more would blow up noise.
-    gamma = min((layer.activity.energy.sum() / kept).item(), len(layer.activity.own))
+    gamma = min((layer.activity.energy / kept).item(), len(layer.activity.own))
     return merged._replace(up=merged.up * gamma)
 
 
 def co_merge(parts: list[Factors], layer: Layer) -> Factors:
-    owner = layer.activity.owner
-    kept = layer.activity.shared.gather(0, owner[None]).sum()
-    return rescaled(keep_rows(parts, owner), layer, kept)
+    return rescaled(keep_rows(parts, layer.activity.owner), layer)
 
 
 def scaled_sum(parts: list[Factors], layer: Layer) -> Factors:
-    return rescaled(add_changes(parts, layer), layer, layer.activity.shared.sum())
+    return rescaled(add_changes(parts, layer), layer)
 
 
 RULES = {"co-merge": co_merge, "scaled-sum": scaled_sum, "average": average, "sum": add_changes,
@@ -172,30 +172,29 @@ class Meter:
 
     def __init__(self, parts: dict[int, Factors], device: torch.device):
         self.place = {expert: k for k, expert in enumerate(parts)}
-        self.factors = [(f.down.to(device), f.scale * f.up.to(device)) for f in parts.values()]
-        n, O = len(parts), len(self.factors[0][1])
-        self.own, self.shared = torch.zeros(n, O, device=device), torch.zeros(n, O, device=device)
-        self.energy, self.heard = torch.zeros(O, device=device), [1e-9] * n
+        ranks = [len(f.down) for f in parts.values()]
+        stacked = add_changes(list(parts.values()), None)
+        self.down, up = stacked.down.to(device), stacked.up.to(device)    # [R, I], [O, R]
+        self.ups, self.ranks = up.split(ranks, 1), ranks
+        self.own = torch.zeros(len(parts), len(up), device=device)
+        self.moment, self.energy = torch.zeros_like(up), torch.zeros((), device=device)
+        self.heard = [1e-9] * len(parts)
         self.expert = None    # whose input comes next
-
-    def change(self, k: int, x: torch.Tensor) -> torch.Tensor:
-        down, up = self.factors[k]
-        return x @ down.T @ up.T    # d_k(x) [N, O]
 
     def listen(self, layer: torch.nn.Module, inputs):
         if self.expert not in self.place:
             return
         x, c = lora.rows(layer, inputs[0]), self.place[self.expert]
-        own = self.change(c, x)
+        narrow = x @ self.down.T                                         # [N, R]
+        own = narrow.split(self.ranks, 1)[c] @ self.ups[c].T             # d_c(x) [N, O]
         self.own[c] += own.abs().sum(0)
-        self.energy += own.square().sum(0)
+        self.energy += own.square().sum()
         self.heard[c] += len(x)
-        for k in range(len(self.factors)):
-            self.shared[k] += (self.change(k, x) * own).sum(0)
+        self.moment += own.T @ narrow
 
     def activity(self) -> Activity:
         mean = self.own.cpu() / torch.tensor(self.heard)[:, None]
-        return Activity(torch.tensor(list(self.place)), mean, self.shared.cpu(), self.energy.cpu())
+        return Activity(torch.tensor(list(self.place)), mean, self.moment.cpu(), self.energy.cpu())
 
 
 @torch.no_grad()

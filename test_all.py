@@ -661,9 +661,11 @@ def test_every_layer_of_a_unet_can_be_adapted():
 def test_strength_is_not_raised_without_bound():
     """n times at most; not at all what works against its experts. Of equals the first owns."""
     parts = [random_expert(seed, 4, 4.0)["mid_block_attentions_0_proj_in"] for seed in range(3)]
-    for shared, factor in ((0.25, 2), (1e-3, 3), (-1.0, 1)):
-        activity = merge.Activity(own=torch.ones(3, 96), shared=torch.full((3, 96), shared),
-                                  energy=torch.full((96,), 0.5), experts=None)
+    own = torch.ones(3, 96)
+    ups = lora.stack(parts, [1.0] * 3).up * (torch.arange(12) < 4)    # the first one's
+    for kept, factor in ((0.5, 2), (1e-3, 3), (-1.0, 1)):
+        moment = kept * ups / ups.square().sum()
+        activity = merge.Activity(None, own, moment, energy=torch.tensor(1.0))
         merged = merge.co_merge(parts, merge.Layer(3, None, None, activity))
         assert far(merged.delta(), factor * parts[0].delta()) < 1e-6
 
