@@ -136,8 +136,6 @@ class Trainer:
         fresh = lora.init(unet, args.rank, args.rank, generator(*self.seed, "lora"))
         self.parameters = lora.inject(unet, fresh)
         unet.checkpointing = args.checkpointing
-        if device.type == "cuda":
-            unet.to(memory_format=torch.channels_last)
         if args.compile:
             unet.compile()
         self.optimiser = torch.optim.AdamW(self.parameters, args.lr, weight_decay=1e-2,
