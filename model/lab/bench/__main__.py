@@ -150,8 +150,8 @@ def gpu(args, folder: Path):
                  "ours": ("ours", "picture", model, "cuda", half, side, 25)}, args.rounds)
         compare({"Co-Merge": ("ours", "co_merge", model, experts, side, "cuda")}, args.rounds)
         ours = "ours", "step", model, side, "--device", "cuda", "--batch", "{}"
-        peer = "with_peft", "step", model, side, "{}", "cuda"
-        jobs = {"diffusers + PEFT": peer, "the same, checkpointing": (*peer, "auto", "checkpointing"),
+        peer = "with_peft", "step", model, side, "{}", "cuda", "auto"
+        jobs = {"diffusers + PEFT": peer, "the same, checkpointing": (*peer, "checkpointing"),
                 "ours": ours, "ours, --checkpointing": (*ours, "--checkpointing")}
         for pairs in (1, 4):
             print(f"\n{family}, a step; pairs: {pairs}")
