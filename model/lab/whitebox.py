@@ -217,8 +217,8 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--seeds", type=natural, nargs="+", default=[0, 1, 2],
         help="seeds of the folders to attack")
-    add("--only", nargs="+", choices=MODELS, default=["base", "Co-Merge", "joint", "UCE"],
-        help="which models")
+    add("--only", nargs="+", choices=MODELS, help="which models",
+        default=["base", "Co-Merge", "joint", "UCE", "Diffusion-SDPO's loss"])
     add("--out", type=Path, default=Path("results"), help="what model.lab.rivals wrote")
     return parser.parse_args(argv)
 
