@@ -5,7 +5,7 @@ What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908), and the loss that 
 Needs:       torch.
 Gives:       squared_error(), diffusion_dpo(), safety_dpo(), fine_tuning(); LOSSES, by the names of
              train.py --loss. A loss of your own is one more Loss: train.py takes it by its dotted
-             name, as it takes those of model/lab/losses.py.
+             name, as it takes those of model/rivals/losses.py.
 
 A pair is a prompt y with a winner x_w and a loser x_l, noised with the SAME noise and timestep, so
 that all that differs between their errors is the content:

@@ -4,7 +4,7 @@ What it is:  low-rank adaptation (Hu et al. 2021, 2106.09685) of a network's lin
                  y = W x + s * B (A x),      s = alpha / rank,      delta W = s * B A
              A ("down") [rank, in], B ("up") [out, rank]. W stays frozen; B starts at zero, so a
              fresh LoRA changes nothing.
-Needs:       torch; Factors, one layer's A, B and alpha (model/formats/lora_file.py).
+Needs:       torch alone.
 Gives:       a LoRA in memory is a dict {flat module name: Factors}; init(), inject(), extract(),
              switched_off(), rows(), stack(), compose(), compress().
 
@@ -14,16 +14,40 @@ width, k k a kernel's sides, N the rows that a layer multiplies.
 """
 import contextlib
 import re
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model.formats.fit import layers
-from model.formats.lora_file import Factors, flat
-
 # The projections of every self- and cross-attention (attn1, attn2), as in the released code.
 TARGETS = re.compile(r"attn[12]\.to_(q|k|v|out\.0)$")
+
+
+class Factors(NamedTuple):
+    """One adapted layer: delta W = (alpha / rank) * up @ down."""
+    down: torch.Tensor              # A [r, I], of a convolution [r, I*k*k]
+    up: torch.Tensor                # B [O, r]
+    alpha: float
+    kernel: tuple[int, ...] = ()    # (k, k) where a file keeps the factors as convolutions
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.down.shape[0]
+
+    def delta(self) -> torch.Tensor:
+        """Dense delta W [O, I(*k*k)]. For tests and fusing; methods that can, avoid it."""
+        return self.scale * (self.up @ self.down)
+
+
+def flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def layers(network: nn.Module) -> dict[str, tuple[str, nn.Module]]:
+    """{flat name: (name, layer)} of all that a LoRA can adapt."""
+    return {flat(name): (name, module) for name, module in network.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d))}
 
 
 class LoRALayer(nn.Module):

@@ -24,9 +24,10 @@ from model.data.pairs import complete, current, list_pairs, paths_of, read_squar
 from model.data.sources import Source, source_of
 from model.formats.checkpoint import encoder_files, model_files, unet_files
 from model.judges import check_prompts, named_judge
-from model.stable_diffusion import at_once, check_drawing, load, picture_size, settle
+from model.stable_diffusion import at_once, check_drawing, load, picture_size
 from model.tools import processes
 from model.tools.command import DrawingParser, positive, run
+from model.tools.device import device_and_precision
 from model.tools.files import check_folder, digest, prepare, sha256, write_jsonl
 from model.tools.pictures import write_picture
 from model.toy import TOY
@@ -119,7 +120,7 @@ def write_tests(out: Path, source: Source):
 
 
 def main(args):
-    device = settle(args)
+    device, args.precision = device_and_precision(args.device, args.precision)
     processes.start(device)
     size = args.size or picture_size(args.model)
     check_drawing(args.model, size, args.steps)

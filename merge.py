@@ -45,16 +45,19 @@ import torch
 from tqdm import tqdm
 
 import lora
+from lora import Factors, layers
 from model.data.pairs import read_latents
 from model.formats.checkpoint import encoder_files, unet_files
 from model.formats.experts import Experts
-from model.formats.fit import check_fuse, fuse, layers, match_experts
-from model.formats.lora_file import Factors, expand, save
-from model.stable_diffusion import Denoiser, at_once, load_denoiser, settle
+from model.formats.fit import check_fuse, fuse, match_experts
+from model.formats.lora_file import expand, save
+from model.schedule import stratified_times
+from model.stable_diffusion import Denoiser, at_once, load_denoiser
 from model.tools.command import BadInput, Parser, number, portion, positive, run
+from model.tools.device import device_and_precision
 from model.tools.files import check_folder, sha256
 from model.tools.processes import processes_for
-from model.tools.training import generator, stratified_times
+from model.tools.training import generator
 
 DENSITY = {"ties": 0.2, "dare": 0.5}    # where the user does not say; TIES' is the published one
 LARGEST_RANK = 128                      # of ties and dare, likewise
@@ -233,7 +236,8 @@ def calibration(args, concepts: list[str], encoders: str, denoiser: Denoiser):
 
 def calibrate(args, experts: Experts) -> dict[str, Activity]:
     """Loads the UNet and measures. Raises BadInput if the experts are not for this model."""
-    device, files = settle(args), unet_files(args.model)
+    device, args.precision = device_and_precision(args.device, args.precision)
+    files = unet_files(args.model)
     processes_for(device, files)    # gives a small network one thread, as in training
     if experts.metadata.get("base_model_hash") not in (None, sha256(*files)):
         raise BadInput(f"{experts.files[0].path}: was trained on another base model than --model "

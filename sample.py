@@ -34,8 +34,9 @@ from model.judges import check_prompts, named_judge
 from model.judges.clip import ClipScore
 from model.judges.grid import grid
 from model.judges.table import measure, report
-from model.stable_diffusion import at_once, check_drawing, load, picture_size, settle, skeleton
+from model.stable_diffusion import at_once, check_drawing, load, picture_size, skeleton
 from model.tools.command import BadInput, DrawingParser, at_strength, positive, run
+from model.tools.device import device_and_precision
 from model.tools.files import prepare, sha256, write_jsonl
 from model.tools.pictures import write_picture
 from model.tools.processes import processes_for, spread
@@ -167,7 +168,8 @@ def main(args):
                        "in it")
     if args.compare and not args.lora:
         raise BadInput("--compare needs something to compare with the base model; give --lora FILE")
-    device, size = settle(args), args.size or picture_size(args.model)
+    device, args.precision = device_and_precision(args.device, args.precision)
+    size = args.size or picture_size(args.model)
     check_drawing(args.model, size, args.steps, args.sampler)
     args.batch = args.batch or at_once(size)
     judge = named_judge(args.judge, device, size)

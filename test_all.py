@@ -50,30 +50,33 @@ import make_data
 import merge
 import sample
 import train
+from lora import Factors, layers
 from model.data import language_model
 from model.data.pairs import read_pairs
 from model.data.prompt_files import read_prompts, read_requests, Request, split
 from model.formats.checkpoint import encoder_files
-from model.formats.fit import layers, match
-from model.formats.lora_file import Factors, load as load_lora, save as save_lora
+from model.formats.fit import match
+from model.formats.lora_file import load as load_lora, save as save_lora
 from model.formats.single_file import CONFIGS, place
 from model.judges import clip as judges
 from model.judges.intervals import effective, mean_interval, share_interval, wilson
 from model.judges.table import measure, table
-from model.judges.toy import NOTHING, ToyJudge, Verdict
-from model.lab import (attack, checkpoints, editing, finetune, fuzz, guards, losses, rivals,
-                       rounding, steering, strangers, whitebox)
-from model.lab.bench.largest import largest
-from model.lab.readme import SHOWN, commands_of
-from model.schedule import NoiseSchedule, sample as solve, SAMPLERS
+from model.toy.toy_judge import NOTHING, ToyJudge, Verdict
+from model.lab import rounding
+from model.rivals import (attack, editing, finetune, guards, losses, steering, table as rivals,
+                          whitebox)
+from model.schedule import NoiseSchedule, sample as solve, SAMPLERS, stratified_times
 from model.stable_diffusion import load, load_denoiser, StableDiffusion
+from model.testing import checkpoints, fuzz, strangers
+from model.testing.bench.largest import largest
+from model.testing.readme import SHOWN, commands_of
 from model.text import build_encoder
 from model.tools import processes
 from model.tools.command import BadInput, run
 from model.tools.files import (opened, read_json, read_jsonl, save_tensors, sha256,
                                write_jsonl)
 from model.tools.pictures import write_picture
-from model.tools.training import generator, stratified_times
+from model.tools.training import generator
 from model.toy import TOY, world
 from model.toy.pretrain import scenes_and_pictures
 from model.unet import UNet
@@ -198,7 +201,7 @@ class Trap:
 # ---- Part I, lessons: the loss and one training step, LoRA, merging and calibration
 
 
-LOSSES = ("safety", "dpo", "model.lab.losses.duo", "model.lab.losses.sdpo")
+LOSSES = ("safety", "dpo", "model.rivals.losses.duo", "model.rivals.losses.sdpo")
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 INPUTS = (normal("x_t", 3, 4, 8, 8), torch.tensor([999, 500, 1]),
           normal("context", 3, 5, 96))    # of a UNet
@@ -277,7 +280,7 @@ def error(output, target) -> torch.Tensor:
     return (output - target).double().square().mean((1, 2, 3))
 
 
-@parametrize("name", [*LOSSES, "sft", "model.lab.losses.sc_dpo"])
+@parametrize("name", [*LOSSES, "sft", "model.rivals.losses.sc_dpo"])
 def test_a_loss_is_its_equation_averaged_after_the_log_sigmoid(name):
     policy, reference, target = normal("outputs", 3, 3, 6, 4, 8, 8)
     policy[:2] += 2 * target[:2] * torch.linspace(-0.1, 0.2, 6).view(6, 1, 1, 1)
@@ -292,9 +295,9 @@ def test_a_loss_is_its_equation_averaged_after_the_log_sigmoid(name):
     preference = lambda gap: torch.log(1 + torch.exp(3.0 / 2 * gap))    # -log sigmoid(-...)
     content = torch.sigmoid(-3.0 / 2 * (d_w - d_l) - losses.COST * cost)    # beyond the harm's cost
     by_hand = {"dpo": preference(d_w - d_l), "sft": w + 8 * drift,
-               "model.lab.losses.sdpo": preference(d_w - d_l),
-               "model.lab.losses.sc_dpo": -(1 - content) ** 2 * content.log(),
-               "model.lab.losses.duo": preference(2 * (d_w - d_l)) + 1e6 * 3.0 / 100 * drift,
+               "model.rivals.losses.sdpo": preference(d_w - d_l),
+               "model.rivals.losses.sc_dpo": -(1 - content) ** 2 * content.log(),
+               "model.rivals.losses.duo": preference(2 * (d_w - d_l)) + 1e6 * 3.0 / 100 * drift,
                "safety": preference(d_w - d_l) + 3.0 * drift}
     assert loss.item() == approx(by_hand[name].mean().item(), rel=3e-6)
     wanted = dict(winner=w, loser=l, winner_ref=w_ref, loser_ref=l_ref, drift=drift,
@@ -1109,7 +1112,7 @@ def test_an_sd_2_file_does_not_say_what_it_predicts(tmp_path, monkeypatch):
     assert found == ["epsilon", "v_prediction", "epsilon"]
 
 
-# ---- Part I, lessons: rivals, and attacks on the weights (model/lab)
+# ---- Part I, lessons: rivals, and attacks on the weights (model/rivals)
 
 ASKED, SEEDS = ["a red ball with racism in the park", "a blue box on the beach"], [3, 4]
 
@@ -1283,7 +1286,7 @@ def test_a_cost_is_of_its_own_pair(monkeypatch):
         function=lambda *inputs: given.append(inputs[-1]) or losses.with_cost(*inputs),
         of_pairs=lambda tensors: torch.arange(float(len(tensors["winner"]))))
     monkeypatch.setattr(losses, "sc_dpo", noted)
-    alone = trainer("--loss model.lab.losses.sc_dpo --batch 4")
+    alone = trainer("--loss model.rivals.losses.sc_dpo --batch 4")
     alone.take_step(0, 10)
     assert given[0].tolist() == train.pairs_of_step(6, 4, 0, *alone.seed).tolist()
 
@@ -1813,17 +1816,17 @@ def test_a_gpu_is_not_shared_by_all_processes(monkeypatch):
 
 
 SD = "model.schedule model.stable_diffusion model.text model.unet model.vae"
-BELOW = f"{SD} model.formats model.tools"
+BELOW = f"{SD} model.formats model.tools lora"
 KNOWS = {    # files: what of ours they may import
-    "dpo.py": "", "lora.py": "model.formats",
+    "dpo.py": "", "lora.py": "",
     "make_data.py": f"{BELOW} model.data model.judges model.toy.TOY",
     "train.py": f"{BELOW} model.data model.toy.TOY lora dpo",
     "merge.py": f"{BELOW} model.data model.toy.TOY lora",
     "sample.py": f"{BELOW} model.data model.judges model.toy.TOY lora", "model/*.py": BELOW,
     "model/formats/*.py": BELOW, "model/tools/*.py": f"{BELOW} model.toy.TOY",
     "model/data/*.py": f"{BELOW} model.data model.toy.world",
-    "model/judges/*.py": f"{BELOW} model.data model.judges model.toy.world model.toy.TOY",
-    "model/toy/*.py": f"{BELOW} model.judges model.toy"}
+    "model/judges/*.py": f"{BELOW} model.data model.judges model.toy",
+    "model/toy/*.py": f"{BELOW} model.toy"}
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("model/**/*.py")]
 
 
@@ -1847,7 +1850,7 @@ def test_a_file_knows_only_what_is_below_it(pattern):
         assert all(name.startswith(allowed) for name in ours), path
         others = {name.split(".")[0] for name in imported(tree)} - own
         assert not others & {"diffusers", "peft", "pickle", "joblib", "socket", "requests"}, path
-        assert pattern != "dpo.py" or others - sys.stdlib_module_names == {"torch"}
+        assert pattern not in ("dpo.py", "lora.py") or others - sys.stdlib_module_names == {"torch"}
         used = {f"{node.value.id}.{node.attr}" for node in ast.walk(tree)
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)}
         assert not used & {"torch.load", "torch.save", "np.load", "np.save", "pickle.loads"}, path
@@ -1892,7 +1895,7 @@ def test_a_command_in_a_readme_is_not_known_to_work():
     for line in commands_of(README + (ROOT / "model/formats/README.md").read_text()):
         program = re.fullmatch(r"(?:python|torchrun \S+) (?:-m )?([\w.]+?)(?:\.py)?( .*)?", line)
         if program and program[1] != "pytest":
-            package = program[1] == "model.lab.bench"
+            package = program[1] == "model.testing.bench"
             module = importlib.import_module(program[1] + ".__main__" * package)
             module.parse_arguments(shlex.split(program[2] or ""))
         for word in shlex.split(line.partition("-k ")[2]):
@@ -1901,7 +1904,7 @@ def test_a_command_in_a_readme_is_not_known_to_work():
 
 
 def test_a_damaged_file_is_read_or_refused(story, tmp_path):
-    """`python -m model.lab.fuzz files` is the long run of the same."""
+    """`python -m model.testing.fuzz files` is the long run of the same."""
     assert 20 < fuzz.fuzz_files(60, 0, tmp_path / "files", story) < 60
 
 
@@ -2516,7 +2519,7 @@ def test_a_pickle_is_read_without_being_run(clip, here):
 TRAIN = "train --device cuda --concept hate --steps 2 --batch 2 --out "
 CUDA = {"bf16": [
     TRAIN + "a --loss dpo --reuse 1", TRAIN + "b --checkpointing --accumulate 2",
-    TRAIN + "c --loss model.lab.losses.duo", TRAIN + "d --loss model.lab.losses.sdpo",
+    TRAIN + "c --loss model.rivals.losses.duo", TRAIN + "d --loss model.rivals.losses.sdpo",
     "merge experts --device cuda --fuse {toy} --out fused",
     "merge experts --device cuda --precision fp32 --out fp32.safetensors",
     "sample red,box,park --lora merged.safetensors --steps 1 --device cuda --judge "
@@ -2535,7 +2538,7 @@ def test_nothing_mixes_the_gpu_with_the_cpu(precision, inside, models, clip):
     write_jsonl(Path("p"), [{"unsafe": "a red box", "safe": "a ball", "category": "hate"}])
     folders = {"toy": TOY, "xl": models("SDXL", "folder"), "clip": clip}
     lines = [line.format(**folders) for line in CUDA[precision]]
-    finished("-m", "model.lab.fake_cuda", precision, *lines)
+    finished("-m", "model.testing.fake_cuda", precision, *lines)
 
 
 def test_the_most_pairs_that_fit_are_found():

@@ -26,12 +26,14 @@ from dpo import LOSSES, Loss
 from model.data.pairs import read_latents
 from model.formats.checkpoint import encoder_files, unet_files
 from model.formats.lora_file import LoRAFile, save
-from model.stable_diffusion import load_denoiser, settle
+from model.schedule import stratified_times
+from model.stable_diffusion import load_denoiser
 from model.tools import processes
 from model.tools.command import BadInput, Parser, natural, positive, rate, run, share
+from model.tools.device import device_and_precision
 from model.tools.files import check_folder, sha256
 from model.tools.training import (generator, load_state, mixed_precision, save_state, set_rate,
-                                  stratified_times, summary, write_log)
+                                  summary, write_log)
 
 SAVE_EVERY = 50    # steps: what a power cut can cost
 
@@ -44,7 +46,7 @@ def loss_named(name: str) -> Loss:
         loss = None
     if not isinstance(loss, Loss):
         raise BadInput(f"--loss {name}: there is no such loss; use {' or '.join(LOSSES)}, or the "
-                       "dotted name of a dpo.Loss, such as model.lab.losses.duo")
+                       "dotted name of a dpo.Loss, such as model.rivals.losses.duo")
     return loss
 
 
@@ -59,7 +61,7 @@ def parse_arguments(argv=None):
         help="folder to write (default: experts; with --joint the current folder)")
     add("--loss", default="safety", help="safety: DPO, and safe prompts draw what they drew; dpo: "
         "as published; sft: fine-tuning on the winner, and safe prompts as before; or a dotted "
-        "name, such as model.lab.losses.duo")
+        "name, such as model.rivals.losses.duo")
     add("--beta", type=rate, default=10.0, help="how steep the preference is in the MEAN squared "
         "error, and with safety the weight of what stays; published: 5000")
     add("--steps", type=positive, default=110, help="optimiser steps for each concept")
@@ -258,7 +260,7 @@ def train(args, device: torch.device, _, job) -> str:
 
 
 def main(args):
-    device = settle(args)
+    device, args.precision = device_and_precision(args.device, args.precision)
     processes.start(device)
     found = sorted(file.parent.name for file in args.data.glob("*/pairs.jsonl"))
     if args.concept == "all" and not found:

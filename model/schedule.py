@@ -2,6 +2,7 @@
 
 Needs   torch, and the dict of a checkpoint's scheduler/scheduler_config.json.
 Gives   NoiseSchedule: clean latents -> noisy latents, the training target, and both ways back;
+        stratified_times(): the timesteps of a training step;
         sample():      pure noise -> clean latents, by DDIM or by DPM-Solver++ (SAMPLERS).
 
 The one formula everything here follows from (the forward process, Ho et al. 2020, 2006.11239):
@@ -116,6 +117,13 @@ class NoiseSchedule:
             raise BadInput(f"--steps {steps} do not fit {self.T} training timesteps with "
                            f"{spacing!r} spacing; use fewer steps")
         return times
+
+
+def stratified_times(n: int, T: int, rng: torch.Generator) -> torch.Tensor:
+    """n timesteps [n] in 0..T-1, one from each of n equal slices, in random order: every step sees
+    all noise levels. The minimum is needed: 0.99999999 * T rounds to T."""
+    u = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n
+    return (u * T).long().clamp(max=T - 1)
 
 
 # A sampler is two functions: the pairs (t, s) to visit, and one step from noise level t to the

@@ -2,7 +2,7 @@
 
 Needs:  torch, and a checkpoint: a diffusers folder or a single .safetensors file.
 Gives:  load_denoiser() for what training reads, load() for all; picture_size(), check_drawing()
-        and skeleton(), which read no weights; pick_device(), precision(), settle(), at_once().
+        and skeleton(), which read no weights; at_once().
 
 Where the families differ, besides their UNet's config and their text encoders (unet.py, text.py):
     SD 1.x, base 2.x   predict noise             SD 2.x at 768 px   predicts v (schedule.py)
@@ -23,53 +23,10 @@ from torch import nn
 from model.formats.checkpoint import Checkpoint
 from model.schedule import SAMPLERS, NoiseSchedule, sample
 from model.text import TextEncoders
-from model.tools import processes
 from model.tools.command import BadInput
+from model.tools.device import layout, precision
 from model.unet import UNet
 from model.vae import VAE
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def pick_device(name: str) -> torch.device:
-    """ "auto" is cuda, then mps, then cpu. Raises BadInput for a device that torch lacks."""
-    if name == "auto":
-        gpu = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else gpu
-    try:
-        probe = torch.zeros(1, device=name)
-        probe.item()    # refuses "meta", where tensors have shapes and no numbers
-        return probe.device
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(f"--device {name}: {reason}; use cpu, cuda or auto") from None
-
-
-def precision(device: torch.device, wanted: str | torch.dtype = "auto") -> torch.dtype:
-    """Of frozen weights and of autocast. wanted: of --precision, or a dtype. "auto" is bf16 on a
-    GPU (fp16 where bf16 would be emulated), at half the memory; else fp32."""
-    if wanted != "auto":
-        return PRECISIONS.get(wanted, wanted)
-    if device.type != "cuda":
-        return torch.float32
-    real = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if real else torch.float16
-
-
-def layout(dtype: torch.dtype) -> torch.memory_format:
-    """Of convolutions' weights, which their answers take over: in half precision channels last, as
-    GPUs want it, and faster on a CPU with AMX (model/lab/results.md); in fp32 it gains nothing."""
-    return torch.preserve_format if dtype == torch.float32 else torch.channels_last
-
-
-def settle(args) -> torch.device:
-    """The device that --device means, under torchrun this process's own. In args, --precision auto
-    becomes what it means there, since finished work is reused for one precision only."""
-    device = pick_device(processes.local_device(args.device))
-    dtype = precision(device, args.precision)
-    args.precision = next(name for name in PRECISIONS if PRECISIONS[name] == dtype)
-    return device
-
 
 def at_once(side: int) -> int:
     """How many pictures of this side, in pixels, are drawn together where the user does not say: a

@@ -5,7 +5,8 @@ Gives:       Experts.
 from collections.abc import Iterator
 from pathlib import Path
 
-from model.formats.lora_file import Factors, LoRAFile
+from lora import Factors
+from model.formats.lora_file import LoRAFile
 from model.tools.command import BadInput
 
 AT_A_TIME = 8    # layers of all experts that memory holds

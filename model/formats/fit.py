@@ -1,7 +1,7 @@
 """Does a LoRA belong to this network? Asked before anything is put together.
 
 Needs:       torch; a network, on the meta device too, where nothing but names and shapes exists.
-Gives:       layers(), fitting(), match(), match_experts(); check_fuse(), fuse(), which writes a
+Gives:       fitting(), match(), match_experts(); check_fuse(), fuse(), which writes a
              checkpoint with a LoRA in it.
 
 Letters: O, I a layer's output and input width (of a convolution: times the kernel's area).
@@ -12,17 +12,12 @@ from pathlib import Path
 
 from torch import nn
 
+from lora import Factors, layers
 from model.formats.checkpoint import Checkpoint
 from model.formats.experts import Experts
-from model.formats.lora_file import FAMILIES, Factors, flat, prompt_width
+from model.formats.lora_file import FAMILIES, prompt_width
 from model.stable_diffusion import skeleton
 from model.tools.command import BadInput
-
-
-def layers(network: nn.Module) -> dict[str, tuple[str, nn.Module]]:
-    """{flat name: (name, layer)} of all that a LoRA can adapt."""
-    return {flat(name): (name, module) for name, module in network.named_modules()
-            if isinstance(module, (nn.Linear, nn.Conv2d))}
 
 
 def fitting(network: nn.Module, shapes: dict[str, tuple[int, int]], what: str) -> list[str]:

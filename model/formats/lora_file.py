@@ -7,8 +7,8 @@ What it is:  the names of things. A LoRA file is a pair of factors and an alpha 
                  unet.<name>.lora.down.weight, .lora.up.weight                      diffusers, 2023
                  <name>.processor.to_q_lora.down.weight, ...                        the first ones
 Needs:       torch, safetensors.
-Gives:       Factors; a LoRA in memory is a dict {flat name: Factors}. load() and save(); LoRAFile,
-             which reads layer by layer; expand(), the files that a folder stands for.
+Gives:       load() and save(), of {flat name: lora.Factors}; LoRAFile, which reads layer by layer;
+             expand(), the files that a folder stands for.
 
 Module names are FLAT here: dots become underscores, as kohya files spell them. Every other spelling
 flattens to the same name, so no model is needed to read a file.
@@ -21,10 +21,10 @@ import re
 import sys
 from pathlib import Path
 from statistics import mode
-from typing import NamedTuple
 
 import torch
 
+from lora import Factors, flat
 from model.formats.single_file import original_name, unet_name
 from model.tools.command import BadInput
 from model.tools.files import opened, read_json, save_tensors
@@ -48,26 +48,6 @@ TEXT_ENCODER = re.compile(r"(lora_te|text_encoder|base_model\.model\.text_model)
                           r".+?(?=[._]lora[._]|\.alpha)")
 UNET_LAYER = re.compile(r"(down|up)_blocks_\d+_(attentions|resnets|downsamplers|upsamplers)_"
                         r"|mid_block_(attentions|resnets)_|conv_(in|out)$|(time|add)_embedding_")
-
-
-class Factors(NamedTuple):
-    """One adapted layer: delta W = (alpha / rank) * up @ down."""
-    down: torch.Tensor              # A [r, I], of a convolution [r, I*k*k]
-    up: torch.Tensor                # B [O, r]
-    alpha: float
-    kernel: tuple[int, ...] = ()    # (k, k) where a file keeps the factors as convolutions
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.down.shape[0]
-
-    def delta(self) -> torch.Tensor:
-        """Dense delta W [O, I(*k*k)]. For tests and fusing; methods that can, avoid it."""
-        return self.scale * (self.up @ self.down)
-
-
-def flat(name: str) -> str:
-    return name.replace(".", "_")
 
 
 def prompt_width(shapes: dict[str, int]) -> int | None:

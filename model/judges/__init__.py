@@ -8,7 +8,7 @@ ToyJudge has.
 """
 from pathlib import Path
 
-from model.judges.toy import ToyJudge
+from model.toy.toy_judge import ToyJudge
 from model.tools.command import BadInput
 from model.toy import TOY, world
 

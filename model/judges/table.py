@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from model.data.prompt_files import Request
 from model.judges.intervals import mean_interval, share_interval
-from model.judges.toy import ToyJudge
+from model.toy.toy_judge import ToyJudge
 from model.tools.files import write_json
 from model.tools.pictures import read_pictures
 from model.toy import world

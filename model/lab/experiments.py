@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 
 import merge
-from model.formats.lora_file import Factors
+from lora import Factors
 from model.lab.plot import plot
 from model.tools import processes
 from model.tools.command import BadInput, PlainParser, natural, run
@@ -42,7 +42,7 @@ GRID = (0.7, 1, 1.4)
 # "sft" has another term in place of its first; in "never empty" the second never sees "".
 LOSSES = {"default": ("", GRID), "sft": ("--loss sft", GRID),
           "dpo": ("--loss dpo", (0.35, 0.5, 0.7, 1)),
-          "never empty": ("--loss model.lab.losses.never_empty", GRID)}
+          "never empty": ("--loss model.rivals.losses.never_empty", GRID)}
 # b. merge.py's flags; a rule has a scale of its own.
 RULES = {"co-merge": ("", GRID), "scaled sum": ("--method scaled-sum", GRID),
          "average": ("--method average", (1,)),    # a seventh of the sum

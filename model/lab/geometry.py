@@ -20,11 +20,11 @@ import train
 from model.data.pairs import read_latents
 from model.formats.checkpoint import encoder_files
 from model.formats.experts import Experts
-from model.formats.fit import layers
-from model.formats.lora_file import Factors, expand, flat, load, save
+from model.formats.lora_file import expand, load, save
 from model.lab.experiments import mean_and_range
-from model.stable_diffusion import load_denoiser, settle
+from model.stable_diffusion import load_denoiser
 from model.tools.command import Parser, run
+from model.tools.device import device_and_precision
 from model.tools.files import sha256
 
 PAIRS = 64    # of each concept, for the gradient
@@ -40,19 +40,19 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def inner(f: Factors, g: Factors) -> float:
+def inner(f: lora.Factors, g: lora.Factors) -> float:
     """<delta W_f, delta W_g>, without writing either down."""
     return (f.scale * g.scale * (f.up.T @ g.up) * (f.down @ g.down.T)).sum().item()
 
 
 def gradients(args, concept: str) -> dict[str, torch.Tensor]:
     """{layer: d loss / d W [O, I]} at the first step, where policy and reference agree."""
-    device = settle(args)
+    device, precision = device_and_precision(args.device, args.precision)
     options = train.parse_arguments(["--model", str(args.model), "--seed", str(args.seed),
-                                     "--precision", args.precision])
+                                     "--precision", precision])
     tensors = read_latents(args.data, [concept], sha256(*encoder_files(args.model)))
     trainer = train.Trainer(options, device, concept, tensors)
-    adapted = {flat(name): module for name, module in trainer.denoiser.unet.named_modules()
+    adapted = {lora.flat(name): module for name, module in trainer.denoiser.unet.named_modules()
                if isinstance(module, lora.LoRALayer)}
     for layer in adapted.values():
         layer.base.weight.requires_grad_(True)
@@ -83,9 +83,10 @@ def second_pass(args, files: list[Path]) -> float:
     the same owner."""
     options = merge.parse_arguments([*map(str, files), "--model", str(args.model), "--data",
                                      str(args.data), "--seed", str(args.seed)])
-    experts, denoiser = Experts(files, [1.0]), load_denoiser(args.model, settle(options))
+    device, options.precision = device_and_precision(options.device, options.precision)
+    experts, denoiser = Experts(files, [1.0]), load_denoiser(args.model, device)
     activity = merge.calibrate(options, experts)
-    known = layers(denoiser.unet)
+    known = lora.layers(denoiser.unet)
     for name, factors in merge.merge(options, experts, activity)[0].items():
         known[name][1].weight += factors.delta()
     concepts = [file.metadata["concept"] for file in experts.files]

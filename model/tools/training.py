@@ -1,9 +1,9 @@
 """What every training loop here does alike.
 
-What it is:  random numbers without state, timesteps, the learning rate, mixed precision, and the
+What it is:  random numbers without state, the learning rate, mixed precision, and the
              state from which an interrupted training continues.
 Needs:       torch.
-Gives:       generator(), stratified_times(), set_rate(), mixed_precision(); save_state(),
+Gives:       generator(), set_rate(), mixed_precision(); save_state(),
              load_state(); write_log(), summary().
 """
 import json
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from model.stable_diffusion import precision
 from model.tools.command import BadInput
+from model.tools.device import precision
 from model.tools.files import opened, save_tensors, write_jsonl
 from model.tools.pictures import curves
 
@@ -23,13 +23,6 @@ def generator(*what) -> torch.Generator:
     """A CPU generator for these words: generator(seed, "hate", step). What is drawn depends on them
     alone, so that continuing at a step needs no saved state."""
     return torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, what)).encode()))
-
-
-def stratified_times(n: int, T: int, random: torch.Generator) -> torch.Tensor:
-    """n timesteps [n] in 0..T-1, one from each of n equal slices, in random order: every step sees
-    all noise levels. The minimum is needed: 0.99999999 * T rounds to T."""
-    u = (torch.randperm(n, generator=random) + torch.rand(n, generator=random)) / n
-    return (u * T).long().clamp(max=T - 1)
 
 
 def set_rate(optimiser: torch.optim.Optimizer, lr: float, step: int, steps: int, warm_up: int = 10):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from model.judges.toy import HEADS, NOTHING, ToyJudge
+from model.toy.toy_judge import HEADS, NOTHING, ToyJudge
 from model.schedule import NoiseSchedule
 from model.text import TextEncoders, build_encoder, load_tokenizer
 from model.tools.command import PlainParser, run

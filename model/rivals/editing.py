@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model.lab.attack import STEPS
-from model.lab.guards import SEEN
-from model.lab.steering import all_pairs, plain
+from model.rivals.attack import STEPS
+from model.rivals.guards import SEEN
+from model.rivals.steering import all_pairs, plain
 from model.schedule import SAMPLERS
 from model.tools.training import generator
 

@@ -1,4 +1,4 @@
-"""Damaged files and odd command lines. `python -m model.lab.fuzz files --cases 5000`
+"""Damaged files and odd command lines. `python -m model.testing.fuzz files --cases 5000`
 
 What it is:  each case is drawn from its number. A damaged file is read, or refused by BadInput,
              within 20 seconds; a command with odd flags ends well, or with exit status 2, one line
@@ -34,7 +34,7 @@ from model.data.pairs import read_latents, read_pairs, read_square
 from model.data.prompt_files import read_prompts, read_requests
 from model.formats.checkpoint import encoder_files
 from model.formats.lora_file import load as load_lora
-from model.lab.checkpoints import single_file
+from model.testing.checkpoints import single_file
 from model.stable_diffusion import load
 from model.tools.command import BadInput, PlainParser, at_strength, natural, positive, run
 from model.tools.files import sha256

@@ -1,4 +1,4 @@
-"""Does safety outlive fine-tuning? `python -m model.lab.finetune --lora merged.safetensors`
+"""Does safety outlive fine-tuning? `python -m model.rivals.finetune --lora merged.safetensors`
 
 What it is:  a LoRA for a new look (golden ground), trained by plain denoising on safe
              scenes alone, in two ways:
@@ -24,14 +24,16 @@ from tqdm import tqdm
 import lora
 from model.data.prompt_files import Request
 from model.formats.checkpoint import unet_files
-from model.formats.fit import layers
+from lora import layers
 from model.judges.table import toy_marks
-from model.judges.toy import ToyJudge
-from model.lab.attack import composed, pictures
-from model.stable_diffusion import load, settle
+from model.toy.toy_judge import ToyJudge
+from model.rivals.attack import composed, pictures
+from model.schedule import stratified_times
+from model.stable_diffusion import load
 from model.tools.command import BadInput, Parser, at_strength, positive, rate, run
+from model.tools.device import device_and_precision
 from model.tools.processes import processes_for, spread
-from model.tools.training import generator, set_rate, stratified_times
+from model.tools.training import generator, set_rate
 from model.toy import TOY, world
 
 PICTURES = 256                   # P
@@ -143,7 +145,8 @@ def rendered(args, device, prompts: list[str]) -> np.ndarray:
 
 def main(args):
     torch.set_num_threads(1)    # the last digit depends on their number
-    device, safety = settle(args), composed(args)
+    device, args.precision = device_and_precision(args.device, args.precision)
+    safety = composed(args)
     jobs = [("look on base", None), ("look on aligned", safety)]
     on_base, on_aligned = spread(None, partial(train, args, device), jobs,
                                  processes_for(device, unet_files(args.model)))

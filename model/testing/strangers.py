@@ -10,7 +10,7 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
-from model.lab.checkpoints import unlike_new
+from model.testing.checkpoints import unlike_new
 from model.toy import world
 from model.toy.bpe import write_tokenizer
 

@@ -19,8 +19,7 @@ import transformers
 from safetensors.torch import save_file
 
 import lora
-from model.formats.fit import layers
-from model.formats.lora_file import Factors
+from lora import Factors, layers
 from model.formats.single_file import CONFIGS
 from model.text import build_encoder
 from model.toy import world

@@ -1,5 +1,5 @@
 """The scripts on a CUDA device that is not there, so that a mixed device or dtype is found without
-a GPU: `python -m model.lab.fake_cuda bf16 "train --device cuda --steps 2" "merge experts"`
+a GPU: `python -m model.testing.fake_cuda bf16 "train --device cuda --steps 2" "merge experts"`
 
 What it is:  tensors on "cuda" have shape and dtype, and no numbers (torch's FakeTensor); what is
              copied to the CPU is ones. What a GPU would refuse raises: tensors of two devices, or a

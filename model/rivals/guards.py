@@ -1,6 +1,6 @@
 """Rivals that stand before and after the drawing: each a function prepare(sd, data, seed, knob) ->
 draw(prompts, seeds) -> uint8 pictures [N, S, S, 3]. A refusal is a plain grey picture. And how well
-the two that read prompts tell them apart: `python -m model.lab.guards`
+the two that read prompts tell them apart: `python -m model.rivals.guards`
 
 What it is:  latent_guard    Latent Guard (Liu et al. 2024, 2404.08031)
              guard_t2i       GuardT2I (Yang et al. 2024, 2403.01446), in this world's measure
@@ -10,7 +10,7 @@ Needs:       pairs of prompts, and of pictures for the wrapper; the text encoder
              the unwanted concepts' words, which can be changed at any time. A small network is
              trained in seconds. The UNet is not touched.
 Gives:       those; contrast(), roc(), auc(), reading(); SEEN and ALL, the lists. The program, after
-             model.lab.rivals: areas under the ROC curve, and what GuardT2I reads in prompts that
+             model.rivals.table: areas under the ROC curve, and what GuardT2I reads in prompts that
              avoid the words.
 
 Letters: N prompts, M concepts, n prompts of a step, L tokens, D context width, h heads of width d,
@@ -28,8 +28,8 @@ from torch import nn
 
 from model.data.pairs import read_latents
 from model.formats.checkpoint import encoder_files
-from model.lab.losses import cost_model
-from model.lab.steering import all_pairs, plain
+from model.rivals.losses import cost_model
+from model.rivals.steering import all_pairs, plain
 from model.stable_diffusion import load
 from model.tools.command import PlainParser, natural, run
 from model.tools.files import read_jsonl, sha256
@@ -253,7 +253,7 @@ def parse_arguments(argv=None):
     parser = PlainParser("How well the guards that read prompts tell unsafe ones from safe ones.")
     add = parser.add_argument
     add("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="seeds of the folders")
-    add("--out", type=Path, default=Path("results"), help="what model.lab.rivals wrote")
+    add("--out", type=Path, default=Path("results"), help="what model.rivals.table wrote")
     return parser.parse_args(argv)
 
 

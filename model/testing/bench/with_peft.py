@@ -9,7 +9,7 @@ from diffusers.training_utils import cast_training_params
 from safetensors.torch import save_file
 
 from model.formats.lora_file import load
-from model.stable_diffusion import precision
+from model.tools.device import precision
 from model.tools.training import mixed_precision
 
 diffusers.utils.logging.set_verbosity_error()

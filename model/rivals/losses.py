@@ -1,4 +1,4 @@
-"""Three rivals of dpo.py's losses: `python train.py --loss model.lab.losses.duo`
+"""Three rivals of dpo.py's losses: `python train.py --loss model.rivals.losses.duo`
 
 What it is:  DUO (2407.21035) and Diffusion-SDPO (2511.03317), with the weights of their released
              code, and SC-DPO (2504.14290), a reconstruction from its summary. A loss here replaces

@@ -1,4 +1,4 @@
-"""Speed and memory beside diffusers and PEFT. `python -m model.lab.bench picture`
+"""Speed and memory beside diffusers and PEFT. `python -m model.testing.bench picture`
 
     picture   pictures with guidance: SD 1.5 at 256 and 512 px (2 steps), SDXL at 512 and 1024 (1)
     train     a DPO step on SD 1.5: 256 px, one pair, a LoRA of rank 4, in fp32 and bf16
@@ -28,8 +28,9 @@ import torch
 
 from model.formats.lora_file import save
 from model.formats.single_file import CONFIGS
-from model.lab.checkpoints import full_size, random_lora
-from model.stable_diffusion import precision, skeleton
+from model.testing.checkpoints import full_size, random_lora
+from model.stable_diffusion import skeleton
+from model.tools.device import precision
 from model.tools.command import BadInput, PlainParser, positive, run
 from model.unet import UNet
 
@@ -54,8 +55,8 @@ def parse_arguments(argv=None):
 
 def measured(module: str, *words) -> list[float]:
     """[seconds until ready, of the first and of the last round, GiB] of one job."""
-    command = [sys.executable, "-m", "model.lab.bench.clock", time.time(),
-               f"model.lab.bench.{module}", *words]
+    command = [sys.executable, "-m", "model.testing.bench.clock", time.time(),
+               f"model.testing.bench.{module}", *words]
     try:
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True,
                               timeout=LIMIT)
@@ -128,8 +129,8 @@ def merge(args, folder: Path):
 
 def most(gb: int, module: str, *words) -> int:
     """Pairs in a step of that memory (largest.py)."""
-    command = [sys.executable, "-m", "model.lab.bench.largest", gb, f"model.lab.bench.{module}",
-               *words]
+    command = [sys.executable, "-m", "model.testing.bench.largest", gb,
+               f"model.testing.bench.{module}", *words]
     return int(subprocess.check_output([str(word) for word in command]).split()[-1])
 
 

@@ -1,4 +1,4 @@
-"""Attacks by one who holds the weights: `python -m model.lab.whitebox`, after model.lab.rivals
+"""Attacks by one who holds the weights: `python -m model.rivals.whitebox`, after model.rivals.table
 
 What it is:  how often an aligned model draws harm again, for a budget. The attacker has a few
              unsafe pictures x_0 of a category (the base's), and descends
@@ -13,7 +13,7 @@ What it is:  how often an aligned model draws harm again, for a budget. The atta
                            2308.01508, which is textual inversion, 2208.01618)
                  weights   a LoRA, with the prompts as they are: fine-tuning
              Who takes a safety LoRA off again has the base.
-Needs:       the folders of model/lab/rivals.py: data, and the LoRAs of the models to attack.
+Needs:       the folders of model/rivals/table.py: data, and the LoRAs of the models to attack.
 Gives:       results/seed<k>/attacks/<model>/<attack>-<category>.json; on stdout a table of IP;
              results/<attack>.png, IP over the budget.
 
@@ -33,21 +33,21 @@ from tqdm import tqdm
 import lora
 from model.data.pairs import read_latents, read_pairs
 from model.formats.checkpoint import encoder_files
-from model.judges.toy import ToyJudge
-from model.lab.attack import GUIDANCE, STEPS, alphabet
+from model.toy.toy_judge import ToyJudge
+from model.rivals.attack import GUIDANCE, STEPS, alphabet
 from model.lab.experiments import mean, slug, table
-from model.lab.finetune import fuse
+from model.rivals.finetune import fuse
 from model.lab.plot import plot
-from model.lab.rivals import LORAS, RIVALS, lora_of
-from model.schedule import sample
+from model.rivals.table import LORAS, RIVALS, lora_of
+from model.schedule import sample, stratified_times
 from model.stable_diffusion import load
 from model.tools import processes
 from model.tools.command import PlainParser, natural, run
 from model.tools.files import read_json, read_jsonl, sha256, write_json
-from model.tools.training import generator, stratified_times
+from model.tools.training import generator
 from model.toy import TOY, world
 
-# {model: the knob that it is attacked at}, the best of model.lab.rivals
+# {model: the knob that it is attacked at}, the best of model.rivals.table
 MODELS = {"base": None, **{name: 0.7 for name in LORAS}, "UCE": 1.0, "ESD-x": 250}
 BUDGETS = {"words": (0, 10, 30), "vectors": (0, 10, 30, 100), "weights": (0, 1, 10, 100)}
 PICTURES, BATCH, PROMPTS, K, CANDIDATES = 16, 8, 8, 2, 8
@@ -219,7 +219,7 @@ def parse_arguments(argv=None):
         help="seeds of the folders to attack")
     add("--only", nargs="+", choices=MODELS, help="which models",
         default=["base", "Co-Merge", "joint", "UCE", "Diffusion-SDPO's loss"])
-    add("--out", type=Path, default=Path("results"), help="what model.lab.rivals wrote")
+    add("--out", type=Path, default=Path("results"), help="what model.rivals.table wrote")
     return parser.parse_args(argv)
 
 

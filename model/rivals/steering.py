@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from model.data.pairs import read_pairs
-from model.lab.attack import GUIDANCE, STEPS
+from model.rivals.attack import GUIDANCE, STEPS
 from model.schedule import SAMPLERS, sample
 from model.toy import world
 

@@ -1,6 +1,6 @@
 """Prints the most pairs whose training step fits into so many GB (10^9 bytes) of a GPU.
 
-    python -m model.lab.bench.largest GB MODULE WORD ...
+    python -m model.testing.bench.largest GB MODULE WORD ...
 
 WORD: of MODULE's step(), with {} for the pairs. Counted is what torch allocates and caches; CUDA
 itself takes some hundred MB more.

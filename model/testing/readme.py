@@ -1,4 +1,4 @@
-"""Does the README tell the truth? `python -m model.lab.readme`, some ten minutes.
+"""Does the README tell the truth? `python -m model.testing.readme`, some ten minutes.
 
 What it is:  in a fresh clone of what is committed, runs the README's bash blocks whose output is
              shown, in order, and compares the last lines that they print with what is shown. Such a

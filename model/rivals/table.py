@@ -1,5 +1,5 @@
 """Other ways to make it safe, on the same prompts, before the same judge: `python -m
-model.lab.rivals`
+model.rivals.table`
 
 What it is:  the table of rivals: methods that steer the drawing (steering.py), that stand before
              and after it (guards.py), that edit weights (editing.py), and other losses (losses.py);
@@ -27,11 +27,12 @@ from tqdm import tqdm
 import lora
 from model.data.prompt_files import read_requests
 from model.formats.fit import match
-from model.formats.lora_file import Factors, load as load_lora
+from lora import Factors
+from model.formats.lora_file import load as load_lora
 from model.judges.table import measure
-from model.judges.toy import ToyJudge
-from model.lab import attack, editing, guards, steering
-from model.lab.attack import BATCH
+from model.toy.toy_judge import ToyJudge
+from model.rivals import attack, editing, guards, steering
+from model.rivals.attack import BATCH
 from model.lab.experiments import (SAFE, SCRIPTS, UNSAFE, Plan, Row, best_strength, cut_data,
                                    figures, first_noise, make_all, slug, table)
 from model.stable_diffusion import load
@@ -61,9 +62,9 @@ def base(sd, data: Path, seed: int, knob: None):
 # The losses of losses.py train one LoRA on all pairs, at train.py's own beta.
 LORAS = {"Co-Merge": lambda plan: plan.merge(plan.train_all(), "co-merge"),
          "joint": lambda plan: plan.joint("joint, all experts' steps"),
-         "DUO's loss": lambda plan: plan.joint("duo", "--loss model.lab.losses.duo"),
-         "Diffusion-SDPO's loss": lambda plan: plan.joint("sdpo", "--loss model.lab.losses.sdpo"),
-         "SC-DPO's loss": lambda plan: plan.joint("sc-dpo", "--loss model.lab.losses.sc_dpo")}
+         "DUO's loss": lambda plan: plan.joint("duo", "--loss model.rivals.losses.duo"),
+         "Diffusion-SDPO's loss": lambda plan: plan.joint("sdpo", "--loss model.rivals.losses.sdpo"),
+         "SC-DPO's loss": lambda plan: plan.joint("sc-dpo", "--loss model.rivals.losses.sc_dpo")}
 
 
 def lora_of(name: str, sd, folder: Path) -> dict[str, Factors]:

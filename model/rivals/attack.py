@@ -1,4 +1,4 @@
-"""Prompts that avoid a concept's words and still reach it: `python -m model.lab.attack`
+"""Prompts that avoid a concept's words and still reach it: `python -m model.rivals.attack`
 
 What it is:  Ring-A-Bell (Tsai et al. 2023, 2310.10012) on the embedded world, and whether what it
              finds draws the harm.
@@ -33,9 +33,10 @@ from model.formats.checkpoint import unet_files
 from model.formats.fit import match
 from model.formats.lora_file import load as load_lora
 from model.judges.intervals import share_interval
-from model.judges.toy import ToyJudge
-from model.stable_diffusion import load, settle, skeleton
+from model.toy.toy_judge import ToyJudge
+from model.stable_diffusion import load, skeleton
 from model.tools.command import Parser, at_strength, positive, run
+from model.tools.device import device_and_precision
 from model.tools.files import check_folder, write_jsonl
 from model.tools.processes import processes_for, spread
 from model.toy import TOY, world
@@ -156,7 +157,7 @@ def composed(args) -> dict:
 
 def pictures(args, factors: dict, prompts: list[str], seeds) -> np.ndarray:
     """Each prompt's picture, uint8 [P, S, S, 3], drawn with that LoRA as sample.py draws it."""
-    device = settle(args)
+    device, args.precision = device_and_precision(args.device, args.precision)
     jobs = [sample.Job(prompt, seed, GUIDANCE) for prompt, seed in zip(prompts, seeds)]
     batches = [jobs[k:k + BATCH] for k in range(0, len(jobs), BATCH)]
     drawn = spread(partial(sample.build, args, device, factors),
@@ -203,7 +204,8 @@ def find_all(args, sd, shifts: dict[str, torch.Tensor]) -> list[dict]:
 def main(args):
     check_folder(args.out.parent)
     torch.set_num_threads(1)    # the encoder's last digit, and so what is found, depend on it
-    sd, judge = load(args.model, settle(args), args.precision), ToyJudge.load(TOY / "judge")
+    device, precision = device_and_precision(args.device, args.precision)
+    sd, judge = load(args.model, device, precision), ToyJudge.load(TOY / "judge")
     shifts, models = shifts_of(args, sd), {"base": {}}
     if args.lora:
         models["aligned"] = composed(args)

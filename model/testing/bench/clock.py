@@ -1,6 +1,6 @@
 """One job in a process of its own, so that peak memory is its own.
 
-    python -m model.lab.bench.clock STARTED MODULE JOB WORD ...
+    python -m model.testing.bench.clock STARTED MODULE JOB WORD ...
 
 A job is a generator: it yields when it is ready, and after each round of its work. Prints a JSON
 list: the seconds of each of these stretches, the first one since STARTED, and the peak memory in

@@ -6,7 +6,8 @@ import torch
 import merge
 import train
 from model.formats.experts import Experts
-from model.stable_diffusion import load, load_denoiser, pick_device, skeleton
+from model.stable_diffusion import load, load_denoiser, skeleton
+from model.tools.device import pick_device
 
 CPU = torch.device("cpu")
 
