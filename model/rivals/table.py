@@ -63,7 +63,8 @@ def base(sd, data: Path, seed: int, knob: None):
 LORAS = {"Co-Merge": lambda plan: plan.merge(plan.train_all(), "co-merge"),
          "joint": lambda plan: plan.joint("joint, all experts' steps"),
          "DUO's loss": lambda plan: plan.joint("duo", "--loss model.rivals.losses.duo"),
-         "Diffusion-SDPO's loss": lambda plan: plan.joint("sdpo", "--loss model.rivals.losses.sdpo"),
+         "Diffusion-SDPO's loss":
+             lambda plan: plan.joint("sdpo", "--loss model.rivals.losses.sdpo"),
          "SC-DPO's loss": lambda plan: plan.joint("sc-dpo", "--loss model.rivals.losses.sc_dpo")}
 
 
