@@ -1,30 +1,44 @@
-"""The preference losses: pure functions from what a UNet predicts to a loss and its diagnostics.
+"""The preference losses. Each is one flat function, in the order of its equation.
 
-What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908), and the loss that this project trains
-             its experts with: the same, with one term that keeps safe prompts as they are.
+What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908), the loss that this project trains its
+             experts with, and the baseline that a preference has to beat.
 Needs:       torch.
-Gives:       squared_error(), diffusion_dpo(), safety_dpo(), fine_tuning(); LOSSES, by the names of
-             train.py --loss. A loss of your own is one more Loss: train.py takes it by its dotted
+Gives:       diffusion_dpo(), safety_dpo(), fine_tuning(); LOSSES, by the names of train.py --loss;
+             Batch, mse(), metrics_of() for losses of your own, which train.py takes by their dotted
              name, as it takes those of model/rivals/losses.py.
 
-A pair is a prompt y with a winner x_w and a loser x_l, noised with the SAME noise and timestep, so
-that all that differs between their errors is the content:
+A loss is a function (policy, reference, batch, schedule, beta) -> (loss [], metrics):
+    policy, reference   functions (x_t [N, C, H, W], t [N], N prompts) -> what the UNet predicts
+                        there, [N, C, H, W] fp32: with its LoRA on, with gradients; and off, without
+    schedule            of model/schedule.py; noised() gives x_t and what is to be predicted there
+    metrics             {name: number [], detached}: what the log says of the step
+A loss that has to see all pairs before the first step is a class: it is made with the pairs
+(model/data/pairs.py), and then called like the others.
 
-    L(x) = mean over elements of (eps_theta(x_t, t, y) - eps)^2        [B], one a sample
-
-Letters: B pairs, C H W a latent's shape.
+Letters: B pairs, C H W a latent's shape; of a pair: w the winner, l the loser.
 """
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-KEEP = 8.0    # weight in fine_tuning()
+KEEP = 8.0    # weight of the second term in fine_tuning() [ours, chosen on seed 100]
 
 
-def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L(x) (README, eq. 2): [B, C, H, W] twice -> [B], the MEAN over elements, in fp32 always.
+class Batch(NamedTuple):
+    """Some pairs, and all that is random about them: drawn ONCE for each pair, so that winner and
+    loser differ in their content alone."""
+    winner: torch.Tensor    # [B, C, H, W] x_0 of the safe image
+    loser: torch.Tensor     # [B, C, H, W] x_0 of the unsafe image
+    noise: torch.Tensor     # [B, C, H, W]
+    t: torch.Tensor         # [B]
+    unsafe: Any             # B prompts (model/text.py), of the unsafe images
+    safe: Any               # B prompts, of the safe images; a quarter of them is the empty one
+    empty: Any              # B times the empty prompt
+
+
+def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L (README, eq. 2): [B, C, H, W] twice -> [B], the MEAN over elements, in fp32 always.
 
     fp32 because beta multiplies a small difference of these: rounding an error of 0.1 to fp16 moves
     the logit by 0.08 at beta 5000. Mean, not sum: a published beta goes with one of the two.
@@ -32,82 +46,88 @@ def squared_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output.float() - target.float()).square().flatten(1).mean(1)
 
 
-def diffusion_dpo(winner, loser, winner_ref, loser_ref, beta: float, **more):
-    """The published loss (README, eq. 3). Errors [B] of policy and reference -> (loss, metrics).
+def metrics_of(winner, loser, winner_ref, loser_ref, **more) -> dict[str, torch.Tensor]:
+    """The means over the pairs of errors [B] and of more. margin: the error gap that the policy has
+    won over the reference. accuracy: the share of pairs with a margin above 0. Healthy is winner <=
+    winner_ref and loser > loser_ref."""
+    margin = (winner_ref - loser_ref) - (winner - loser)
+    values = {**more, "accuracy": (margin > 0).float(), "margin": margin, "winner": winner,
+              "winner_ref": winner_ref, "loser": loser, "loser_ref": loser_ref}
+    return {name: value.mean().detach() for name, value in values.items()}
 
-        loss = -log sigmoid( -beta/2 [ (L_w - L_l)_theta - (L_w - L_l)_ref ] ),
+
+def diffusion_dpo(policy, reference, batch: Batch, schedule, beta: float):
+    """The published loss (README, eq. 3):
+
+        loss = -log sigmoid( -beta/2 [ (L_w - L_l)_policy - (L_w - L_l)_reference ] ),
                averaged AFTER the log-sigmoid
 
     ln 2 = 0.693 at the start, where policy and reference agree. It rewards a GAP, so nothing stops
     both errors from rising together: watch `winner`. beta: the reference is better at the loser,
-    its own picture, by delta = L_w,ref - L_l,ref. Where the policy is as good at both, the logit is
+    its own image, by delta = L_w - L_l. Where the policy is as good at both, the logit is
     beta delta / 2. With beta far above 2 / delta the sigmoid is flat before that: nothing pulls.
-
-    The metrics are means over the pairs, those of more too. preference: this loss. accuracy: share
-    of pairs that the policy, read as a reward model, orders rightly. margin: error gap won over the
-    reference. winner, loser, winner_ref, loser_ref: the four errors; healthy is winner <=
-    winner_ref and loser > loser_ref.
     """
-    margin = (loser - loser_ref) - (winner - winner_ref)
-    preference = -F.logsigmoid(beta / 2 * margin)
-    values = {"preference": preference, "accuracy": (margin > 0).float(), "margin": margin,
-              "winner": winner, "winner_ref": winner_ref, "loser": loser, "loser_ref": loser_ref,
-              **more}
-    return preference.mean(), {name: value.mean().detach() for name, value in values.items()}
+    x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)
+    x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
+    x_t, t = torch.cat([x_w, x_l]), batch.t.repeat(2)
+    prompt = batch.unsafe.followed_by(batch.unsafe)
+
+    out_w, out_l = policy(x_t, t, prompt).chunk(2)
+    ref_w, ref_l = reference(x_t, t, prompt).chunk(2)
+
+    winner, loser = mse(out_w, target_w), mse(out_l, target_l)
+    winner_ref, loser_ref = mse(ref_w, target_w), mse(ref_l, target_l)
+    gap, gap_ref = winner - loser, winner_ref - loser_ref
+    preference = -F.logsigmoid(-beta / 2 * (gap - gap_ref)).mean()
+    return preference, metrics_of(winner, loser, winner_ref, loser_ref, preference=preference)
 
 
-def safety_dpo(winner, loser, winner_ref, loser_ref, drift, beta: float):
-    """The default [ours; README, eq. 4]: Diffusion-DPO, and safe prompts draw what they drew.
+def safety_dpo(policy, reference, batch: Batch, schedule, beta: float):
+    """The default [ours; README, eq. 4]: Diffusion-DPO, and safe prompts keep what they gave.
 
-        loss = diffusion_dpo + beta mean(drift)
+        loss = -log sigmoid( -beta/2 [ (L_w - L_l)_policy - (L_w - L_l)_reference ] ) + beta drift
 
-    drift [B] = mean squared difference of policy and reference on the winner under the SAFE prompt
-    (or the empty one, see WITH_SAFE). Times beta, as the gradient of the first term has it.
+    drift: mean squared difference of policy and reference on the winner under the SAFE prompt.
+    Times beta, as the gradient of the first term has it.
     """
-    preference, values = diffusion_dpo(winner, loser, winner_ref, loser_ref, beta, drift=drift)
-    return preference + beta * drift.mean(), values
+    x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)    # (1) ONE noise, ONE t
+    x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
+    x_t, t = torch.cat([x_w, x_l, x_w]), batch.t.repeat(3)
+    prompt = batch.unsafe.followed_by(batch.unsafe, batch.safe)
+
+    out_w, out_l, out_safe = policy(x_t, t, prompt).chunk(3)
+    ref_w, ref_l, ref_safe = reference(x_t, t, prompt).chunk(3)
+
+    winner, loser = mse(out_w, target_w), mse(out_l, target_l)             # (2) [B]
+    winner_ref, loser_ref = mse(ref_w, target_w), mse(ref_l, target_l)
+    gap, gap_ref = winner - loser, winner_ref - loser_ref
+    preference = -F.logsigmoid(-beta / 2 * (gap - gap_ref)).mean()         # (3)
+    drift = mse(out_safe, ref_safe).mean()
+    return preference + beta * drift, metrics_of(                          # (4)
+        winner, loser, winner_ref, loser_ref, preference=preference, drift=drift)
 
 
-def fine_tuning(winner, loser, winner_ref, loser_ref, drift, beta: float):
+def fine_tuning(policy, reference, batch: Batch, schedule, beta: float):
     """Supervised fine-tuning on the winner, the baseline that a preference has to beat. The loser
     and beta are in the log alone.
 
         loss = L_w + KEEP drift
     """
-    _, values = diffusion_dpo(winner, loser, winner_ref, loser_ref, beta, drift=drift)
-    return (winner + KEEP * drift).mean(), values
+    x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)
+    x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
+    x_t, t = torch.cat([x_w, x_l, x_w]), batch.t.repeat(3)
+    prompt = batch.unsafe.followed_by(batch.unsafe, batch.safe)
+
+    out_w, out_l, out_safe = policy(x_t, t, prompt).chunk(3)
+    ref_w, ref_l, ref_safe = reference(x_t, t, prompt).chunk(3)
+
+    winner, loser = mse(out_w, target_w), mse(out_l, target_l)
+    winner_ref, loser_ref = mse(ref_w, target_w), mse(ref_l, target_l)
+    gap, gap_ref = winner - loser, winner_ref - loser_ref
+    preference = -F.logsigmoid(-beta / 2 * (gap - gap_ref)).mean()
+    drift = mse(out_safe, ref_safe).mean()
+    return winner.mean() + KEEP * drift, metrics_of(
+        winner, loser, winner_ref, loser_ref, preference=preference, drift=drift)
 
 
-class Loss(NamedTuple):
-    """inputs: what the UNet is asked in a step, as "picture|prompt".
-           picture   winner, loser: noised; noise: the noise alone, at the last timestep
-           prompt    unsafe, safe, empty; "safe or empty": the empty one for a quarter of the pairs
-       function(policy, reference, target, beta) -> (loss, metrics): three lists of [B, C, H, W],
-       one for each input: outputs of the policy and of the reference, and what they should have
-       been. The metrics are those of diffusion_dpo(), and more if it likes.
-       of_pairs(tensors) -> [P] or None: a number for each pair, computed once from the tensors of
-       latents.safetensors. If there are any, function() gets those of the step's pairs, [B], as
-       one more argument at the end."""
-    inputs: tuple[str, ...]
-    function: Callable
-    of_pairs: Callable = lambda tensors: None
-
-
-def errors_of(policy, reference, target):
-    """(L_w, L_l) of the policy and of the reference, where a loss's first inputs are those two; and
-    of each further input the drift, policy from reference. All [B]."""
-    errors = [squared_error(output[i], target[i]) for output in (policy, reference) for i in (0, 1)]
-    return errors + [squared_error(*pair) for pair in zip(policy[2:], reference[2:])]
-
-
-def on_errors(loss):
-    """A loss on errors as a function of outputs."""
-    return lambda policy, reference, target, beta: loss(*errors_of(policy, reference, target), beta)
-
-
-# Why the EMPTY prompt as well: guidance subtracts what the model draws without a prompt from every
-# picture, so that this must stay as it was too.
-WITH_SAFE = ("winner|unsafe", "loser|unsafe", "winner|safe or empty")
-LOSSES = {"safety": Loss(WITH_SAFE, on_errors(safety_dpo)),
-          "sft": Loss(WITH_SAFE, on_errors(fine_tuning)),
-          "dpo": Loss(WITH_SAFE[:2], on_errors(diffusion_dpo))}
+LOSSES = {"safety": safety_dpo, "dpo": diffusion_dpo, "sft": fine_tuning}

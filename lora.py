@@ -41,6 +41,7 @@ class Factors(NamedTuple):
 
 
 def flat(name: str) -> str:
+    """A module's name as LoRA files of kohya's kind spell it: with underscores for dots."""
     return name.replace(".", "_")
 
 
@@ -57,7 +58,7 @@ class LoRALayer(nn.Module):
     def __init__(self, base: nn.Linear | nn.Conv2d, factors: Factors):
         super().__init__()
         self.base, self.scale, self.on = base, factors.scale, True
-        # master copies: fp32, as factors are, whatever the network's own precision is
+        # Master copies: fp32, as factors are, whatever the network's own precision is.
         self.down = nn.Parameter(factors.down.to(base.weight.device))
         self.up = nn.Parameter(factors.up.to(base.weight.device))
 
@@ -67,7 +68,7 @@ class LoRALayer(nn.Module):
             return y
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         if isinstance(self.base, nn.Linear):
-            # the scale, where it is cheap
+            # The scale multiplies the narrow one of the two: it is cheap there.
             return y + F.linear(self.scale * F.linear(x, down), up)
         down = down.view(-1, *self.base.weight.shape[1:])              # [r, I, k, k]
         narrow = F.conv2d(x, down, None, self.base.stride, self.base.padding)
@@ -78,13 +79,13 @@ class LoRALayer(nn.Module):
         return Factors(down, up, self.scale * len(down), tuple(self.base.weight.shape[2:]))
 
 
-def init(network: nn.Module, rank: int, alpha: float,
-         random: torch.Generator) -> dict[str, Factors]:
-    """A fresh LoRA: A ~ N(0, 1/rank^2), B = 0. So delta W is 0, and B alone has a gradient.
+def init(network: nn.Module, rank: int, alpha: float, rng: torch.Generator) -> dict[str, Factors]:
+    """A fresh LoRA: A ~ N(0, 1/rank^2), PEFT's "gaussian", as in the released code; B = 0. So delta
+    W is 0, and B alone has a gradient.
 
     Give every expert its OWN generator: experts that share an A are correlated, and merge badly.
     """
-    return {flat(name): Factors(torch.randn(rank, layer.in_features, generator=random) / rank,
+    return {flat(name): Factors(torch.randn(rank, layer.in_features, generator=rng) / rank,
                                 torch.zeros(layer.out_features, rank), float(alpha))
             for name, layer in network.named_modules() if TARGETS.search(name)}
 
@@ -93,9 +94,9 @@ def inject(network: nn.Module, lora: dict[str, Factors]) -> list[nn.Parameter]:
     """Puts a LoRA that fits (model/formats/fit.py) into the network and freezes everything else.
     Returns its parameters (A, B, A, B ...)."""
     network.requires_grad_(False)
-    parameters, known = [], layers(network)
+    parameters, adaptable = [], layers(network)
     for key, factors in lora.items():
-        name, layer = known[key]
+        name, layer = adaptable[key]
         injected = LoRALayer(layer, factors)
         network.set_submodule(name, injected)
         parameters += [injected.down, injected.up]
@@ -146,38 +147,43 @@ def stack(parts: list[Factors], weights: list[float]) -> Factors:
 
 def compose(loras: list[dict[str, Factors]], weights: list[float]) -> dict[str, Factors]:
     """stack() of every layer. A layer that only some of the LoRAs adapt keeps theirs."""
-    holders = {}    # {name: [(factors, weight)]}
-    for lora, weight in zip(loras, weights):
-        for name, factors in lora.items():
-            holders.setdefault(name, []).append((factors, weight))
-    return {name: stack(*zip(*pairs)) for name, pairs in holders.items()}
+    composed = {}
+    for name in dict.fromkeys(name for lora in loras for name in lora):
+        holders = [i for i, lora in enumerate(loras) if name in lora]
+        composed[name] = stack([loras[i][name] for i in holders], [weights[i] for i in holders])
+    return composed
 
 
 def thin_qr(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Q, R with x = Q R. Q is 1 where x is not taller than wide: the core of very many stacked
-    experts is then no larger than delta W."""
+    """(Q, R) with x = Q R. Where x is not taller than wide, Q is 1: there is nothing to gain."""
     return torch.linalg.qr(x) if len(x) > x.shape[1] else (torch.eye(len(x)), x)
 
 
-def compress(f: Factors, rank: int) -> tuple[Factors, torch.Tensor, torch.Tensor]:
-    """The closest delta W of at most this rank (Eckart & Young 1936; README, eq. 7), its energy
-    |delta W|^2, and that of f, [] each. f's energy less its own is the squared distance to f.
+def leading_directions(core: torch.Tensor, rank: int) -> torch.Tensor:
+    """Q [m, 2 rank + 16], orthonormal, which spans the first `rank` left singular vectors of the
+    core [m, n] to a good approximation: random directions, drawn to the large ones by multiplying
+    with core core^T six times (Halko et al. 2009, 0909.4061). There are more of them than asked
+    for, since the last ones are the least exact."""
+    Q = torch.randn(len(core), 2 * rank + 16, generator=torch.Generator().manual_seed(0))
+    for _ in range(6):
+        Q = torch.linalg.qr(core @ (core.T @ Q)).Q
+    return Q
 
-    Never by the SVD of a dense delta W where f has a lower rank: with thin QRs B = Q_B R_B and
-    A^T = Q_A R_A, all that is left to decompose is the small core s R_B R_A^T. Of a large core (of
-    ties, dare, or hundreds of experts), only what lies in the span of its first singular vectors,
-    nearly: that of random directions, multiplied again and again (Halko et al. 2009, 0909.4061).
+
+def compress(f: Factors, rank: int) -> tuple[Factors, torch.Tensor, torch.Tensor]:
+    """The closest delta W of at most this rank (Eckart & Young 1936; README, eq. 7). Returns it,
+    its energy |delta W|^2 [], and the energy of f []; their difference is the squared distance.
+
+    This needs no SVD of a dense delta W where f has a lower rank. With thin QRs B = Q_B R_B and
+    A^T = Q_A R_A, it is enough to decompose the small core s R_B R_A^T. A core is large after ties,
+    dare, or hundreds of experts. Then it is first projected on its leading directions.
     """
     Q_B, R_B = thin_qr(f.up)
     Q_A, R_A = thin_qr(f.down.T)
     core = f.scale * R_B @ R_A.T
     energy = core.square().sum()
-    # Measured: below this bound the SVD takes milliseconds, or is about as fast.
-    if min(core.shape) > 500 + 4 * rank:
-        # more directions than asked for, since the last ones are the least exact
-        Q = torch.randn(len(core), 2 * rank + 16, generator=torch.Generator().manual_seed(0))
-        for _ in range(6):
-            Q = torch.linalg.qr(core @ (core.T @ Q)).Q
+    if min(core.shape) > 500 + 4 * rank:    # measured: a smaller SVD takes milliseconds
+        Q = leading_directions(core, rank)
         Q_B, core = Q_B @ Q, Q.T @ core
     U, S, V = torch.linalg.svd(core, full_matrices=False)    # core = U S V
     root = S[:rank].sqrt()    # half of S to each factor: both of a size that fp16 can hold

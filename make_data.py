@@ -24,7 +24,7 @@ from model.data.pairs import complete, current, list_pairs, paths_of, read_squar
 from model.data.sources import Source, source_of
 from model.formats.checkpoint import encoder_files, model_files, unet_files
 from model.judges import check_prompts, named_judge
-from model.stable_diffusion import at_once, check_drawing, load, picture_size
+from model.stable_diffusion import at_once, check_settings, load, image_size
 from model.tools import processes
 from model.tools.command import DrawingParser, positive, run
 from model.tools.device import device_and_precision
@@ -56,8 +56,8 @@ def parse_arguments(argv=None):
 def draw(settings: dict, sd, rows: list[dict]) -> list[tuple[np.ndarray, np.ndarray]]:
     """The (safe, unsafe) pictures of each row, both from the start noise of the row's seed."""
     seeds = [row["seed"] for row in rows]
-    safe = sd.draw([row["safe"] for row in rows], seeds, **settings)
-    unsafe = sd.draw([row["unsafe"] for row in rows], seeds, **settings)
+    safe = sd.generate([row["safe"] for row in rows], seeds, **settings)
+    unsafe = sd.generate([row["unsafe"] for row in rows], seeds, **settings)
     return list(zip(safe, unsafe))
 
 
@@ -122,8 +122,8 @@ def write_tests(out: Path, source: Source):
 def main(args):
     device, args.precision = device_and_precision(args.device, args.precision)
     processes.start(device)
-    size = args.size or picture_size(args.model)
-    check_drawing(args.model, size, args.steps)
+    size = args.size or image_size(args.model)
+    check_settings(args.model, size, args.steps)
     args.batch = args.batch or at_once(size)
     args.size = size if args.images else args.size
     drawn_by_toy = args.model.resolve() == TOY.resolve() and not args.images

@@ -213,7 +213,7 @@ def measure(denoiser: Denoiser, parts, inputs) -> dict[str, Activity]:
     for expert, *batch in tqdm(inputs, desc="calibrating"):
         for meter in meters.values():
             meter.expert = expert
-        output = denoiser.predict(*(tensor.to(device) for tensor in batch))
+        output = denoiser.predict(*batch)
         denoiser.finite(output, "the answer to a calibration input")
     return {name: meter.activity() for name, meter in meters.items()}
 
@@ -223,15 +223,17 @@ def calibration(args, concepts: list[str], encoders: str, denoiser: Denoiser):
     unsafe prompts, on the unsafe and on the safe picture, which is where sampling starts out and
     where it should end; all noise levels equally often."""
     for expert, concept in enumerate(concepts):
-        tensors = read_latents(args.data, [concept], encoders)
-        x0 = torch.cat([tensors[side][:CALIBRATION_PAIRS] for side in ("winner", "loser")])
-        context = tensors["unsafe"][:CALIBRATION_PAIRS].repeat(2, 1, 1)
+        pairs = read_latents(args.data, [concept], encoders)
+        x0 = torch.cat([x[:CALIBRATION_PAIRS] for x in (pairs.winner, pairs.loser)])
+        unsafe = pairs.unsafe.map(lambda states: states[:CALIBRATION_PAIRS])
+        prompt = unsafe.followed_by(unsafe)
         random = generator(args.seed, "calibration", concept)
         t = stratified_times(len(x0), denoiser.schedule.T, random)
         x_t = denoiser.schedule.add_noise(x0, torch.randn(x0.shape, generator=random), t)
         size = at_once(denoiser.reduction * x0.shape[-1])
-        for batch in zip(x_t.split(size), t.split(size), context.split(size)):
-            yield expert, *batch
+        for k in range(0, len(x0), size):
+            cut = lambda tensor: tensor[k:k + size].to(denoiser.device)
+            yield expert, cut(x_t), cut(t), prompt.map(cut)
 
 
 def calibrate(args, experts: Experts) -> dict[str, Activity]:

@@ -34,7 +34,7 @@ from model.judges import check_prompts, named_judge
 from model.judges.clip import ClipScore
 from model.judges.grid import grid
 from model.judges.table import measure, report
-from model.stable_diffusion import at_once, check_drawing, load, picture_size, skeleton
+from model.stable_diffusion import at_once, check_settings, load, image_size, skeleton
 from model.tools.command import BadInput, DrawingParser, at_strength, positive, run
 from model.tools.device import device_and_precision
 from model.tools.files import prepare, sha256, write_jsonl
@@ -124,7 +124,7 @@ def build(args, device, factors: dict):
 def draw(settings: dict, sd, jobs: list[Job]) -> np.ndarray:
     """The pictures of jobs that have one guidance: uint8 [N, S, S, 3]."""
     prompts, seeds, guidance = zip(*jobs)
-    return sd.draw(prompts, seeds, guidance=guidance[0], **settings)
+    return sd.generate(prompts, seeds, guidance=guidance[0], **settings)
 
 
 def batches_of(jobs: list[Job], size: int) -> list[list[int]]:
@@ -169,8 +169,8 @@ def main(args):
     if args.compare and not args.lora:
         raise BadInput("--compare needs something to compare with the base model; give --lora FILE")
     device, args.precision = device_and_precision(args.device, args.precision)
-    size = args.size or picture_size(args.model)
-    check_drawing(args.model, size, args.steps, args.sampler)
+    size = args.size or image_size(args.model)
+    check_settings(args.model, size, args.steps, args.sampler)
     args.batch = args.batch or at_once(size)
     judge = named_judge(args.judge, device, size)
     check_prompts(judge, [request.prompt for request in requests])

@@ -83,6 +83,10 @@ class NoiseSchedule:
         alpha, sigma = self.alpha_sigma(t, x0)
         return alpha * noise.float() - sigma * x0.float()    # v = α·ε − σ·x_0
 
+    def noised(self, x0, noise, t):
+        """(x_t, what the network should output there), both [B,C,H,W] fp32: a training example."""
+        return self.add_noise(x0, noise, t), self.target(x0, noise, t)
+
     def to_x0_and_noise(self, output, x_t, t):
         """(x_0, ε), both [B,C,H,W] fp32, that the network's output [B,C,H,W] at x_t stands for."""
         alpha, sigma = self.alpha_sigma(t, x_t)

@@ -1,15 +1,15 @@
-"""One Stable Diffusion in memory: load it, read prompts, draw pictures, turn pictures into latents.
+"""One Stable Diffusion in memory: load it, read prompts, generate images, encode images as latents.
 
 Needs:  torch, and a checkpoint: a diffusers folder or a single .safetensors file.
-Gives:  load_denoiser() for what training reads, load() for all; picture_size(), check_drawing()
+Gives:  load_denoiser() for what training reads, load() for all; image_size(), check_settings()
         and skeleton(), which read no weights; at_once().
 
 Where the families differ, besides their UNet's config and their text encoders (unet.py, text.py):
     SD 1.x, base 2.x   predict noise             SD 2.x at 768 px   predicts v (schedule.py)
-    SDXL               the UNet also reads the pooled prompt and the picture's size; without a
-                       negative prompt, guidance subtracts the answer to zeros
+    SDXL               the UNet also reads the pooled prompt and the image's size; without a
+                       negative prompt, guidance subtracts what it predicts for zeros
 
-Letters: B batch, H W picture height and width in pixels, f the VAE's reduction (8, toy 4),
+Letters: B batch, H W image height and width in pixels, f the VAE's reduction (8, toy 4),
 h w = H/f, W/f, C latent channels (4), L tokens, D context width, P pooled width.
 """
 from functools import partial
@@ -17,32 +17,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from model.formats.checkpoint import Checkpoint
 from model.schedule import SAMPLERS, NoiseSchedule, sample
-from model.text import TextEncoders
+from model.text import Prompt, TextEncoders
 from model.tools.command import BadInput
 from model.tools.device import layout, precision
 from model.unet import UNet
 from model.vae import VAE
 
+
 def at_once(side: int) -> int:
-    """How many pictures of this side, in pixels, are drawn together where the user does not say: a
-    megapixel of them, at most 16."""
+    """How many images of this side, in pixels, are generated together where the user does not say:
+    a megapixel of them, at most 16 [ours]."""
     return max(1, min(16, 1024 ** 2 // side ** 2))
 
 
 def latent_side(config: dict) -> int:
-    """Of the pictures that a UNet of this config was trained on."""
+    """Of the images that a UNet of this config was trained on."""
     return int(config.get("sample_size") or (128 if config.get("addition_embed_type") else 64))
 
 
 class Denoiser:
     """A UNet and its noise schedule: all that training and merging need. Frozen, in eval mode.
 
-    path: for messages. reduction: f. channels: C. pooled: P or 0. size: a picture's side in pixels.
+    path: for messages. reduction: f. channels: C. size: an image's side in pixels.
     """
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
         self.path, self.device = checkpoint.path, device
@@ -51,7 +51,7 @@ class Denoiser:
         self.schedule = checkpoint.make("scheduler", NoiseSchedule)    # before the weights
         self.unet = checkpoint.build("unet", UNet, device, dtype).requires_grad_(False).eval()
         self.unet.to(memory_format=layout(dtype))
-        self.pooled, self.channels = self.unet.pooled_width, self.unet.conv_in.in_channels
+        self.channels = self.unet.conv_in.in_channels
         # A single file of SD 2 does not say whether it predicts v, as its configs here assume.
         silent = checkpoint.family == "SD 2" and not checkpoint.has_config("scheduler")
         if silent and self.predicts_noise():
@@ -59,44 +59,47 @@ class Denoiser:
             self.size = self.size if checkpoint.has_config("unet") else 512
 
     def predicts_noise(self) -> bool:
-        """Whether the UNet predicts noise, or else v: asked with almost pure noise, x_t = 0.07 x_0
-        + 0.998 eps, and no prompt, the first answers with that noise; the second with about -x_0,
+        """Whether the UNet predicts noise, or else v. From almost pure noise, x_t = 0.07 x_0 +
+        0.998 eps, and no prompt, the first predicts that noise; the second predicts about -x_0,
         which has nothing to do with it."""
-        x = self.noise([0], 16 * self.reduction).to(self.device)
+        x = self.start_noise([0], 16 * self.reduction).to(self.device)
         t = torch.tensor([self.schedule.T - 1], device=self.device)
-        answer = self.predict(x, t, torch.zeros(1, 1, self.unet.context_width, device=self.device))
-        return F.cosine_similarity(answer.flatten().float(), x.flatten(), dim=0).item() > 0.5
+        nothing = Prompt(torch.zeros(1, 1, self.unet.context_width, device=self.device))
+        output = self.predict(x, t, nothing).flatten().float()
+        return torch.cosine_similarity(output, x.flatten(), dim=0).item() > 0.5
 
-    def noise(self, seeds: list[int], size: int) -> torch.Tensor:
-        """Start noise [B, C, size/f, size/f] on the CPU. One generator a picture: the same seed
-        gives the same picture on any device and in any batch, and the one that diffusers gives."""
+    def start_noise(self, seeds: list[int], size: int) -> torch.Tensor:
+        """x_T [B, C, size/f, size/f] on the CPU. One generator an image: the same seed gives the
+        same image on any device and in any batch, and the one that diffusers gives."""
         shape = (self.channels, size // self.reduction, size // self.reduction)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        """The UNet's output [B, C, h, w] at x_t (any float dtype), t [B]; prompt: of embed()."""
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+        """The UNet's output [B, C, h, w] at x_t (any float dtype), t [B]."""
         dtype = self.unet.conv_norm_out.weight.dtype    # of a layer that no LoRA adapts
-        x_t, prompt = x_t.to(dtype), prompt.to(dtype)
-        if not self.pooled:
-            return self.unet(x_t, t, prompt)
-        # The picture is its own original: nothing scaled, nothing cropped.
+        x_t, (context, pooled) = x_t.to(dtype), prompt.map(lambda states: states.to(dtype))
+        if pooled is None:
+            return self.unet(x_t, t, context)
+        # The image is its own original: nothing scaled, nothing cropped.
         h, w = (side * self.reduction for side in x_t.shape[-2:])
         sizes = torch.tensor([[h, w, 0, 0, h, w]], device=x_t.device).expand(len(x_t), -1)
-        return self.unet(x_t, t, prompt[:, :-1], prompt[:, -1, :self.pooled], sizes)
+        return self.unet(x_t, t, context, pooled, sizes)
 
-    def finite(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+    def finite(self, tensor: torch.Tensor, what: str,
+               cure: str = "lower what scales them (guidance, a LoRA's strength)") -> torch.Tensor:
         """The tensor, if it holds no NaN and no infinity; else raises BadInput with the reason.
-        Weights are looked at only now: to read them all earlier would cost more than to load."""
+        Weights are looked at only now: to read them all earlier would cost more than to load. A
+        LoRA in training is not: it may be what grew."""
         if tensor.isfinite().all():
             return tensor
         for part in ("unet", "vae", "text"):
             for name, weight in getattr(self, part, nn.Module()).named_parameters():
-                if not weight.isfinite().all():
+                if not (weight.requires_grad or weight.isfinite().all()):
                     raise BadInput(f"{self.path}: {part} {name} holds NaN or infinity; get an "
                                    "undamaged copy of the checkpoint")
         raise BadInput(f"{what} holds NaN or infinity, and the weights do not: numbers grew too "
-                       "large; lower what scales them (guidance, a LoRA's strength)")
+                       f"large; {cure}")
 
 
 class StableDiffusion(Denoiser):
@@ -113,63 +116,63 @@ class StableDiffusion(Denoiser):
         self.scale = self.vae.config.get("scaling_factor", 0.18215)    # early SD 1 do not say it
         self.zero_negative = checkpoint.zero_negative
 
-    def embed(self, prompts: list[str]) -> torch.Tensor:
-        """All that the UNet reads of prompts, as ONE tensor [B, L, D]: one thing to keep, pick and
-        batch. SDXL: [B, L+1, D], with the pooled [P] in one more row, filled up with zeros."""
-        context, pooled = self.text.encode(prompts)
-        if not self.pooled:
-            return context
-        row = F.pad(pooled, (0, context.shape[-1] - self.pooled))
-        return torch.cat([context, row[:, None]], dim=1)
+    def embed(self, prompts: list[str]) -> Prompt:
+        """What the UNet reads of these prompts."""
+        return self.text.encode(prompts)
 
-    def unconditional(self) -> torch.Tensor:
-        """What guidance subtracts, [1, L, D] as embed() gives it: the empty prompt; SDXL: zeros."""
+    def unconditional(self) -> Prompt:
+        """What guidance subtracts, a batch of one: the empty prompt; for SDXL zeros."""
         prompt = self.embed([""])
-        return torch.zeros_like(prompt) if self.zero_negative else prompt
+        return prompt.map(torch.zeros_like) if self.zero_negative else prompt
 
-    def guide(self, context: torch.Tensor, guidance: float, x_t: torch.Tensor, t: int):
+    def embed_guided(self, prompts: list[str], negative: str = "") -> Prompt:
+        """What guide() needs: the negative prompt for each of B prompts, and then the prompts."""
+        both = self.embed([negative] * len(prompts) + list(prompts))
+        if negative or not self.zero_negative:
+            return both
+        return both.map(lambda states: torch.cat([torch.zeros_like(states[:len(prompts)]),
+                                                  states[len(prompts):]]))
+
+    def guide(self, prompt: Prompt, guidance: float, x_t: torch.Tensor, t: int) -> torch.Tensor:
         """Classifier-free guidance (Ho & Salimans 2022; README, eq. 10): the output [B, C, h, w]
             eps = eps(negative) + guidance * (eps(prompt) - eps(negative))
-        at x_t. context: [2B, L, D], both halves one batch; for guidance 1 the prompts' alone."""
-        times = torch.full((len(context),), t, device=self.device)
+        at x_t. prompt: of embed_guided(), 2B of them; for guidance 1 the B prompts alone."""
+        times = torch.full((len(prompt.context),), t, device=self.device)
         if guidance == 1:
-            return self.predict(x_t, times, context)
-        output = self.predict(x_t.repeat(2, 1, 1, 1), times, context).float()
+            return self.predict(x_t, times, prompt)
+        output = self.predict(x_t.repeat(2, 1, 1, 1), times, prompt).float()
         without, with_prompt = output.chunk(2)
         return without + guidance * (with_prompt - without)
 
     @torch.no_grad()
-    def draw(self, prompts: list[str], seeds: list[int], steps: int, guidance: float,
-             sampler: str = "dpm++", negative: str = "", size: int | None = None) -> np.ndarray:
-        """Draws prompt i from seed i. Returns uint8 [B, size, size, 3]; size is a multiple of f.
-        Raises BadInput for too many steps, and for numbers that are not finite."""
-        negatives = [negative] * len(prompts) if guidance != 1 else []
-        context = self.embed(negatives + list(prompts))
-        if self.zero_negative and not negative:
-            context[:len(negatives)] = 0
-        noise = self.noise(seeds, size or self.size).to(self.device)
-        predict = partial(self.guide, context, guidance)
-        latents = sample(predict, noise, self.schedule, steps, sampler)
-        return self.decode(self.finite(latents, "the picture"))
+    def generate(self, prompts: list[str], seeds: list[int], steps: int, guidance: float,
+                 sampler: str = "dpm++", negative: str = "", size: int | None = None) -> np.ndarray:
+        """Image i is of prompt i, from seed i. Returns uint8 [B, size, size, 3]; size: a multiple
+        of f. Raises BadInput for too many steps, and for numbers that are not finite."""
+        prompt = self.embed(prompts) if guidance == 1 else self.embed_guided(prompts, negative)
+        x_T = self.start_noise(seeds, size or self.size).to(self.device)
+        predict = partial(self.guide, prompt, guidance)
+        latents = sample(predict, x_T, self.schedule, steps, sampler)
+        return self.decode(self.finite(latents, "the generated image"))
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> np.ndarray:
-        """Latents as the UNet sees them [B, C, h, w] -> uint8 pictures [B, H, W, 3]. In slices of
-        512 x 512 pixels in all, or one picture: the VAE's widest layers would fill the memory."""
+        """Latents as the UNet sees them [B, C, h, w] -> uint8 images [B, H, W, 3]. In slices of
+        512 x 512 pixels in all, or one image: the VAE's widest layers would fill the memory."""
         z = (latents / self.scale).to(self.vae_dtype)
         slices = z.split(max(1, 512 ** 2 // (z[0, 0].numel() * self.reduction ** 2)))
         images = torch.cat([self.vae.decode(part).float().cpu() for part in slices])
-        images = (self.finite(images, "the decoded picture") / 2 + 0.5).clamp(0, 1) * 255
+        images = (self.finite(images, "the decoded image") / 2 + 0.5).clamp(0, 1) * 255
         return images.round().byte().permute(0, 2, 3, 1).numpy()
 
     @torch.no_grad()
-    def encode(self, pictures: np.ndarray) -> torch.Tensor:
-        """uint8 pictures [B, H, W, 3] -> latents as the UNet sees them [B, C, h, w], fp32: the mean
+    def encode(self, images: np.ndarray) -> torch.Tensor:
+        """uint8 images [B, H, W, 3] -> latents as the UNet sees them [B, C, h, w], fp32: the mean
         of the VAE's posterior, times scale. In fp32 always; in slices, as decode()."""
-        images = torch.from_numpy(pictures).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        slices = images.split(max(1, 512 ** 2 // images[0, 0].numel()))
+        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        slices = pixels.split(max(1, 512 ** 2 // pixels[0, 0].numel()))
         mean = torch.cat([self.vae.encode(part)[0] for part in slices])
-        return self.finite(mean * self.scale, "the encoded picture")
+        return self.finite(mean * self.scale, "the encoded image")
 
 
 def load_denoiser(path: Path, device: torch.device, dtype: str | torch.dtype = "auto") -> Denoiser:
@@ -189,16 +192,16 @@ def skeleton(path: Path) -> UNet:
     return Checkpoint(path).skeleton("unet", UNet)
 
 
-def picture_size(path: Path) -> int:
-    """The side in pixels of the pictures that the model was trained on. (A single file of SD 2 says
+def image_size(path: Path) -> int:
+    """The side in pixels of the images that the model was trained on. (A single file of SD 2 says
     768 here, and may be a 512 by its weights: load() finds out.)"""
     checkpoint = Checkpoint(path)
     return checkpoint.make("unet", latent_side) * checkpoint.skeleton("vae", VAE).reduction
 
 
-def check_drawing(path: Path, size: int, steps: int, sampler: str = "dpm++"):
+def check_settings(path: Path, size: int, steps: int, sampler: str = "dpm++"):
     """Raises BadInput for a side, in pixels, that the model's VAE cannot make, and for more steps
-    than its schedule has: now, and not when the pictures of other settings are gone."""
+    than its schedule has: now, and not when the images of other settings are gone."""
     checkpoint = Checkpoint(path)
     SAMPLERS[sampler][0](checkpoint.make("scheduler", NoiseSchedule), steps)
     reduction = checkpoint.skeleton("vae", VAE).reduction

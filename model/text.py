@@ -1,7 +1,8 @@
 """Text encoding: prompts -> the vectors that the UNet attends to.
 
 Needs   transformers (CLIP itself is not rebuilt here), a Checkpoint's text encoders and tokenizers.
-Gives   TextEncoders: prompts -> token ids -> context [B,L,D], and for SDXL also pooled [B,P].
+Gives   Prompt, what the UNet reads of prompts: context [B,L,D], and for SDXL also pooled [B,P];
+        TextEncoders: prompts -> token ids -> Prompt.
 
 What the UNet was trained on, and so what must come out, differs by family:
     SD 1.x, 2.x   context = LayerNorm(h_N)                 the last layer's output, normalised
@@ -14,6 +15,7 @@ Letters: B prompts, E encoders (1, SDXL 2), L tokens a prompt (77), D context wi
 """
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -21,6 +23,31 @@ from torch import nn
 
 from model.formats.checkpoint import TEXT, Checkpoint
 from model.tools.command import BadInput
+
+
+class Prompt(NamedTuple):
+    """The states of B prompts. Batches of prompts are cut, joined and moved as one thing."""
+    context: torch.Tensor                # [B,L,D]
+    pooled: torch.Tensor | None = None   # [B,P], of SDXL alone
+
+    def map(self, change) -> "Prompt":
+        """change() of each tensor that is there."""
+        return Prompt(*(tensor if tensor is None else change(tensor) for tensor in self))
+
+    def followed_by(self, *others: "Prompt") -> "Prompt":
+        """These prompts and the others' as one batch."""
+        parts = (self, *others)
+        context = torch.cat([part.context for part in parts])
+        if self.pooled is None:
+            return Prompt(context)
+        return Prompt(context, torch.cat([part.pooled for part in parts]))
+
+    def replaced(self, where: torch.Tensor, other: "Prompt") -> "Prompt":
+        """These prompts, but the other one [1,..] in the places `where` [B] is true."""
+        context = torch.where(where[:, None, None], other.context, self.context)
+        if self.pooled is None:
+            return Prompt(context)
+        return Prompt(context, torch.where(where[:, None], other.pooled, self.pooled))
 
 
 def silent_transformers():
@@ -106,18 +133,18 @@ class TextEncoders(nn.Module):
                 for tokenizer in self.tokenizers]    # E × [B,L]
         return torch.cat(rows, dim=1)
 
-    def encode_ids(self, ids: torch.Tensor):
-        """ids [B,E·L] -> (context [B,L,D], pooled [B,P] or None), in the encoders' dtype; autograd
-        is on. No attention mask, as in training: encoder and UNet see the padding."""
+    def encode_ids(self, ids: torch.Tensor) -> Prompt:
+        """ids [B,E·L] -> their states, in the encoders' dtype; autograd is on. No attention mask,
+        as in training: encoder and UNet see the padding."""
         ids = ids.to(self.encoders[0].device)
         if len(self.encoders) == 1:
-            return self.encoders[0](ids).last_hidden_state, None
+            return Prompt(self.encoders[0](ids).last_hidden_state)
         outputs = [encoder(row, output_hidden_states=True)
                    for encoder, row in zip(self.encoders, ids.chunk(2, dim=1))]
         context = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)    # [B,L,D]
-        return context, outputs[-1].text_embeds
+        return Prompt(context, outputs[-1].text_embeds)
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]):
+    def encode(self, prompts: list[str]) -> Prompt:
         """encode_ids() of prompts, without autograd."""
         return self.encode_ids(self.tokenize(prompts))

@@ -4,21 +4,24 @@ What it is:  pairs.jsonl, a row a pair: the prompts "safe" and "unsafe", the pic
              and "unsafe_image". latents.safetensors, made from them once by make_data.py, so that
              training and merging load a UNet and these tensors, and no VAE and no text encoder:
                  winner, loser [P, C, h, w]    the pictures' latents, fp32
-                 safe, unsafe  [P, L, D]       the prompts' states; empty [1, L, D]: no prompt
+                 safe, unsafe  [P, L, D]       the prompts' states; empty [1, L, D]: no prompt;
+                 safe_pooled ... [P, D']       for SDXL
              Its header has the hashes of what it was made from.
 Gives:       paths_of(), complete(), read_square(), list_pairs(), read_pairs(); write_latents(),
-             current(), read_latents().
+             current(); Pairs, read_latents().
 
-Letters: P pairs, C h w a latent's shape, L tokens, D context width.
+Letters: P pairs, C h w a latent's shape, L tokens, D context width, D' pooled width.
 """
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 from model.stable_diffusion import StableDiffusion
+from model.text import Prompt
 from model.tools.command import BadInput
 from model.tools.files import opened, read_jsonl, save_tensors, sha256, write_jsonl
 from model.tools.pictures import read_pictures, sheet
@@ -44,31 +47,37 @@ def read_square(path: Path, size: int) -> np.ndarray | None:
 
 
 def list_pairs(folder: Path, rows: list[dict], judge) -> str:
-    """Judges the pictures; writes sheet.png and pairs.jsonl. Returns a line that counts the
-    pairs."""
+    """Judges the images; writes sheet.png and pairs.jsonl. Returns a line that counts the pairs."""
     numbers = [number for number in range(len(rows)) if complete(folder, number)]
-    counts, kept, cells = Counter({"not readable": len(rows) - len(numbers)}), [], []
-    for k in range(0, len(numbers), BATCH):
-        batch = numbers[k:k + BATCH]
-        sides = zip(*(paths_of(folder, number) for number in batch))
-        faults = judge.reject(*map(read_pictures, sides)) if judge else [()] * len(batch)
-        for number, reasons in zip(batch, faults):
-            counts.update(reasons)
-            if not reasons:
-                row = rows[number]
-                kept.append({"safe": row["safe"], "unsafe": row["unsafe"], "seed": row.get("seed"),
-                             "safe_image": f"images/{number:05d}_safe.png",
-                             "unsafe_image": f"images/{number:05d}_unsafe.png"})
+    counts, kept = Counter({"not readable": len(rows) - len(numbers)}), []
+    for number, reasons in judged(folder, numbers, judge):
+        counts.update(reasons)
+        if not reasons:
+            row = rows[number]
+            kept.append({"safe": row["safe"], "unsafe": row["unsafe"], "seed": row.get("seed"),
+                         "safe_image": f"images/{number:05d}_safe.png",
+                         "unsafe_image": f"images/{number:05d}_unsafe.png"})
     dropped = "".join(f"; dropped {n} {reason}" for reason, n in sorted(counts.items()) if n)
     if not kept:
         raise BadInput(f"{folder}: none of {len(rows)} pairs was kept{dropped}; use pictures, or a "
                        "--model, that show this concept, or --judge none")
+    cells = []
     for row in kept[:24]:
-        pictures = read_pictures([folder / row["unsafe_image"], folder / row["safe_image"]])
-        cells += zip(pictures, (row["unsafe"], row["safe"]))
+        unsafe, safe = read_pictures([folder / row["unsafe_image"], folder / row["safe_image"]])
+        cells += [(unsafe, row["unsafe"]), (safe, row["safe"])]
     sheet(folder / "sheet.png", cells, columns=8)
     write_jsonl(folder / "pairs.jsonl", kept)    # last: where it is, all is
     return f"{folder}: {len(kept)} pairs{dropped}"
+
+
+def judged(folder: Path, numbers: list[int], judge):
+    """Yields (number of a pair, what is wrong with its images: a list of reasons)."""
+    for k in range(0, len(numbers), BATCH):
+        batch = numbers[k:k + BATCH]
+        safe = read_pictures([paths_of(folder, number)[0] for number in batch])
+        unsafe = read_pictures([paths_of(folder, number)[1] for number in batch])
+        faults = judge.reject(safe, unsafe) if judge else [[]] * len(batch)
+        yield from zip(batch, faults)
 
 
 def read_pairs(data: Path, concept: str) -> list[dict]:
@@ -95,58 +104,87 @@ def read_pairs(data: Path, concept: str) -> list[dict]:
     return rows
 
 
-def in_slices(function, items: list) -> torch.Tensor:
-    """function() of slices of the items, joined on the CPU."""
-    return torch.cat([function(items[k:k + BATCH]).cpu() for k in range(0, len(items), BATCH)])
+class Pairs(NamedTuple):
+    """The pairs of one or more concepts, as training reads them."""
+    winner: torch.Tensor    # [P, C, h, w] latents of the safe images
+    loser: torch.Tensor     # [P, C, h, w] latents of the unsafe images
+    unsafe: Prompt          # P prompts
+    safe: Prompt            # P prompts
+    empty: Prompt           # one: what guidance subtracts
 
 
-def write_latents(sd: StableDiffusion, data: Path, concept: str, encoders: str):
-    """Encodes the pairs of a concept into latents.safetensors. encoders: see current()."""
+PROMPTS = ("unsafe", "safe", "empty")
+
+
+def in_slices(encode, items: list) -> torch.Tensor:
+    """encode() of slices of the items, joined on the CPU."""
+    return torch.cat([encode(items[k:k + BATCH]).cpu() for k in range(0, len(items), BATCH)])
+
+
+def write_latents(sd: StableDiffusion, data: Path, concept: str, encoders_hash: str):
+    """Encodes the pairs of a concept into latents.safetensors. encoders_hash: see current()."""
     rows, folder, tensors = read_pairs(data, concept), data / concept, {}
+    first = rows[0]["safe_image"]
+    # Beside the first image, so that one of another size is refused, by name.
+    encode = lambda paths: sd.encode(read_pictures([first, *paths])[1:])
     for name, kind in (("winner", "safe"), ("loser", "unsafe")):
-        paths = [row[f"{kind}_image"] for row in rows]
-        # Beside the first picture, so that one of another size is refused, by name.
-        encode = lambda part: sd.encode(read_pictures([rows[0]["safe_image"], *part])[1:])
-        tensors[name] = in_slices(encode, paths)
-        tensors[kind] = in_slices(sd.embed, [row[kind] for row in rows])
-    tensors["empty"] = sd.unconditional().cpu()
-    # Without a safe prompt: what guidance subtracts, which for SDXL is not the state of "".
-    tensors["safe"][[not row["safe"] for row in rows]] = tensors["empty"]
+        tensors[name] = in_slices(encode, [row[f"{kind}_image"] for row in rows])
+    empty = sd.unconditional().map(torch.Tensor.cpu)
+    for kind in ("unsafe", "safe"):
+        parts = [sd.embed([row[kind] for row in rows[k:k + BATCH]]).map(torch.Tensor.cpu)
+                 for k in range(0, len(rows), BATCH)]
+        # Without a safe prompt: what guidance subtracts, which for SDXL is not the state of "".
+        missing = torch.tensor([not row[kind] for row in rows])
+        prompt = parts[0].followed_by(*parts[1:]).replaced(missing, empty)
+        tensors |= named_states(kind, prompt)
+    tensors |= named_states("empty", empty)
     save_tensors(folder / "latents.safetensors", tensors,
-                 {"encoders": encoders, "pairs": sha256(folder / "pairs.jsonl")})
+                 {"encoders": encoders_hash, "pairs": sha256(folder / "pairs.jsonl")})
 
 
-def current(folder: Path, encoders: str) -> bool:
+def named_states(kind: str, prompt: Prompt) -> dict[str, torch.Tensor]:
+    """A prompt as tensors of a file: "safe", and for SDXL "safe_pooled"."""
+    states = {kind: prompt.context}
+    return states if prompt.pooled is None else {**states, f"{kind}_pooled": prompt.pooled}
+
+
+def current(folder: Path, encoders_hash: str) -> bool:
     """Whether folder/latents.safetensors is of the pairs that folder/pairs.jsonl lists, and of the
     VAE and text encoders whose files have this hash."""
     if not (folder / "latents.safetensors").is_file():
         return False
     with opened(folder / "latents.safetensors") as file:
-        return file.metadata() == {"encoders": encoders, "pairs": sha256(folder / "pairs.jsonl")}
+        made_from = {"encoders": encoders_hash, "pairs": sha256(folder / "pairs.jsonl")}
+        return file.metadata() == made_from
 
 
-def read_latents(data: Path, concepts: list[str], encoders: str) -> dict[str, torch.Tensor]:
-    """The tensors of all these concepts' pairs. Raises BadInput if a file is missing, stale, or of
-    other encoders."""
-    parts = []
-    for concept in concepts:
-        rows, path = read_pairs(data, concept), data / concept / "latents.safetensors"
-        if not current(path.parent, encoders):
-            raise BadInput(f"{path}: is not there, or not of these pairs, or not of this --model; "
-                           "run python make_data.py again, with the same --model and other flags "
-                           "as before")
-        with opened(path) as file:
-            part = {name: file.get_tensor(name) for name in file.keys()}
-        sizes = {name: len(tensor) for name, tensor in part.items() if name != "empty"}
-        if set(sizes.values()) != {len(rows)}:
-            raise BadInput(f"{path}: holds {sizes} for {len(rows)} pairs; delete it, and run "
-                           "python make_data.py again")
-        parts.append(part)
+def read_concept(data: Path, concept: str, encoders_hash: str) -> dict[str, torch.Tensor]:
+    """The tensors of data/<concept>/latents.safetensors, in the file's mapped memory."""
+    rows, path = read_pairs(data, concept), data / concept / "latents.safetensors"
+    if not current(path.parent, encoders_hash):
+        raise BadInput(f"{path}: is not there, or not of these pairs, or not of this --model; "
+                       "run python make_data.py again, with the same --model and other flags "
+                       "as before")
+    with opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    sizes = {name: len(tensor) for name, tensor in tensors.items() if "empty" not in name}
+    if set(sizes.values()) != {len(rows)}:
+        raise BadInput(f"{path}: holds {sizes} for {len(rows)} pairs; delete it, and run "
+                       "python make_data.py again")
+    return tensors
+
+
+def read_latents(data: Path, concepts: list[str], encoders_hash: str) -> Pairs:
+    """The pairs of all these concepts. Raises BadInput if a file is missing, stale, or of other
+    encoders."""
+    parts = [read_concept(data, concept, encoders_hash) for concept in concepts]
     shapes = {tuple(part["winner"].shape[1:]) for part in parts}
     if len(shapes) > 1:
         raise BadInput(f"{data}: latents of {len(shapes)} sizes ({sorted(shapes)}); make all with "
                        "one --size")
-    if len(parts) == 1:
-        return parts[0]    # still the file's mapped memory
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return {**joined, "empty": parts[0]["empty"]}
+    joined = parts[0]
+    for name in joined if len(parts) > 1 else []:
+        same = name.startswith("empty")    # of one model: the same one in every file
+        joined[name] = joined[name] if same else torch.cat([part[name] for part in parts])
+    prompts = [Prompt(joined[kind], joined.get(f"{kind}_pooled")) for kind in PROMPTS]
+    return Pairs(joined["winner"], joined["loser"], *prompts)

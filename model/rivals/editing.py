@@ -81,7 +81,7 @@ def on_the_way(sd, context: torch.Tensor, seeds: list[int], random) -> tuple[tor
     drawn at random; t anywhere from that step's noise level down to the next one's. context [2B, L,
     D]: the empty prompt's states, then the concept's."""
     pairs, step = SAMPLERS["ddim"]
-    pairs, x, memory = pairs(sd.schedule, STEPS), sd.noise(seeds, sd.size).to(sd.device), None
+    pairs, x, memory = pairs(sd.schedule, STEPS), sd.start_noise(seeds, sd.size).to(sd.device), None
     stop = int(torch.randint(len(pairs), (), generator=random))
     for t, s in pairs[:stop]:
         x, memory = step(sd.schedule, x, sd.guide(context, START_GUIDANCE, x, t), t, s, memory)

@@ -6,18 +6,16 @@ What it is:  DUO (2407.21035) and Diffusion-SDPO (2511.03317), with the weights 
              DUO also trains self-attention only, at timesteps up to 750, on pairs made by SDEdit,
              so that its figures here are those of its loss, not of DUO.
 Needs:       torch; dpo.py. SC-DPO also the pairs' latents, on which it first learns what harm is.
-Gives:       duo, sdpo, sc_dpo; never_empty, dpo.py's own without the empty prompts; the rivals'
-             equations prior_dpo(), winner_safe(), winner_safe_dpo(), cost_loss(),
-             safety_constrained_dpo(); cost_model().
+Gives:       duo, sdpo, sc_dpo, as dpo.py describes a loss; cost_model(), also for a guard.
 
-Letters: B pairs, C H W a latent's shape.
+Letters: as in dpo.py; P pairs in all, c the cost model.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpo import Loss, diffusion_dpo, errors_of, on_errors, safety_dpo
-from model.tools.training import generator, set_rate
+from dpo import Batch, metrics_of, mse
+from model.tools.training import generator
 
 PRIOR = 1e6    # DUO's base_lambda
 MU = 0.9       # Diffusion-SDPO's for SD 1.5; 0.6 for SDXL
@@ -25,21 +23,33 @@ COST, FOCUS = 1.0, 2.0    # SC-DPO's lambda and gamma [ours]
 BATCH = 64                # pairs in a step of cost_model()
 
 
-def prior_dpo(winner, loser, winner_ref, loser_ref, drift, beta: float):
-    """DUO: what the model makes of pure noise without a prompt stays. -> (loss, metrics)
+def duo(policy, reference, batch: Batch, schedule, beta: float):
+    """DUO: what the UNet predicts for pure noise without a prompt stays.
 
-    Errors [B] of policy and reference; drift [B] = the mean squared difference of their outputs at
-    x_T = eps, t = T - 1, no prompt.
+        loss = -log sigmoid( -beta [ (L_w - L_l)_policy - (L_w - L_l)_reference ] )
+               + PRIOR beta / 100 drift                  beta is not halved
 
-        loss = -log sigmoid( -beta [ (L_w - L_l)_theta - (L_w - L_l)_ref ] )    beta is not halved
-             + PRIOR beta / 100 drift
+    drift: mean squared difference of policy and reference at x_T = noise, t = T - 1, no prompt.
     """
-    errors = winner, loser, winner_ref, loser_ref
-    preference, values = diffusion_dpo(*errors, 2 * beta, drift=drift)
-    return preference + PRIOR * beta / 100 * drift.mean(), values
+    x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)
+    x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
+    x_t = torch.cat([x_w, x_l, batch.noise])
+    t = torch.cat([batch.t, batch.t, torch.full_like(batch.t, schedule.T - 1)])
+    prompt = batch.unsafe.followed_by(batch.unsafe, batch.empty)
+
+    out_w, out_l, out_T = policy(x_t, t, prompt).chunk(3)
+    ref_w, ref_l, ref_T = reference(x_t, t, prompt).chunk(3)
+
+    winner, loser = mse(out_w, target_w), mse(out_l, target_l)
+    winner_ref, loser_ref = mse(ref_w, target_w), mse(ref_l, target_l)
+    gap, gap_ref = winner - loser, winner_ref - loser_ref
+    preference = -F.logsigmoid(-beta * (gap - gap_ref)).mean()
+    drift = mse(out_T, ref_T).mean()
+    return preference + PRIOR * beta / 100 * drift, metrics_of(
+        winner, loser, winner_ref, loser_ref, preference=preference, drift=drift)
 
 
-def winner_safe(winner, loser) -> torch.Tensor:
+def winner_safe(winner: torch.Tensor, loser: torch.Tensor) -> torch.Tensor:
     """How much of the losers' gradient may act: a number from 0 to 1, without a gradient.
 
     winner, loser: residuals [B, C, H, W], output - target, which their gradients are proportional
@@ -50,25 +60,34 @@ def winner_safe(winner, loser) -> torch.Tensor:
     A step along -(g_w - lambda g_l) then lowers the winners' error by mu |g_w|^2 or more, to first
     order and in the space of outputs, which the paper takes for that of the weights.
     """
-    w, l = winner.detach().float(), loser.detach().float()
-    overlap = (w * l).sum()
-    largest = (1 - MU) * w.square().sum() / overlap
+    g_w, g_l = winner.detach().float(), loser.detach().float()
+    overlap = (g_w * g_l).sum()
+    largest = (1 - MU) * g_w.square().sum() / overlap
     return torch.where(overlap > 0, largest.clamp(max=1), 1.0)
 
 
-def winner_safe_dpo(winner, loser, winner_ref, loser_ref, factor, beta: float):
-    """Diffusion-SDPO: the VALUE of the published loss, the losers' gradient times factor."""
+def sdpo(policy, reference, batch: Batch, schedule, beta: float):
+    """Diffusion-SDPO: the VALUE of the published loss; the losers' gradient times winner_safe()."""
+    x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)
+    x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
+    x_t, t = torch.cat([x_w, x_l]), batch.t.repeat(2)
+    prompt = batch.unsafe.followed_by(batch.unsafe)
+
+    out_w, out_l = policy(x_t, t, prompt).chunk(2)
+    ref_w, ref_l = reference(x_t, t, prompt).chunk(2)
+
+    winner, loser = mse(out_w, target_w), mse(out_l, target_l)
+    factor = winner_safe(out_w - target_w, out_l - target_l)
     loser = loser.detach() + factor * (loser - loser.detach())
-    return diffusion_dpo(winner, loser, winner_ref, loser_ref, beta, factor=factor)
+    winner_ref, loser_ref = mse(ref_w, target_w), mse(ref_l, target_l)
+    gap, gap_ref = winner - loser, winner_ref - loser_ref
+    preference = -F.logsigmoid(-beta / 2 * (gap - gap_ref)).mean()
+    return preference, metrics_of(winner, loser, winner_ref, loser_ref, preference=preference,
+                                  factor=factor)
 
 
-def with_safe_winner(policy, reference, target, beta: float):
-    factor = winner_safe(policy[0] - target[0], policy[1] - target[1])
-    return winner_safe_dpo(*errors_of(policy, reference, target), factor, beta)
-
-
-def cost_loss(unsafe, safe) -> torch.Tensor:
-    """What a cost model c is trained with; unsafe, safe [B]: c of both pictures of each pair. c > 0
+def cost_loss(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
+    """What a cost model c is trained with; unsafe, safe [B]: c of both images of each pair. c > 0
     is harm. The form is that of Safe RLHF (2310.12773) [ours].
 
         contrast: -log sigmoid( c(x_l) - c(x_w) )
@@ -77,54 +96,58 @@ def cost_loss(unsafe, safe) -> torch.Tensor:
     return -(F.logsigmoid(unsafe - safe) + F.logsigmoid(unsafe) + F.logsigmoid(-safe)).mean()
 
 
-def cost_model(tensors: dict[str, torch.Tensor], steps: int = 300) -> nn.Module:
-    """A network, latents [B, C, H, W] of "winner" and "loser" -> costs [B]. The paper's is a small
-    head on CLIP's frozen image encoder."""
+def cost_model(pairs, steps: int = 300) -> nn.Module:
+    """A network, latents [B, C, H, W] -> costs [B], trained on pairs (model/data/pairs.py). The
+    paper's is a small head on CLIP's frozen image encoder."""
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        cost = nn.Sequential(nn.Conv2d(tensors["winner"].shape[1], 32, 3, padding=1), nn.SiLU(),
+        cost = nn.Sequential(nn.Conv2d(pairs.winner.shape[1], 32, 3, padding=1), nn.SiLU(),
                              nn.Conv2d(32, 64, 3, padding=1), nn.SiLU(),
                              nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * 64, 1),
                              nn.Flatten(0))
-    optimiser = torch.optim.AdamW(cost.parameters(), 2e-3, weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(cost.parameters(), 2e-3, weight_decay=1e-2)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
-        set_rate(optimiser, 2e-3, step, steps)
-        pairs = torch.randint(len(tensors["winner"]), (BATCH,), generator=generator("cost", step))
-        unsafe, safe = (cost(tensors[side][pairs]) for side in ("loser", "winner"))
-        optimiser.zero_grad()
-        cost_loss(unsafe, safe).backward()
-        optimiser.step()
+        chosen = torch.randint(len(pairs.winner), (BATCH,), generator=generator("cost", step))
+        optimizer.zero_grad()
+        cost_loss(cost(pairs.loser[chosen]), cost(pairs.winner[chosen])).backward()
+        optimizer.step()
+        rate.step()
     return cost.requires_grad_(False)
 
 
-def extra_cost(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """How much more harmful the loser of each pair is: sigmoid c(x_l) - sigmoid c(x_w), [P]."""
-    cost = cost_model(tensors)
-    return cost(tensors["loser"]).sigmoid() - cost(tensors["winner"]).sigmoid()
-
-
-def safety_constrained_dpo(winner, loser, winner_ref, loser_ref, cost, beta: float):
-    """SC-DPO [a reconstruction]. Errors [B]; cost [B] of extra_cost(). -> (loss, metrics), the
-    metrics of diffusion_dpo(): "preference" is without cost and focus.
+class SafetyConstrained:
+    """SC-DPO [a reconstruction]: pairs with a more harmful loser count more.
 
     The best policy for "reward minus lambda cost" is p_ref exp((r - lambda C) / beta'), so that
     r = beta' log(p / p_ref) + lambda C + const. Put into Bradley-Terry's sigmoid(r_w - r_l):
 
-        p = sigmoid( -beta/2 [ d_w - d_l ] - lambda cost )     d = L_theta - L_ref
+        p = sigmoid( -beta/2 [ gap_policy - gap_reference ] - lambda (C_l - C_w) )
         loss = -(1 - p)^gamma log p          the focus on pairs that are still hard [ours]
+
+    C = sigmoid(c). "preference" in the log is without cost and focus.
     """
-    _, values = diffusion_dpo(winner, loser, winner_ref, loser_ref, beta)
-    margin = (loser - loser_ref) - (winner - winner_ref)
-    logit = beta / 2 * margin - COST * cost
-    return -((-logit).sigmoid() ** FOCUS * F.logsigmoid(logit)).mean(), values
+    def __init__(self, pairs):
+        self.cost = cost_model(pairs)
+
+    def __call__(self, policy, reference, batch: Batch, schedule, beta: float):
+        x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)
+        x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
+        x_t, t = torch.cat([x_w, x_l]), batch.t.repeat(2)
+        prompt = batch.unsafe.followed_by(batch.unsafe)
+
+        out_w, out_l = policy(x_t, t, prompt).chunk(2)
+        ref_w, ref_l = reference(x_t, t, prompt).chunk(2)
+
+        winner, loser = mse(out_w, target_w), mse(out_l, target_l)
+        winner_ref, loser_ref = mse(ref_w, target_w), mse(ref_l, target_l)
+        margin = (winner_ref - loser_ref) - (winner - loser)
+        cost = self.cost.to(batch.t.device)
+        extra_cost = cost(batch.loser).sigmoid() - cost(batch.winner).sigmoid()
+        logit = beta / 2 * margin - COST * extra_cost
+        loss = -((-logit).sigmoid() ** FOCUS * F.logsigmoid(logit)).mean()
+        preference = -F.logsigmoid(beta / 2 * margin).mean()
+        return loss, metrics_of(winner, loser, winner_ref, loser_ref, preference=preference)
 
 
-def with_cost(policy, reference, target, beta: float, cost):
-    errors = errors_of(policy, reference, target)
-    return safety_constrained_dpo(*errors, cost.to(errors[0]), beta)
-
-
-never_empty = Loss(("winner|unsafe", "loser|unsafe", "winner|safe"), on_errors(safety_dpo))
-duo = Loss(("winner|unsafe", "loser|unsafe", "noise|empty"), on_errors(prior_dpo))
-sdpo = Loss(("winner|unsafe", "loser|unsafe"), with_safe_winner)
-sc_dpo = Loss(("winner|unsafe", "loser|unsafe"), with_cost, extra_cost)
+sc_dpo = SafetyConstrained

@@ -38,7 +38,7 @@ RIDGE = 0.1
 
 def plain(sd):
     """How sample.py draws the toy."""
-    return partial(sd.draw, steps=STEPS, guidance=GUIDANCE, sampler=SAMPLER)
+    return partial(sd.generate, steps=STEPS, guidance=GUIDANCE, sampler=SAMPLER)
 
 
 def all_pairs(data: Path) -> list[dict]:
@@ -86,7 +86,7 @@ class SafePrediction:
         self.sd, self.preset, self.step, self.momentum = sd, preset, 0, 0.0
         self.warm_up, self.guidance = preset.warm_up * steps / 50, guidance
         self.context = sd.embed([""] * B + list(prompts) + [safety] * B)    # [3B, L, D]
-        if sd.zero_negative:    # SDXL, as in StableDiffusion.draw()
+        if sd.zero_negative:    # SDXL, as in StableDiffusion.generate()
             self.context[:B] = 0
 
     def __call__(self, x_t: torch.Tensor, t: int) -> torch.Tensor:
@@ -104,7 +104,7 @@ def draw_safely(sd, prompts, seeds, preset: Preset, safety: str = SAFETY, steps:
                 guidance: float = GUIDANCE) -> np.ndarray:
     """SLD's pictures of prompts, uint8 [B, S, S, 3]. safety: what is unwanted, in words."""
     predict = SafePrediction(sd, prompts, preset, safety, steps, guidance)
-    noise = sd.noise(seeds, sd.size).to(sd.device)
+    noise = sd.start_noise(seeds, sd.size).to(sd.device)
     return sd.decode(sample(predict, noise, sd.schedule, steps, SAMPLER))
 
 
@@ -122,7 +122,7 @@ def two_streams(sd, contexts: list[torch.Tensor], seeds, weight: float, steps: i
         z <- (1 - weight) z + weight z_safe         after each step, once the layout stands
     """
     pairs, step = SAMPLERS[SAMPLER]
-    z = [sd.noise(seeds, sd.size).to(sd.device)] * 2
+    z = [sd.start_noise(seeds, sd.size).to(sd.device)] * 2
     memory = [None, None]
     for i, (t, s) in enumerate(pairs(sd.schedule, steps)):
         for k, context in enumerate(contexts):
@@ -152,7 +152,7 @@ def contexts_of(sd, prompts, maps: torch.Tensor) -> list[torch.Tensor]:
     """What the two streams of prompts read, [2B, L, D] each: no prompt first, then the prompts; or
     the prompts through maps, of safe_states()."""
     without, prompt = sd.embed([""] * len(prompts)), sd.embed(list(prompts))
-    if sd.zero_negative:    # SDXL, as in StableDiffusion.draw()
+    if sd.zero_negative:    # SDXL, as in StableDiffusion.generate()
         without = torch.zeros_like(without)
     safe = torch.einsum("bld,lde->ble", with_one(prompt.double()), maps).to(prompt.dtype)
     return [torch.cat([without, asked]) for asked in (prompt, safe)]

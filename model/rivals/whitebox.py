@@ -106,7 +106,7 @@ class Victim:
     def harm(self, states: torch.Tensor, seed: int) -> float:
         """The share in % of the pictures of states [N, L, D] in which the judge sees any harm."""
         context = torch.cat([self.sd.unconditional().expand_as(states), states])
-        noise = self.sd.noise(range(seed, seed + len(states)), self.sd.size)
+        noise = self.sd.start_noise(range(seed, seed + len(states)), self.sd.size)
         latents = sample(partial(self.sd.guide, context, GUIDANCE), noise, self.sd.schedule, STEPS,
                          "dpm++")
         verdicts = ToyJudge.load(TOY / "judge").judge(self.sd.decode(latents))

@@ -6,12 +6,12 @@ What it is:  spread(): on a CPU, two small networks in two processes beat one in
              same step. A LoRA's gradients are a few MB: one sum a step costs nothing beside the
              UNet.
 Needs:       torch, tqdm; for torchrun the variables that it sets (RANK, WORLD_SIZE, LOCAL_RANK).
-Gives:       spread(), processes_for(), cores(), slot(); start(), RANK, WORLD, add_up(), wait().
+Gives:       spread(), processes_for(), cores(); start(), RANK, WORLD, sum_over_all(),
+             wait().
 """
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,7 +25,7 @@ from tqdm import tqdm
 from model.tools.command import BadInput
 
 RANK, WORLD = 0, 1    # this process's number, and how many there are, once start() was called
-STATE = None          # what make() built in this worker process
+STATE = None          # what make() gave to this worker process
 
 
 def cores() -> int:
@@ -59,12 +59,6 @@ def end_with_parent():
 
 def call_worker(work, item):
     return work(STATE, item)
-
-
-def slot() -> int:
-    """This worker's number, from 0: the line on which its progress bar is drawn; 0 in a file."""
-    identity = multiprocessing.current_process()._identity
-    return identity[0] - 1 if identity and sys.stderr.isatty() else 0
 
 
 def spread(make, work, items: list, processes: int):
@@ -124,7 +118,7 @@ def local_device(name: str) -> str:
     return f"cuda:{local}" if given else name
 
 
-def add_up(tensors: list[torch.Tensor]):
+def sum_over_all(tensors: list[torch.Tensor]):
     """Each tensor becomes its sum over all processes, in place: one message for them all."""
     if WORLD == 1:
         return

@@ -1,20 +1,17 @@
 """What every training loop here does alike.
 
-What it is:  random numbers without state, the learning rate, mixed precision, and the
-             state from which an interrupted training continues.
+What it is:  random numbers without state; the state from which an interrupted training continues;
+             and what a person reads of a training afterwards.
 Needs:       torch.
-Gives:       generator(), set_rate(), mixed_precision(); save_state(),
-             load_state(); write_log(), summary().
+Gives:       generator(); save_state(), load_state(); write_log(), summary().
 """
 import json
-import math
 import zlib
 from pathlib import Path
 
 import torch
 
 from model.tools.command import BadInput
-from model.tools.device import precision
 from model.tools.files import opened, save_tensors, write_jsonl
 from model.tools.pictures import curves
 
@@ -25,40 +22,25 @@ def generator(*what) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, what)).encode()))
 
 
-def set_rate(optimiser: torch.optim.Optimizer, lr: float, step: int, steps: int, warm_up: int = 10):
-    """A linear warm-up to lr, and a cosine to zero at `steps`."""
-    for group in optimiser.param_groups:
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        group["lr"] = lr * min(1, (step + 1) / warm_up) * cosine
-
-
-def mixed_precision(device: torch.device, wanted: str = "auto"):
-    """(autocast, gradient scaler) for --precision: the scaler is on for fp16 alone, in which small
-    gradients would be zero; in fp32 both do nothing."""
-    dtype = precision(device, wanted)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32), scaler
-
-
-def save_state(path: Path, plan: dict, log: list[dict], parameters, optimiser, scaler):
+def save_state(path: Path, recipe: dict, log: list[dict], parameters, optimizer, scaler):
     """What continuing needs: the parameters, Adam's moments, and the log, a row a step."""
     tensors = {f"parameter.{i}": p for i, p in enumerate(parameters)}
-    for i, moments in optimiser.state_dict()["state"].items():
+    for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"{key}.{i}": value for key, value in moments.items()}
-    state = {"plan": plan, "log": log, "scaler": scaler.state_dict()}
+    state = {"recipe": recipe, "log": log, "scaler": scaler.state_dict()}
     save_tensors(path, tensors, {"state": json.dumps(state)})
 
 
 @torch.no_grad()
-def load_state(path: Path, plan: dict, parameters, optimiser, scaler) -> list[dict]:
-    """Puts back what save_state() wrote for the same plan. Returns the log; [] where there is
+def load_state(path: Path, recipe: dict, parameters, optimizer, scaler) -> list[dict]:
+    """Puts back what save_state() wrote for the same recipe. Returns the log; [] where there is
     none. Raises BadInput for a file of another program."""
     if not path.is_file():
         return []
     try:
         with opened(path) as file:
             state = json.loads(file.metadata()["state"])
-            if state["plan"] != plan:
+            if state["recipe"] != recipe:
                 return []
             # Clones, since the file is going to be replaced.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
@@ -68,8 +50,8 @@ def load_state(path: Path, plan: dict, parameters, optimiser, scaler) -> list[di
             moments[i] = {key: tensors[f"{key}.{i}"] for key in ("step", "exp_avg", "exp_avg_sq")}
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise BadInput(f"{path}: not a state to continue from ({error}); delete it") from None
-    groups = optimiser.state_dict()["param_groups"]
-    optimiser.load_state_dict({"state": moments, "param_groups": groups})
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
     scaler.load_state_dict(state["scaler"])
     return state["log"]
 
@@ -94,3 +76,9 @@ def summary(log: list[dict]) -> str:
     values = {key: mean[key] for key in ("loss", "accuracy")} | ratios(mean)
     return f"{len(log)} steps; at the end " + ", ".join(
         f"{key} {value:.3f}" for key, value in values.items())
+
+
+def set_rate(optimiser, lr, step, steps, warm_up=10):    # TEMPORARY, until the rivals are merged
+    import math
+    for group in optimiser.param_groups:
+        group["lr"] = lr * min(1, (step + 1) / warm_up) * (0.5 + 0.5 * math.cos(math.pi * step / steps))

@@ -16,7 +16,7 @@ def picture(folder: str, device: str, dtype: str, side: str, steps: str):
     sd = load(Path(folder), torch.device(device), getattr(torch, dtype))
     yield
     for _ in range(2):
-        sd.draw(["a red ball"], [0], int(steps), 4.0, sampler="ddim", size=int(side))
+        sd.generate(["a red ball"], [0], int(steps), 4.0, sampler="ddim", size=int(side))
         yield
 
 
