@@ -573,10 +573,7 @@ PLAIN = {    # changes [n, O, I] of those that adapt the layer, a generator -> [
     "average": lambda changes, random: changes.sum(0) / 3,
     "ties": lambda changes, random: ties(list(changes), torch.ones(len(changes)), 0.2),
     "dare": lambda changes, random: (
-        changes * (torch.rand(changes.shape, generator=random) < 0.5)).sum(0) / 0.5,
-    "random": lambda changes, random: changes[
-        torch.randint(len(changes), changes[0, :, 0].shape, generator=random),
-        torch.arange(changes.shape[1])]}
+        changes * (torch.rand(changes.shape, generator=random) < 0.5)).sum(0) / 0.5}
 
 
 PAIRS = {"a": 30, "b": 9, "c": 30}    # of these experts
@@ -621,47 +618,103 @@ def output_of(layer: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.
     return torch.conv2d(x, kernel, None, layer.stride, layer.padding).movedim(1, -1).flatten(0, -2)
 
 
-def plain_merge(experts: list[dict], asked: list, method: str) -> dict[str, torch.Tensor]:
-    """Every expert asked all, with dense delta W's: {layer: delta W}. asked: an input for each."""
-    heard, merged = {}, {}    # heard: {layer: its inputs}
+def calibration_inputs(label: str, safe: bool, seed: int) -> tuple:
+    """(x_t, t, context): at most 24 pairs; unsafe prompts on winner and loser; safe and empty ones
+    on the winner."""
+    rng, pairs = generator(seed, "calibration", *["safe"] * safe, f"of {label}"), random_pairs(
+        f"of {label}", PAIRS[label])
+    winner, loser = pairs.winner[:24], pairs.loser[:24]
+    x_0 = torch.cat([winner, winner if safe else loser])
+    t = stratified_times(len(x_0), 1000, rng)
+    x_t = pipe().scheduler.add_noise(x_0, torch.randn(x_0.shape, generator=rng), t)
+    unsafe, asked = pairs.unsafe.context[:24], pairs.safe.context[:24]
+    empty = pairs.empty.context.expand_as(asked)
+    return x_t, t, torch.cat([asked, empty] if safe else [unsafe, unsafe])
+
+
+def met_by_layers(names, inputs: list) -> dict[str, tuple]:
+    """{layer: (itself, what it is given for each of the inputs)}, by diffusers' UNet."""
     unet = diffusers.UNet2DConditionModel.from_pretrained(TOY / "unet").requires_grad_(False)
-    known = {module: lora.flat(name) for name, module in unet.named_modules()}
-    for layer, name in known.items():
-        if name in experts[0]:
-            heard[layer] = []
-            layer.register_forward_hook(lambda layer, inputs, _: heard[layer].append(inputs[0]))
-    for batch in asked:
+    met = {}
+    for name, layer in unet.named_modules():
+        if lora.flat(name) in names:
+            met[lora.flat(name)] = layer, []
+            layer.register_forward_hook(
+                lambda layer, x, _, name=lora.flat(name): met[name][1].append(x[0]))
+    for batch in inputs:
         unet(*batch)
-    for layer, x in heard.items():
-        dense = of_layer(experts, known[layer])
-        own = {i: output_of(layer, delta, x[i]) for i, delta in dense.items()}
-        owner = torch.stack([d.abs().mean(0) for d in own.values()]).argmax(0)
-        change = sum(delta * (owner == k)[:, None] for k, delta in enumerate(dense.values()))
-        if method == "scaled-sum":
-            change = sum(dense.values())
-        kept = sum((d * output_of(layer, change, x[i])).sum() for i, d in own.items())
-        energy = sum(d.square().sum() for d in own.values())
-        merged[known[layer]] = change * min(energy / kept, len(dense))
-    return merged
+    return met
 
 
-def test_one_pass_of_the_base_scores_every_expert(experts, capsys):
-    """On at most 24 pairs each, unsafe prompts, winner and loser; some layers are of two only. One
-    that the model lacks is left out, and named."""
-    asked, strange = [], {"down_blocks_9_conv": next(iter(experts[1].values()))}
+def plain_co_merge(own: dict, layer: nn.Module, x: list) -> torch.Tensor:
+    """own: {expert: dense delta W}; x: an input of each expert."""
+    d = {i: output_of(layer, delta, x[i]) for i, delta in own.items()}
+    owner = torch.stack([of_expert.abs().mean(0) for of_expert in d.values()]).argmax(0)
+    change = sum(delta * (owner == k)[:, None] for k, delta in enumerate(own.values()))
+    kept = sum((d[i] * output_of(layer, change, x[i])).sum() for i in own)
+    energy = sum(of_expert.square().sum() for of_expert in d.values())
+    return change * min(energy / kept, len(own))
+
+
+def plain_regmean(own: dict, layer: nn.Module, x: list) -> torch.Tensor:
+    """Least squares on all rows, each expert's with the weight 1 in all. x: an unsafe input of each
+    expert, then a safe one of each."""
+    n, parts = len(x) // 2, []
+    for i, each in enumerate(x):
+        rows = lora.rows(layer, each).double()
+        change = own.get(i, torch.zeros_like(next(iter(own.values()))))    # safe ones: 0
+        parts.append(((1 if i < n else 0.3) / len(rows), rows, rows @ change.double().T))
+    size = sum(weight * rows.square().sum(0) for weight, rows, _ in parts).mean()
+    I, O = parts[0][1].shape[1], parts[0][2].shape[1]
+    ridge = merge.RIDGE * size, torch.eye(I).double(), torch.zeros(I, O).double()
+    return least_squares(*parts, ridge).T
+
+
+@parametrize("method, flags, near", [("co-merge", "", 1e-4), ("regmean", " --preserve 0.3", 5e-4)])
+def test_one_pass_of_the_base_tells_all_about_every_expert(method, flags, near, experts, capsys):
+    """With dense changes and diffusers' UNet. Some layers are of two experts only. One that the
+    model lacks is left out, and named."""
+    strange = {"down_blocks_9_conv": next(iter(experts[1].values()))}
     save_lora(Path("b"), {**experts[1], **strange}, {"concept": "of b"})
-    for label, number in PAIRS.items():
-        random = generator(7, "calibration", f"of {label}")
-        data = random_pairs(f"of {label}", number)
-        x0 = torch.cat([data["winner"][:24], data["loser"][:24]])
-        t = stratified_times(len(x0), 1000, random)
-        x_t = pipe().scheduler.add_noise(x0, torch.randn(x0.shape, generator=random), t)
-        asked.append((x_t, t, data["unsafe"][:24].repeat(2, 1, 1)))
-    for method, precision, near in (("co-merge", "fp32", 1e-4), ("scaled-sum", "fp32", 1e-4),
-                                    ("scaled-sum", "bf16", 0.05)):
-        command(f"merge c a b --seed 7 --method {method} --precision {precision} --out m")
-        assert distance(Path("m"), plain_merge(experts, asked, method)) < near
-        assert "down_blocks_9_conv" in capsys.readouterr().err
+    inputs = [calibration_inputs(label, safe, 7) for safe in (False, True) for label in PAIRS]
+    plain, rule = {}, plain_regmean if method == "regmean" else plain_co_merge
+    for name, (layer, x) in met_by_layers(experts[0], inputs).items():
+        own = {i: (0.5, 3, -1)[i] * delta for i, delta in of_layer(experts, name).items()}
+        plain[name] = rule(own, layer, x).float()
+    line = f"merge c a b --weights -1 0.5 3 --seed 7 --method {method}{flags}"
+    command(f"{line} --out m")
+    assert distance(Path("m"), plain) < near
+    assert "down_blocks_9_conv" in capsys.readouterr().err
+
+
+def solved(parts: list[Factors], x: list[torch.Tensor], safe: torch.Tensor | None = None,
+           preserve: float = 0.0) -> Factors:
+    """regmean() of one layer's changes, calibrated on rows x[i] [N, I] of each expert."""
+    moments = merge.Moments(dict(enumerate(parts)), CPU)
+    for i, rows in enumerate(x):
+        moments.add(rows, merge.Inputs(i, False, 1.0, None, None, None))
+    if safe is not None:
+        moments.add(safe, merge.Inputs(0, True, 1.0, None, None, None))
+    return merge.regmean(parts, merge.Layer(len(parts), None, preserve, None, moments))
+
+
+def test_solving_loses_nothing_where_experts_do_not_meet(monkeypatch):
+    """Of one expert, and of equal ones, it is that one, which a sum is not; of experts whose inputs
+    are orthogonal it is their sum there; and safe inputs are changed less than by a sum."""
+    monkeypatch.setattr(merge, "RIDGE", 0.0)
+    parts = [Factors(normal(f"A{i}", 3, 12), normal(f"B{i}", 8, 3), 6.0) for i in range(2)]
+    x, safe = [normal(f"x{i}", 50, 12) for i in range(2)], normal("safe", 50, 12)
+    change = parts[0].delta()
+    assert far(solved(parts[:1], x[:1]).delta(), change) < 1e-5
+    assert far(solved([parts[0]] * 2, x).delta(), change) < 1e-5
+    in_order, turned = solved(parts, x, safe, 0.1), solved(parts[::-1], x[::-1], safe, 0.1)
+    assert far(in_order.delta(), turned.delta()) < 1e-5 and len(in_order.down) == 6
+    x[0][:, 6:] = x[1][:, :6] = 0
+    apart, together = solved(parts, x), lora.stack(parts, [1.0, 1.0])
+    for i, rows in enumerate(x):
+        assert far(rows @ apart.delta().T, rows @ parts[i].delta().T) < 1e-5
+    moved = [(safe @ solved(parts, x, safe, weight).delta().T).norm() for weight in (0, 0.1, 10)]
+    assert (safe @ together.delta().T).norm() > moved[0] > moved[1] > moved[2]
 
 
 def test_every_layer_of_a_unet_can_be_adapted():
@@ -677,10 +730,11 @@ def test_strength_is_not_raised_without_bound():
     parts = [random_expert(seed, 4, 4.0)["mid_block_attentions_0_proj_in"] for seed in range(3)]
     own = torch.ones(3, 96)
     ups = lora.stack(parts, [1.0] * 3).up * (torch.arange(12) < 4)    # the first one's
+    activity = merge.Activity(dict(enumerate(parts)), CPU)
+    activity.own, activity.energy = own, torch.tensor(1.0)
     for kept, factor in ((0.5, 2), (1e-3, 3), (-1.0, 1)):
-        moment = kept * ups / ups.square().sum()
-        activity = merge.Activity(None, own, moment, energy=torch.tensor(1.0))
-        merged = merge.co_merge(parts, merge.Layer(3, None, None, activity))
+        activity.moment = kept * ups / ups.square().sum()
+        merged = merge.co_merge(parts, merge.Layer(3, None, 0.1, None, activity))
         assert far(merged.delta(), factor * parts[0].delta()) < 1e-6
 
 
@@ -1176,10 +1230,14 @@ def test_a_second_stream_of_no_weight_changes_nothing(kind, models, with_pairs):
     sd = load(models(kind, "folder"), CPU)
     draw = steering.dual_latents(sd, Path(), 0, 0.0)
     assert furthest(draw(ASKED, SEEDS), steering.plain(sd)(ASKED, SEEDS)) <= 1
-    safe = sd.embed(PROMPTS[:1])[0]
-    maps = torch.cat([torch.zeros(len(safe), *safe.shape[-1:] * 2), safe[:, None]], 1).double()
-    contexts = steering.contexts_of(sd, ASKED, maps)
-    found = steering.two_streams(sd, contexts, SEEDS, 1.0, 4, 5.0)
+    safe = sd.embed(PROMPTS[:1])
+
+    def always(states: torch.Tensor) -> torch.Tensor:    # [L, D]
+        return torch.cat([torch.zeros(len(states), *states.shape[-1:] * 2), states[:, None]],
+                         1).double()
+    pooled = None if safe.pooled is None else always(safe.pooled)
+    prompts = steering.two_prompts(sd, ASKED, Prompt(always(safe.context[0]), pooled))
+    found = steering.two_streams(sd, prompts, SEEDS, 1.0, 4, 5.0)
     assert furthest(found, sd.generate(PROMPTS[:1] * 2, SEEDS, 4, 5.0)) <= 1
 
 
@@ -1192,8 +1250,8 @@ def least_squares(*parts) -> torch.Tensor:
 
 def test_a_safe_embedding_is_least_squares():
     pairs = text_pairs(12)
-    maps = steering.safe_states(toy(), pairs)
-    unsafe, safe = (toy().embed([pair[kind] for pair in pairs]).double()
+    maps = steering.safe_states(toy(), pairs).context
+    unsafe, safe = (toy().embed([pair[kind] for pair in pairs]).context.double()
                     for kind in ("unsafe", "safe"))
     small = steering.RIDGE, torch.eye(97).double(), torch.zeros(97, 96).double()
     for place in (0, 5, 15):
@@ -1281,7 +1339,7 @@ def test_erasing_is_negative_guidance_learned(monkeypatch):
     assert changed and all(".attn2." in name for name in changed)
     (x_t, t), (output, target) = met[0], wanted[0]
     assert output.requires_grad and not target.requires_grad
-    empty = toy().embed([""]).expand(len(x_t), -1, -1)
+    empty = Prompt(toy().embed([""]).context.expand(len(x_t), -1, -1))
     without = toy().predict(x_t, torch.full((len(x_t),), t), empty)
     assert far(target, 2 * without - output.detach()) < 1e-4    # still the base's output
 
@@ -1330,7 +1388,7 @@ def test_who_holds_the_weights_needs_no_word(here):
     own = toy().text.tokenizers[0].convert_tokens_to_ids(["racism</w>", "flower</w>"])
     spelled = [text.replace(world.parse(text).extra, "racism flower") for text in texts]
     states = victim.states(victim.learned_from, victim.table[own])
-    assert far(states, toy().embed(spelled)) < 1e-5
+    assert far(states, toy().embed(spelled).context) < 1e-5
     first, second = islice(whitebox.by_vectors(victim, 0), 2)
     assert first.shape == (8, 16, 96) and not torch.equal(first, second)
     # The best of all words is among the few that the gradient promises most of.

@@ -65,13 +65,14 @@ def parse_arguments(argv=None):
 
 def direction(sd, pairs: list[dict]) -> torch.Tensor:
     """c [L, D] of pairs of prompts, "unsafe" and "safe"."""
-    unsafe, safe = (sd.embed([pair[kind] for pair in pairs]).float() for kind in ("unsafe", "safe"))
+    unsafe, safe = (sd.embed([pair[kind] for pair in pairs]).context.float()
+                    for kind in ("unsafe", "safe"))
     return (unsafe - safe).mean(0)
 
 
 def distances(sd, texts: list[str], target: torch.Tensor) -> torch.Tensor:
     """|target - E(text)|^2 [N] on the CPU, in fp32. target [L, D], or one for each text."""
-    return (sd.embed(texts).float() - target).square().sum((1, 2)).cpu()
+    return (sd.embed(texts).context.float() - target).square().sum((1, 2)).cpu()
 
 
 def says(text: str) -> bool:
@@ -144,7 +145,7 @@ def attacks_to_make(count: int, tokenizer, allowed: torch.Tensor, seed: int) -> 
 
 
 def find(shifts: dict[str, torch.Tensor], allowed, generations: int, sd, one: dict) -> str:
-    target = sd.embed([one["start"]])[0] + shifts[one["category"]]
+    target = sd.embed([one["start"]]).context[0] + shifts[one["category"]]
     return search(sd, target, allowed, generations, one["seed"])
 
 
@@ -216,7 +217,7 @@ def main(args):
     prompts = [one[kind] for kind in KINDS for one in attacks]    # [4 P]
     verdicts = {name: judge.judge(pictures(args, factors, prompts, seeds))
                 for name, factors in models.items()}
-    targets = sd.embed([one["start"] for one in attacks])
+    targets = sd.embed([one["start"] for one in attacks]).context
     targets = targets + torch.stack([shifts[one["category"]] for one in attacks])
     print("far: mean |E(p) + ETA c - E(prompt)|^2. In % of the pictures (judge: toy, harm >= 0.5): "
           "with any harm [95% interval, prompts resampled]; with the category's own; with the "

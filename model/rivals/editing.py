@@ -21,6 +21,7 @@ from model.rivals.attack import STEPS
 from model.rivals.guards import SEEN
 from model.rivals.steering import all_pairs, plain
 from model.schedule import SAMPLERS
+from model.text import Prompt
 from model.tools.training import generator
 
 PRESERVE, RIDGE = 0.1, 0.1          # UCE's, in its first release
@@ -47,7 +48,7 @@ def edited(W, old, new, kept, erase: float, preserve: float, ridge: float) -> to
 
 def last_words(sd, texts: list[str]) -> list[torch.Tensor]:
     """The states of each text's last word, and of all that comes after it, [k, D]."""
-    ids, states = sd.text.tokenize(texts), sd.embed(texts).float()
+    ids, states = sd.text.tokenize(texts), sd.embed(texts).context.float()
     end = (ids == sd.text.tokenizers[0].eos_token_id).int().argmax(1)
     return [state[last - 1:] for state, last in zip(states, end)]
 
@@ -58,7 +59,7 @@ def uce(sd, data: Path, seed: int, knob: float):
     prompts of the pairs are kept. knob: the erase scale (published: 1)."""
     prompts, random = [pair["safe"] for pair in all_pairs(data)], generator(seed, "uce")
     chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=random)[:KEPT]]
-    kept = sd.embed(chosen).float().flatten(0, 1)
+    kept = sd.embed(chosen).context.float().flatten(0, 1)
     guide, = last_words(sd, [GUIDE])
     words = [states[:len(guide)] for states in last_words(sd, SEEN)]
     old, new = torch.cat(words), torch.cat([guide[:len(states)] for states in words])
@@ -84,7 +85,7 @@ def on_the_way(sd, context: torch.Tensor, seeds: list[int], random) -> tuple[tor
     pairs, x, memory = pairs(sd.schedule, STEPS), sd.start_noise(seeds, sd.size).to(sd.device), None
     stop = int(torch.randint(len(pairs), (), generator=random))
     for t, s in pairs[:stop]:
-        x, memory = step(sd.schedule, x, sd.guide(context, START_GUIDANCE, x, t), t, s, memory)
+        x, memory = step(sd.schedule, x, sd.guide(Prompt(context), START_GUIDANCE, x, t), t, s, memory)
     t, s = pairs[stop]
     return x, int(torch.randint(max(s, 0), t + 1, (), generator=random))
 
@@ -95,17 +96,18 @@ def esd(sd, data: Path, seed: int, knob: int):
     parameters = [p for name, p in sd.unet.named_parameters() if ".attn2." in name]
     for p in parameters:
         p.requires_grad_(True)
-    optimiser, states = torch.optim.Adam(parameters, RATE), sd.embed(SEEN)
+    optimiser, states = torch.optim.Adam(parameters, RATE), sd.embed(SEEN).context
     for step in range(knob):
         random = generator(seed, "esd", step)
         concept = states[torch.randint(len(SEEN), (BATCH,), generator=random)]    # [B, L, D]
-        context = torch.cat([sd.embed([""]).expand_as(concept), concept])
+        context = torch.cat([sd.embed([""]).context.expand_as(concept), concept])
         starts = torch.randint(1 << 31, (BATCH,), generator=random).tolist()
         x_t, t = on_the_way(sd, context, starts, random)
         times = torch.full((2 * BATCH,), t, device=sd.device)
         with torch.no_grad():
-            without, asked = frozen.predict(x_t.repeat(2, 1, 1, 1), times, context).chunk(2)
-        loss = F.mse_loss(sd.predict(x_t, times[:BATCH], concept), erase_target(asked, without))
+            without, asked = frozen.predict(x_t.repeat(2, 1, 1, 1), times, Prompt(context)).chunk(2)
+        output = sd.predict(x_t, times[:BATCH], Prompt(concept))
+        loss = F.mse_loss(output, erase_target(asked, without))
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

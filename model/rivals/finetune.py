@@ -33,7 +33,7 @@ from model.stable_diffusion import load
 from model.tools.command import BadInput, Parser, at_strength, positive, rate, run
 from model.tools.device import device_and_precision
 from model.tools.processes import processes_for, spread
-from model.tools.training import generator, set_rate
+from model.tools.training import generator
 from model.toy import TOY, world
 
 PICTURES = 256                   # P
@@ -92,19 +92,20 @@ def fine_tune(args, sd, data: tuple[list[str], np.ndarray], label: str = "") -> 
     finite."""
     prompts, images = data
     x0 = sd.encode(images)                                    # [P, C, H, W]
-    context, empty = sd.embed(prompts), sd.embed([""])        # [P, L, D], [1, L, D]
+    prompt, empty = sd.embed(prompts), sd.embed([""])
     fresh = lora.init(sd.unet, args.rank, args.rank, generator(args.seed, "look"))
     parameters = lora.inject(sd.unet, fresh)
     optimiser = torch.optim.AdamW(parameters, args.lr, weight_decay=1e-2)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, args.steps)
     for step in tqdm(range(args.steps), desc=label):
-        set_rate(optimiser, args.lr, step, args.steps)
         random = generator(args.seed, "look", step)
         chosen = torch.randint(len(x0), (args.batch,), generator=random)    # [B]
         t = stratified_times(args.batch, sd.schedule.T, random).to(sd.device)
         noise = torch.randn(args.batch, *x0.shape[1:], generator=random).to(x0)
-        dropped = (torch.rand(args.batch, 1, 1, generator=random) < 0.1).to(sd.device)
+        dropped = (torch.rand(args.batch, generator=random) < 0.1).to(sd.device)
         x_t = sd.schedule.add_noise(x0[chosen], noise, t)
-        output = sd.predict(x_t, t, torch.where(dropped, empty, context[chosen]))
+        asked = prompt.map(lambda states: states[chosen]).replaced(dropped, empty)
+        output = sd.predict(x_t, t, asked)
         loss = (output - sd.schedule.target(x0[chosen], noise, t)).square().mean()
         if not loss.isfinite():
             raise BadInput(f"the loss is {loss.item()} at step {step}; lower --lr ({args.lr:g})")
@@ -112,6 +113,7 @@ def fine_tune(args, sd, data: tuple[list[str], np.ndarray], label: str = "") -> 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
+        rate.step()
     return lora.extract(sd.unet)
 
 

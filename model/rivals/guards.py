@@ -33,7 +33,7 @@ from model.rivals.steering import all_pairs, plain
 from model.stable_diffusion import load
 from model.tools.command import PlainParser, natural, run
 from model.tools.files import read_jsonl, sha256
-from model.tools.training import generator, set_rate
+from model.tools.training import generator
 from model.toy import TOY, world
 
 SEEN = [word for category in world.CATEGORIES for word in world.seen_words(category)]
@@ -76,7 +76,7 @@ class EmbeddingMapping(nn.Module):
 
 def end_and_states(sd, texts: list[str]) -> torch.Tensor:
     """The state of the end token, which stands for the whole text, then all: [N, L+1, D]."""
-    ids, states = sd.text.tokenize(texts), sd.embed(texts).float()
+    ids, states = sd.text.tokenize(texts), sd.embed(texts).context.float()
     end = (ids == sd.text.tokenizers[0].eos_token_id).int().argmax(1)    # the first
     return torch.cat([states[torch.arange(len(ids)), end][:, None], states], 1)
 
@@ -165,23 +165,24 @@ class Reader(nn.Module):
 def train_reader(sd, prompts: list[str], seed: int, steps: int = 400, batch: int = 32) -> Reader:
     """By the cross-entropy of each token, the padding's too, given those before it."""
     torch.manual_seed(seed)
-    ids, states = sd.text.tokenize(prompts), sd.embed(prompts).float()
+    ids, states = sd.text.tokenize(prompts), sd.embed(prompts).context.float()
     reader = Reader(len(sd.text.tokenizers[0]), sd.text.length, states.shape[-1])
     optimiser = torch.optim.AdamW(reader.parameters(), 3e-3)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for step in range(steps):
-        set_rate(optimiser, 3e-3, step, steps)
         chosen = torch.randint(len(ids), (batch,), generator=generator(seed, "reader", step))
         logits = reader(ids[chosen, :-1], states[chosen])
         optimiser.zero_grad()
         F.cross_entropy(logits.flatten(0, 1), ids[chosen, 1:].flatten()).backward()
         optimiser.step()
+        rate.step()
     return reader.eval()
 
 
 @torch.no_grad()
 def reading(sd, reader: Reader, prompts) -> list[str]:
     """What the reader writes down, the likeliest token at each place."""
-    states = sd.embed(list(prompts)).float()
+    states = sd.embed(list(prompts)).context.float()
     ids = torch.full((len(states), 1), sd.text.tokenizers[0].bos_token_id)
     for _ in range(sd.text.length - 1):
         ids = torch.cat([ids, reader(ids, states)[:, -1:].argmax(-1)], 1)

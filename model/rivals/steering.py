@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from model.data.pairs import read_pairs
 from model.rivals.attack import GUIDANCE, STEPS
 from model.schedule import SAMPLERS, sample
+from model.text import Prompt
 from model.toy import world
 
 SAMPLER = "dpm++"
@@ -85,13 +86,11 @@ class SafePrediction:
         B = len(prompts)
         self.sd, self.preset, self.step, self.momentum = sd, preset, 0, 0.0
         self.warm_up, self.guidance = preset.warm_up * steps / 50, guidance
-        self.context = sd.embed([""] * B + list(prompts) + [safety] * B)    # [3B, L, D]
-        if sd.zero_negative:    # SDXL, as in StableDiffusion.generate()
-            self.context[:B] = 0
+        self.prompt = sd.embed_guided(prompts).followed_by(sd.embed([safety] * B))    # 3B
 
     def __call__(self, x_t: torch.Tensor, t: int) -> torch.Tensor:
-        times = torch.full((len(self.context),), t, device=self.sd.device)
-        output = self.sd.predict(x_t.repeat(3, 1, 1, 1), times, self.context).float()
+        times = torch.full((3 * len(x_t),), t, device=self.sd.device)
+        output = self.sd.predict(x_t.repeat(3, 1, 1, 1), times, self.prompt).float()
         without, prompt, safety = output.chunk(3)
         gamma, self.momentum = safety_guidance(self.preset, prompt, without, safety, self.momentum)
         warm = self.step >= self.warm_up
@@ -114,9 +113,9 @@ def safe_latent_diffusion(sd, data: Path, seed: int, knob: str):
 
 
 @torch.no_grad()
-def two_streams(sd, contexts: list[torch.Tensor], seeds, weight: float, steps: int = STEPS,
+def two_streams(sd, prompts: list[Prompt], seeds, weight: float, steps: int = STEPS,
                 guidance: float = GUIDANCE) -> np.ndarray:
-    """Pictures uint8 [B, S, S, 3] of contexts_of(), [the prompts', the safe ones], from the same
+    """Pictures uint8 [B, S, S, 3] of two_prompts(), from the same
     noise. guidance: not 1.
 
         z <- (1 - weight) z + weight z_safe         after each step, once the layout stands
@@ -125,21 +124,19 @@ def two_streams(sd, contexts: list[torch.Tensor], seeds, weight: float, steps: i
     z = [sd.start_noise(seeds, sd.size).to(sd.device)] * 2
     memory = [None, None]
     for i, (t, s) in enumerate(pairs(sd.schedule, steps)):
-        for k, context in enumerate(contexts):
-            output = sd.guide(context, guidance, z[k], t)
+        for k, prompt in enumerate(prompts):
+            output = sd.guide(prompt, guidance, z[k], t)
             z[k], memory[k] = step(sd.schedule, z[k], output, t, s, memory[k])
         if i >= APART * steps:
             z[0] = z[0] + weight * (z[1] - z[0])
     return sd.decode(z[0])
 
 
-def safe_states(sd, pairs: list[dict]) -> torch.Tensor:
-    """The closest affine maps [L, D+1, D] of a prompt's states, one for each place, that take
-    unsafe prompts to their safe ones, and leave safe prompts as they are."""
-    unsafe = sd.embed([pair["unsafe"] for pair in pairs]).double()
-    safe = sd.embed([pair["safe"] for pair in pairs]).double()
-    x = with_one(torch.cat([unsafe, safe])).transpose(0, 1)     # [L, 2P, D+1]
-    y = torch.cat([safe, safe]).transpose(0, 1)                 # [L, 2P, D]
+def affine_maps(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
+    """The closest affine maps [L, D+1, D] of states [P, L, D], one for each place, that take unsafe
+    ones to their safe ones, and leave safe ones as they are."""
+    x = with_one(torch.cat([unsafe, safe]).double()).transpose(0, 1)     # [L, 2P, D+1]
+    y = torch.cat([safe, safe]).double().transpose(0, 1)                 # [L, 2P, D]
     ridge = RIDGE * torch.eye(x.shape[-1], device=x.device).double()
     return torch.linalg.solve(x.mT @ x + ridge, x.mT @ y)
 
@@ -148,14 +145,28 @@ def with_one(states: torch.Tensor) -> torch.Tensor:
     return F.pad(states, (0, 1), value=1.0)
 
 
-def contexts_of(sd, prompts, maps: torch.Tensor) -> list[torch.Tensor]:
-    """What the two streams of prompts read, [2B, L, D] each: no prompt first, then the prompts; or
-    the prompts through maps, of safe_states()."""
-    without, prompt = sd.embed([""] * len(prompts)), sd.embed(list(prompts))
-    if sd.zero_negative:    # SDXL, as in StableDiffusion.generate()
-        without = torch.zeros_like(without)
-    safe = torch.einsum("bld,lde->ble", with_one(prompt.double()), maps).to(prompt.dtype)
-    return [torch.cat([without, asked]) for asked in (prompt, safe)]
+def safe_states(sd, pairs: list[dict]) -> Prompt:
+    """The maps of a prompt's context, and for SDXL of its pooled vector, as of one place."""
+    unsafe, safe = (sd.embed([pair[kind] for pair in pairs]) for kind in ("unsafe", "safe"))
+    context = affine_maps(unsafe.context, safe.context)
+    if unsafe.pooled is None:
+        return Prompt(context)
+    return Prompt(context, affine_maps(unsafe.pooled[:, None], safe.pooled[:, None]))
+
+
+def two_prompts(sd, prompts, maps: Prompt) -> list[Prompt]:
+    """What the two streams read: nothing, and then the prompts; and nothing, and then the prompts
+    through the maps of safe_states()."""
+    own = sd.embed_guided(prompts)
+
+    def mapped(states: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        without, asked = states.chunk(2)
+        return torch.cat([without, torch.einsum("bld,lde->ble", with_one(asked.double()),
+                                                maps).to(states.dtype)])
+    context = mapped(own.context, maps.context)
+    if own.pooled is None:
+        return [own, Prompt(context)]
+    return [own, Prompt(context, mapped(own.pooled[:, None], maps.pooled)[:, 0])]
 
 
 def dual_latents(sd, data: Path, seed: int, knob: float):
@@ -165,5 +176,5 @@ def dual_latents(sd, data: Path, seed: int, knob: float):
     maps = safe_states(sd, all_pairs(data))
 
     def draw(prompts, seeds) -> np.ndarray:
-        return two_streams(sd, contexts_of(sd, prompts, maps), seeds, knob)
+        return two_streams(sd, two_prompts(sd, prompts, maps), seeds, knob)
     return draw

@@ -41,6 +41,7 @@ from model.lab.plot import plot
 from model.rivals.table import LORAS, RIVALS, lora_of
 from model.schedule import sample, stratified_times
 from model.stable_diffusion import load
+from model.text import Prompt
 from model.tools import processes
 from model.tools.command import PlainParser, natural, run
 from model.tools.files import read_json, read_jsonl, sha256, write_json
@@ -68,7 +69,7 @@ class Victim:
                  *tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in world.vocabulary()])}
         self.slots = torch.tensor([i for i in range(len(tokenizer)) if i not in known][:K])
         latents = read_latents(folder / "data", [category], sha256(*encoder_files(TOY)))
-        self.x0, self.unsafe = (latents[key][:PICTURES] for key in ("loser", "unsafe"))
+        self.x0, self.unsafe = latents.loser[:PICTURES], latents.unsafe.context[:PICTURES]
         pairs = read_pairs(folder / "data", category)[:PICTURES]
         self.learned_from = self.with_slots([pair["unsafe"] for pair in pairs])    # [P, L]
         rows = read_jsonl(folder / "data/test.jsonl")
@@ -99,15 +100,16 @@ class Victim:
         chosen = torch.randint(len(self.x0), (BATCH,), generator=random)
         t = stratified_times(BATCH, schedule.T, random)
         x0, noise = self.x0[chosen], torch.randn(BATCH, *self.x0.shape[1:], generator=random)
-        output = self.sd.predict(schedule.add_noise(x0, noise, t), t, states[chosen])
+        output = self.sd.predict(schedule.add_noise(x0, noise, t), t, Prompt(states[chosen]))
         return (output - schedule.target(x0, noise, t)).square().mean()
 
     @torch.no_grad()
     def harm(self, states: torch.Tensor, seed: int) -> float:
         """The share in % of the pictures of states [N, L, D] in which the judge sees any harm."""
-        context = torch.cat([self.sd.unconditional().expand_as(states), states])
+        empty = self.sd.unconditional().context.expand_as(states)
+        prompt = Prompt(torch.cat([empty, states]))
         noise = self.sd.start_noise(range(seed, seed + len(states)), self.sd.size)
-        latents = sample(partial(self.sd.guide, context, GUIDANCE), noise, self.sd.schedule, STEPS,
+        latents = sample(partial(self.sd.guide, prompt, GUIDANCE), noise, self.sd.schedule, STEPS,
                          "dpm++")
         verdicts = ToyJudge.load(TOY / "judge").judge(self.sd.decode(latents))
         return 100 * float(np.mean([verdict.unsafe for verdict in verdicts]))
@@ -128,7 +130,7 @@ def descent(parameters: list[torch.Tensor], rate: float, loss, states) -> Iterat
 def by_weights(victim: Victim, seed: int) -> Iterator[torch.Tensor]:
     unet = victim.sd.unet
     parameters = lora.inject(unet, lora.init(unet, 4, 4, generator(seed, "attack")))
-    own = victim.sd.embed(victim.prompts)
+    own = victim.sd.embed(victim.prompts).context
     yield from descent(parameters, RATES["weights"],
                        lambda step: victim.misfit(victim.unsafe, seed, step), lambda: own)
 

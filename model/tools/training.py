@@ -76,9 +76,3 @@ def summary(log: list[dict]) -> str:
     values = {key: mean[key] for key in ("loss", "accuracy")} | ratios(mean)
     return f"{len(log)} steps; at the end " + ", ".join(
         f"{key} {value:.3f}" for key, value in values.items())
-
-
-def set_rate(optimiser, lr, step, steps, warm_up=10):    # TEMPORARY, until the rivals are merged
-    import math
-    for group in optimiser.param_groups:
-        group["lr"] = lr * min(1, (step + 1) / warm_up) * (0.5 + 0.5 * math.cos(math.pi * step / steps))

@@ -3,11 +3,14 @@ from pathlib import Path
 
 import torch
 
+import lora
 import merge
 import train
+from model.data.pairs import Pairs
 from model.formats.experts import Experts
 from model.stable_diffusion import load, load_denoiser, skeleton
-from model.tools.device import pick_device
+from model.text import Prompt
+from model.tools.device import device_and_precision
 
 CPU = torch.device("cpu")
 
@@ -20,10 +23,15 @@ def picture(folder: str, device: str, dtype: str, side: str, steps: str):
         yield
 
 
+def random_prompt(unet, pairs: int) -> Prompt:
+    context = torch.randn(pairs, 77, unet.context_width)
+    return Prompt(context, torch.randn(pairs, unet.pooled_width) if unet.pooled_width else None)
+
+
 def random_pair(denoiser) -> tuple:
-    """(x_t, t, context) of two pictures of 256 px."""
-    context = torch.randn(2, 77, denoiser.unet.context_width)
-    return torch.randn(2, 4, 32, 32), torch.tensor([100, 700]), context
+    """(x_t, t, prompt) of two images of 256 px."""
+    prompt = random_prompt(denoiser.unet, 2)
+    return torch.randn(2, 4, 32, 32), torch.tensor([100, 700]), prompt
 
 
 def forward(folder: str):
@@ -37,23 +45,28 @@ def forward(folder: str):
             yield
 
 
-def random_pairs(folder: str, side: str, pairs: int) -> dict[str, torch.Tensor]:
-    """What make_data.py would write of pictures of this side, in pixels."""
+def random_pairs(folder: str, side: str, pairs: int) -> Pairs:
+    """What make_data.py would write of images of this side, in pixels."""
     unet, side = skeleton(Path(folder)), int(side) // 8
-    words = (77 + bool(unet.pooled_width), unet.context_width)
-    tensors = {key: torch.randn(pairs, 4, side, side) for key in ("winner", "loser")}
-    tensors |= {key: torch.randn(pairs, *words) for key in ("safe", "unsafe")}
-    return {**tensors, "empty": torch.randn(1, *words)}
+    winner, loser = torch.randn(2, pairs, 4, side, side)
+    prompts = [random_prompt(unet, n) for n in (pairs, pairs, 1)]
+    return Pairs(winner, loser, *prompts)
 
 
 def step(folder: str, side: str, *flags: str):
-    """A step of the published loss, on random latents."""
-    args = train.parse_arguments(["--model", folder, "--loss", "dpo", "--beta", "5000", *flags])
-    tensors = random_pairs(folder, side, args.batch)
-    trainer = train.Trainer(args, pick_device(args.device), "bench", tensors)
+    """A step of the published loss, on random latents: train.train(), which the loss tells when a
+    step begins."""
+    args = train.parse_arguments(["--model", folder, *flags])
+    device, precision = device_and_precision(args.device, args.precision)
+    denoiser = load_denoiser(Path(folder), device, precision)
+    denoiser.unet.checkpointing = args.checkpointing
+    fresh = lora.init(denoiser.unet, 4, 4, torch.Generator())
+    parameters, pairs = lora.inject(denoiser.unet, fresh), random_pairs(folder, side, args.batch)
     yield
     for number in range(3):
-        trainer.take_step(number, 100)
+        train.train(denoiser, parameters, pairs, train.loss_named("dpo"), Path("no state"),
+                    {"concept": "bench"}, number, precision=precision, beta=5000, lr=1e-5, steps=1,
+                    batch=args.batch, accumulate=1, caption_dropout=0)
         yield
 
 
@@ -66,8 +79,8 @@ def combine(experts: str, *flags: str):
 
 def co_merge(folder: str, experts: str, side: str, device: str):
     """The whole of merge.py, calibrated on random pairs."""
-    tensors = random_pairs(folder, side, merge.CALIBRATION_PAIRS)
-    merge.read_latents = lambda *where: tensors
+    pairs = random_pairs(folder, side, merge.CALIBRATION_PAIRS)
+    merge.read_latents = lambda *where: pairs
     yield from combine(experts, "--model", folder, "--device", device)
 
 
@@ -75,9 +88,10 @@ def score(folder: str, experts: str):
     """Co-Merge's pass of what forward() takes."""
     denoiser, paths = load_denoiser(Path(folder), CPU), sorted(Path(experts).glob("*.safetensors"))
     batch = random_pair(denoiser)
-    parts = list(Experts(paths, [1.0]).layers())
+    activities = {name: merge.Activity(parts, CPU)
+                  for name, parts in Experts(paths, [1.0]).layers()}
     with torch.no_grad():
         denoiser.predict(*batch)
     yield
-    merge.measure(denoiser, parts, [(0, *batch)])
+    merge.measure(denoiser, activities, [merge.Inputs(0, False, 1.0, *batch)])
     yield

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from model.formats.lora_file import load
 from model.tools.device import precision
-from model.tools.training import mixed_precision
 
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
@@ -21,8 +20,9 @@ def step(folder: str, side: str, pairs: str = "1", device: str = "cpu", wanted: 
     """With VAE and text encoder in the loop, and a second UNet as the reference. wanted: the
     precision of all but the LoRA, as train.py reads it."""
     device, side, n = torch.device(device), int(side), int(pairs)
-    cast, scaler = mixed_precision(device, wanted)
     dtype = precision(device, wanted)
+    cast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
     reference = diffusers.UNet2DConditionModel.from_pretrained(folder, subfolder="unet",
                                                                torch_dtype=dtype).to(device)
