@@ -1,21 +1,21 @@
-"""Step 4 of 4: draw, compare, judge. `python sample.py "a red ball" --lora merged.safetensors`
+"""Step 4 of 4: generate, compare, judge. `python sample.py "a red ball" --lora merged.safetensors`
 
-What it is:  text to pictures with any number of LoRAs, base and aligned side by side, and the table
+What it is:  text to images with any number of LoRAs, base and aligned side by side, and the table
              that says whether the harm is gone (IP) and whether everything else is intact (scenes).
 Needs:       a Stable Diffusion (default: the embedded toy); prompts on the command line or in a
              file.
 Gives:       samples/00000.png ... and index.jsonl; with --compare also base/, and with several
              --lora a folder for each; with several columns compare.png; with --judge judge.json.
-             The folders hold plain pictures, as pytorch-fid, Q16 and NudeNet read them.
+             The folders hold plain images, as pytorch-fid, Q16 and NudeNet read them.
 
-IP, the inappropriate probability, is the share of pictures in which the judge sees ANY harm
+IP, the inappropriate probability, is the share of images in which the judge sees ANY harm
 (model/judges/table.py).
 
-Seeds: picture i of all starts from seed + i, which is prompt i // N, image i % N with
+Seeds: image i of all starts from seed + i, which is prompt i // N, image i % N with
 --images-per-prompt N; where the prompts' file gives a prompt its own seed, its image k starts from
 seed + own + k. Base and aligned share their seeds.
 
-Interrupted: the same command continues. A picture that is there was moved into place whole.
+Interrupted: the same command continues. An image that is there was moved into place whole.
 """
 import sys
 from functools import partial
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import lora
@@ -35,16 +36,16 @@ from model.judges.clip import ClipScore
 from model.judges.grid import grid
 from model.judges.table import measure, report
 from model.stable_diffusion import at_once, check_settings, load, image_size, skeleton
-from model.tools.command import BadInput, DrawingParser, at_strength, positive, run
+from model.tools.command import BadInput, GeneratingParser, at_strength, positive, run
 from model.tools.device import device_and_precision
 from model.tools.files import prepare, sha256, write_jsonl
 from model.tools.pictures import write_picture
 from model.tools.processes import processes_for, spread
-from model.toy import TOY
+from model.toy import is_toy, usual_settings
 
 
 def parse_arguments(argv=None):
-    parser = DrawingParser("Draws pictures, with or without LoRAs; compares and judges them.")
+    parser = GeneratingParser("Draws pictures, with or without LoRAs; compares and judges them.")
     add = parser.add_argument
     add("prompt", nargs="*", help="what to draw, one picture each")
     add("--prompts", type=Path, help="JSON lines or CSV with a column prompt, such as "
@@ -69,62 +70,64 @@ def parse_arguments(argv=None):
 
 
 class Job(NamedTuple):
-    """One picture."""
+    """One image."""
     prompt: str
     seed: int
     guidance: float
 
 
 class Column(NamedTuple):
-    """One model to draw with: the base, or the base with LoRAs."""
+    """One model to generate with: the base, or the base with LoRAs."""
     label: str
     folder: Path
     factors: dict    # the LoRAs' sum
     made_of: list    # (hash, strength) of each LoRA
 
 
-def columns_of(args) -> list[Column]:
-    """In the order of the grid. One --lora, or none, draws into --out itself; several into a folder
+def columns_of(loras: list[list[tuple[Path, float]]], model: Path, out: Path,
+               compare: bool) -> list[Column]:
+    """In the order of the grid. One --lora, or none, goes into `out` itself; several into a folder
     each. Raises BadInput for a LoRA that is not for this model."""
-    columns, network = [], skeleton(args.model)
-    if args.compare:
-        columns.append(Column("base", args.out / "base", {}, []))
-    for files in args.lora or [[]]:
+    columns, network = [], skeleton(model)
+    if compare:
+        columns.append(Column("base", out / "base", {}, []))
+    for files in loras or [[]]:
         names = [f"{path.name}@{strength:g}".removesuffix("@1") for path, strength in files]
         label = " + ".join(names) or "base"
         while label in [column.label for column in columns]:    # two files of one name
             label += " (again)"
-        loras = [match(network, load_lora(path)[0], str(path)) for path, _ in files]
-        factors = lora.compose(loras, [strength for _, strength in files])
-        folder = args.out / label if len(args.lora) > 1 else args.out
+        fitting = [match(network, load_lora(path)[0], str(path)) for path, _ in files]
+        factors = lora.compose(fitting, [strength for _, strength in files])
+        folder = out / label if len(loras) > 1 else out
         made_of = [(sha256(path), strength) for path, strength in files]
         columns.append(Column(label, folder, factors, made_of))
     return columns
 
 
-def jobs_of(args, requests: list[Request]) -> list[Job]:
-    """One for each picture. The user's --guidance comes before the file's, which comes before
-    ours."""
+def jobs_of(requests: list[Request], images_per_prompt: int, seed: int, guidance: float | None,
+            usual_guidance: float) -> list[Job]:
+    """One for each image; `requests` names each that often. The user's guidance comes before the
+    file's, which comes before the usual one."""
     jobs = []
     for i, request in enumerate(requests):
-        own = i if request.seed is None else request.seed + i % args.images_per_prompt
-        wishes = (args.guidance, request.guidance, args.usual_guidance)
-        guidance = next(wish for wish in wishes if wish is not None)
-        jobs.append(Job(request.prompt, args.seed + own, guidance))
+        own = i if request.seed is None else request.seed + i % images_per_prompt
+        wishes = (guidance, request.guidance, usual_guidance)
+        wish = next(wish for wish in wishes if wish is not None)
+        jobs.append(Job(request.prompt, seed + own, wish))
     return jobs
 
 
-def build(args, device, factors: dict):
+def load_with(model: Path, device: torch.device, precision: str, factors: dict):
     """What each worker process does once: load the model and put the LoRA in."""
-    sd = load(args.model, device, args.precision)
+    sd = load(model, device, precision)
     lora.inject(sd.unet, factors)
     return sd
 
 
-def draw(settings: dict, sd, jobs: list[Job]) -> np.ndarray:
-    """The pictures of jobs that have one guidance: uint8 [N, S, S, 3]."""
-    prompts, seeds, guidance = zip(*jobs)
-    return sd.generate(prompts, seeds, guidance=guidance[0], **settings)
+def generate(settings: dict, sd, jobs: list[Job]) -> np.ndarray:
+    """The images of jobs that have one guidance: uint8 [N, S, S, 3]."""
+    return sd.generate([job.prompt for job in jobs], [job.seed for job in jobs],
+                       guidance=jobs[0].guidance, **settings)
 
 
 def batches_of(jobs: list[Job], size: int) -> list[list[int]]:
@@ -135,67 +138,74 @@ def batches_of(jobs: list[Job], size: int) -> list[list[int]]:
     return [group[k:k + size] for group in groups.values() for k in range(0, len(group), size)]
 
 
-def draw_column(args, device, column: Column, jobs: list[Job]):
-    """Draws every job that is not there yet, and writes index.jsonl."""
-    settings = {key: getattr(args, key) for key in ("steps", "sampler", "negative", "size")}
-    batches = batches_of(jobs, args.batch)
-    several = len(batches) > 1    # a single one is drawn anew, and large weights are not hashed
-    made_with = {**settings, "jobs": jobs, "batch": args.batch, "device": device.type,
-                 "precision": args.precision,
-                 "model": sha256(*model_files(args.model)) if several else None,
-                 "loras": column.made_of}
-    prepare(column.folder, made_with, ("[0-9]" * 5 + "*.png",))
+def make_column(column: Column, jobs: list[Job], batch: int, settings: dict, model: Path,
+                device: torch.device, precision: str):
+    """Generates every job that is not there yet, and writes index.jsonl."""
+    batches = batches_of(jobs, batch)
+    several = len(batches) > 1    # a single one is made anew, and large weights are not hashed
+    prepare(column.folder, {
+        **settings, "jobs": jobs, "batch": batch, "device": device.type, "precision": precision,
+        "model": sha256(*model_files(model)) if several else None, "loras": column.made_of},
+        ("[0-9]" * 5 + "*.png",))
     paths = [column.folder / f"{i:05d}.png" for i in range(len(jobs))]
-    todo = [batch for batch in batches if not several or not all(paths[i].is_file() for i in batch)]
-    workers = processes_for(device, unet_files(args.model))
-    drawn = spread(partial(build, args, device, column.factors), partial(draw, settings),
-                   [[jobs[i] for i in batch] for batch in todo], workers)
-    for batch, pictures in zip(tqdm(todo, desc=column.label, unit="batch"), drawn):
-        for i, picture in zip(batch, pictures):
-            write_picture(paths[i], picture)
+    todo = [numbers for numbers in batches
+            if not several or not all(paths[i].is_file() for i in numbers)]
+    images_of_batch = spread(partial(load_with, model, device, precision, column.factors),
+                             partial(generate, settings),
+                             [[jobs[i] for i in numbers] for numbers in todo],
+                             processes_for(device, unet_files(model)))
+    for numbers, images in zip(tqdm(todo, desc=column.label, unit="batch"), images_of_batch):
+        for i, image in zip(numbers, images):
+            write_picture(paths[i], image)
     write_jsonl(column.folder / "index.jsonl", [
         {"file": path.name, **job._asdict(), **settings, "lora": column.made_of}
         for path, job in zip(paths, jobs)])
 
 
-def main(args):
-    requests, notes = read_requests(args.prompts) if args.prompts else ([], [])
-    requests = [Request(prompt) for prompt in args.prompt] + requests
+def requests_of(prompts: list[str], file: Path | None) -> list[Request]:
+    """Those of the command line, and then those of the file. Raises BadInput if there are none."""
+    requests, notes = read_requests(file) if file else ([], [])
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    if not requests:
-        raise BadInput("nothing to draw; give a prompt in quotes, or --prompts FILE with a prompt "
-                       "in it")
+    if not prompts and not requests:
+        raise BadInput("nothing to generate; give a prompt in quotes, or --prompts FILE with a "
+                       "prompt in it")
+    return [Request(prompt) for prompt in prompts] + requests
+
+
+def main(args):
+    requests = requests_of(args.prompt, args.prompts)
     if args.compare and not args.lora:
         raise BadInput("--compare needs something to compare with the base model; give --lora FILE")
-    device, args.precision = device_and_precision(args.device, args.precision)
-    size = args.size or image_size(args.model)
-    check_settings(args.model, size, args.steps, args.sampler)
-    args.batch = args.batch or at_once(size)
+    device, precision = device_and_precision(args.device, args.precision)
+    model, out, size = args.model, args.out, args.size or image_size(args.model)
+    usual_steps, usual_guidance = usual_settings(model)
+    settings = {"steps": args.steps or usual_steps, "sampler": args.sampler,
+                "negative": args.negative, "size": args.size}
+    check_settings(model, size, settings["steps"], args.sampler)
     judge = named_judge(args.judge, device, size)
     check_prompts(judge, [request.prompt for request in requests])
     clip = ClipScore(args.clipscore, device) if args.clipscore else None
-    columns = columns_of(args)
+    columns = columns_of(args.lora, model, out, args.compare)
     requests = [request for request in requests for _ in range(args.images_per_prompt)]
-    jobs = jobs_of(args, requests)
+    jobs = jobs_of(requests, args.images_per_prompt, args.seed, args.guidance, usual_guidance)
     for column in columns:
-        draw_column(args, device, column, jobs)
-    for made in ("judge.json", "compare.png"):    # of pictures that may have changed
-        (args.out / made).unlink(missing_ok=True)
-    folders = {column.label: column.folder for column in columns}
-    verdicts = {}
+        make_column(column, jobs, args.batch or at_once(size), settings, model, device, precision)
+    for made in ("judge.json", "compare.png"):    # of images that may have changed
+        (out / made).unlink(missing_ok=True)
+    folders, verdicts = {column.label: column.folder for column in columns}, {}
     if judge or clip:
         measured = measure(folders, requests, judge, clip, "base" if args.compare else None)
         seeds, scales = [job.seed for job in jobs], {job.guidance for job in jobs}
-        settings = {"pictures": len(jobs), "images per prompt": args.images_per_prompt,
-                    "seeds": f"{min(seeds)}..{max(seeds)}", "sampler": args.sampler,
-                    "steps": args.steps, "guidance": ", ".join(f"{g:g}" for g in sorted(scales))}
-        report(args.out / "judge.json", measured, judge, clip, settings)
+        report(out / "judge.json", measured, judge, clip, {
+            "pictures": len(jobs), "images per prompt": args.images_per_prompt,
+            "seeds": f"{min(seeds)}..{max(seeds)}", "sampler": args.sampler,
+            "steps": settings["steps"], "guidance": ", ".join(f"{g:g}" for g in sorted(scales))})
         verdicts = measured.verdicts
     if len(columns) > 1:
-        blur = args.model.resolve() != TOY.resolve() and not args.show_unsafe
-        grid(args.out / "compare.png", folders, requests, verdicts, blur)
-    print(f"{args.out}: {len(jobs)} pictures for each of {len(columns)} columns")
+        blur = not is_toy(model) and not args.show_unsafe
+        grid(out / "compare.png", folders, requests, verdicts, blur)
+    print(f"{out}: {len(jobs)} pictures for each of {len(columns)} columns")
 
 
 if __name__ == "__main__":

@@ -720,9 +720,9 @@ def test_solving_loses_nothing_where_experts_do_not_meet(monkeypatch):
 def test_every_layer_of_a_unet_can_be_adapted():
     """conv_in and the time's layers too, whose weights the UNet may not look at by itself."""
     denoiser = load_denoiser(TOY, CPU)
-    changes, wanted = checkpoints.every_layer(denoiser.unet), denoiser.predict(*INPUTS)
+    changes, wanted = checkpoints.every_layer(denoiser.unet), denoiser.predict(*INPUTS[:2], Prompt(INPUTS[2]))
     assert len(lora.inject(denoiser.unet, changes)) == 2 * len(changes)
-    assert torch.equal(denoiser.predict(*INPUTS), wanted)
+    assert torch.equal(denoiser.predict(*INPUTS[:2], Prompt(INPUTS[2])), wanted)
 
 
 def test_strength_is_not_raised_without_bound():
@@ -2398,7 +2398,7 @@ def in_greys(here, monkeypatch):
     """An empty folder, where make_data.py draws the grey that the row's seed says."""
     def draw(settings, sd, rows):
         return [(np.full((32, 32, 3), row["seed"] % 256, np.uint8),) * 2 for row in rows]
-    monkeypatch.setattr(make_data, "draw", draw)
+    monkeypatch.setattr(make_data, "generate", draw)
 
 
 def test_a_test_prompt_that_was_trained_on_measures_memory(in_greys, capsys):
@@ -2528,7 +2528,7 @@ def test_a_judge_drops_what_does_not_show_its_prompt(in_greys, monkeypatch, caps
     """Harm on the safe side, none on the unsafe one, or what it cannot make out."""
     kite, emblem, white = drawn(0, "kite"), drawn(0), np.full((32, 32, 3), 255, np.uint8)
     pairs = [(kite, kite), (emblem, emblem), (white, emblem), (emblem, kite), (kite, emblem)]
-    monkeypatch.setattr(make_data, "draw", lambda settings, sd, rows: pairs)
+    monkeypatch.setattr(make_data, "generate", lambda settings, sd, rows: pairs)
     command("make_data --concept violence --pairs 5")
     said = capsys.readouterr().out
     assert "violence: 1 pairs; dropped 3 not safe; dropped 2 not unsafe" in said

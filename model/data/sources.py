@@ -132,17 +132,19 @@ def from_language_model(folder: Path, concepts: Path, out: Path, concept: str, p
     return source._replace(notes=[summary, *source.notes])
 
 
-def source_of(args, device: torch.device) -> Source:
-    """The prompts, from wherever make_data.py's flags say. Raises BadInput if they contradict."""
-    if (args.llm is None) != (args.concepts is None) or (args.llm and args.prompts):
+def source_of(concept: str, pairs: int | None, seed: int, prompts: list[Path] | None,
+              images: Path | None, llm: Path | None, concepts: Path | None, out: Path,
+              device: torch.device) -> Source:
+    """The prompts, from wherever make_data.py's flags of these names say. Raises BadInput if they
+    contradict each other."""
+    if (llm is None) != (concepts is None) or (llm and prompts):
         raise BadInput("--llm needs --concepts, and excludes --prompts; give --llm DIR --concepts "
                        "FILE")
-    if args.images and not (args.prompts and args.images.is_dir()):
-        raise BadInput(f"--images {args.images}: needs to be a folder, and --prompts FILE, which "
+    if images and not (prompts and images.is_dir()):
+        raise BadInput(f"--images {images}: needs to be a folder, and --prompts FILE, which "
                        "says what its pictures show; give both")
-    wanted = args.concept, args.pairs, args.seed
-    if args.llm:
-        return from_language_model(args.llm, args.concepts, args.out, *wanted, device)
-    if args.prompts:
-        return from_files(args.prompts, args.images, args.out, *wanted)
-    return from_grammar(*wanted)
+    if llm:
+        return from_language_model(llm, concepts, out, concept, pairs, seed, device)
+    if prompts:
+        return from_files(prompts, images, out, concept, pairs, seed)
+    return from_grammar(concept, pairs, seed)

@@ -158,11 +158,11 @@ def composed(args) -> dict:
 
 def pictures(args, factors: dict, prompts: list[str], seeds) -> np.ndarray:
     """Each prompt's picture, uint8 [P, S, S, 3], drawn with that LoRA as sample.py draws it."""
-    device, args.precision = device_and_precision(args.device, args.precision)
+    device, precision = device_and_precision(args.device, args.precision)
     jobs = [sample.Job(prompt, seed, GUIDANCE) for prompt, seed in zip(prompts, seeds)]
     batches = [jobs[k:k + BATCH] for k in range(0, len(jobs), BATCH)]
-    drawn = spread(partial(sample.build, args, device, factors),
-                   partial(sample.draw, {"steps": STEPS}), batches,
+    drawn = spread(partial(sample.load_with, args.model, device, precision, factors),
+                   partial(sample.generate, {"steps": STEPS}), batches,
                    processes_for(device, unet_files(args.model)))
     return np.concatenate(list(tqdm(drawn, desc="drawing", total=len(batches))))
 

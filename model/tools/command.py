@@ -1,6 +1,6 @@
 """A command line: its flags, and errors of one line.
 
-Gives:       BadInput, run(); PlainParser, Parser, DrawingParser; and types of flags, which refuse
+Gives:       BadInput, run(); PlainParser, Parser, GeneratingParser; and types of flags, which refuse
              what makes no sense: positive, natural, share, portion, rate, number, at_strength.
 """
 import argparse
@@ -102,8 +102,8 @@ class Parser(PlainParser):
                                "it lacks bf16), else fp32. LoRAs and losses are fp32 always")
 
 
-class DrawingParser(Parser):
-    """With the flags of scripts that draw."""
+class GeneratingParser(Parser):
+    """With the flags of scripts that generate images."""
 
     def __init__(self, description: str):
         super().__init__(description)
@@ -113,17 +113,9 @@ class DrawingParser(Parser):
                           "(default: toy 3, else 7.5)")
         self.add_argument("--negative", default="", help="what guidance steers away from, a prompt")
         self.add_argument("--size", type=positive,
-                          help="a picture's side in pixels (default: the model's own)")
-        self.add_argument("--batch", type=positive, help="pictures drawn at once "
+                          help="an image's side in pixels (default: the model's own)")
+        self.add_argument("--batch", type=positive, help="images generated at once "
                           "(default: 16 up to 256 px, 4 at 512 px, 1 at 1024 px)")
-
-    def parse_args(self, argv=None):
-        """Adds what suits the model where the user says nothing: steps, and usual_guidance."""
-        args = super().parse_args(argv)
-        toy = args.model.resolve() == TOY.resolve()
-        args.steps = args.steps or (10 if toy else 25)
-        args.usual_guidance = 3.0 if toy else 7.5
-        return args
 
 
 def complain(message: str) -> int:
