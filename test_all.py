@@ -1880,13 +1880,15 @@ def test_a_gpu_is_not_shared_by_all_processes(monkeypatch):
 
 SD = "model.schedule model.stable_diffusion model.text model.unet model.vae"
 BELOW = f"{SD} model.formats model.tools lora"
+TOYS = "model.toy.TOY model.toy.is_toy model.toy.usual_settings"
 KNOWS = {    # files: what of ours they may import
     "dpo.py": "", "lora.py": "",
-    "make_data.py": f"{BELOW} model.data model.judges model.toy.TOY",
-    "train.py": f"{BELOW} model.data model.toy.TOY lora dpo",
-    "merge.py": f"{BELOW} model.data model.toy.TOY lora",
-    "sample.py": f"{BELOW} model.data model.judges model.toy.TOY lora", "model/*.py": BELOW,
-    "model/formats/*.py": BELOW, "model/tools/*.py": f"{BELOW} model.toy.TOY",
+    "make_data.py": f"{BELOW} model.data model.judges {TOYS}",
+    "train.py": f"{BELOW} model.data dpo",
+    "merge.py": f"{BELOW} model.data",
+    "sample.py": f"{BELOW} model.data model.judges {TOYS}", "model/*.py": BELOW,
+    "model/formats/*.py": "model.formats model.tools lora",
+    "model/tools/*.py": "model.tools model.toy.TOY",
     "model/data/*.py": f"{BELOW} model.data model.toy.world",
     "model/judges/*.py": f"{BELOW} model.data model.judges model.toy",
     "model/toy/*.py": f"{BELOW} model.toy"}
