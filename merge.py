@@ -15,13 +15,11 @@ Gives:       merged.safetensors, of rank = the sum of the experts' ranks, and ex
     ties       trim, elect, average: see ties()                  (2306.01708)
     dare       delta W = sum_i drop(delta W_i) / density         (2311.03099)
     co-merge   row j of delta W is gamma times row j of the expert that is most active there
-    regmean    the delta W that does on each expert's inputs what that expert does, and nothing on
-               safe ones, in the sense of least squares          (2212.09849, and a term [ours])
+    regmean    does on each expert's inputs what that expert does, and nothing on safe ones
 
 Letters: n experts (of a layer: those that adapt it), r rank, R the sum of ranks, N rows that a
-layer multiplies, I and O a layer's input and output width; c the expert that an input is of.
+layer multiplies, I and O a layer's input and output width.
 """
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,11 +81,11 @@ class Inputs(NamedTuple):
 
 
 def calibration(experts: Experts, data: Path, encoders_hash: str, denoiser: Denoiser,
-                preserve: float | None, seed: int) -> Iterator[Inputs]:
-    """What each expert was trained to change: its unsafe prompts, on the unsafe and on the safe
-    image, which is where sampling starts out and where it should end. With preserve (lambda) also
-    what it was trained to leave alone: the safe image under its safe prompt and under the empty
-    one. All noise levels come equally often."""
+                preserve: float | None, seed: int):
+    """Yields Inputs: what each expert was trained to change, its unsafe prompts, on the unsafe and
+    on the safe image, where sampling starts out and where it should end. With preserve (lambda)
+    also what it was trained to leave alone, the safe image under its safe prompt and under none.
+    All noise levels come equally often."""
     first = lambda tensor: tensor[:CALIBRATION_PAIRS]
     for expert, concept in enumerate(experts.concepts):
         pairs = read_latents(data, [concept], encoders_hash)
@@ -102,53 +100,51 @@ def calibration(experts: Experts, data: Path, encoders_hash: str, denoiser: Deno
             x_t = denoiser.schedule.add_noise(x_0, torch.randn(x_0.shape, generator=rng), t)
             for some in torch.arange(len(t)).split(at_once(denoiser.reduction * x_0.shape[-1])):
                 cut = lambda tensor: tensor[some].to(denoiser.device)
-                share = weight * len(some) / len(t)
-                yield Inputs(owner, share, cut(x_t), cut(t), prompt.map(cut))
+                yield Inputs(owner, weight * len(some) / len(t), cut(x_t), cut(t), prompt.map(cut))
 
 
 class Statistic:
-    """What calibration tells of a layer. E_i is the mean over inputs x of i's category, each
-    category counting once, and G_i = E_i x x^T [I, I].
+    """What calibration tells of a layer. E_i is the mean over the inputs x of i's category, and
+    G_i = E_i x x^T [I, I].
 
     activity  {i: E_i |delta W_i x| [O]}
+    energy    sum_i E_i |delta W_i x|^2
     products  {i: A_i G_i [r, I]}
-    M [I, I]  sum_i (G_i + lambda G_i,safe); only where regmean will solve. Of ALL experts: one that
-              does not adapt this layer wants nothing changed on its inputs.
-
-    So memory does not grow with the inputs, nor, but for [r, I] and [O], with n. (With I: of a 3x3
-    convolution of 1,280 channels M takes 530 MB.)
+    M [I, I]  sum_i (G_i + lambda G_i,safe), where regmean will solve; of ALL experts: one that does
+              not adapt this layer wants nothing changed on its inputs. (Large for a convolution:
+              530 MB for 3x3 of 1,280 channels.)
     """
     def __init__(self, parts: dict[int, Factors], solving: bool):
-        self.parts, self.solving, self.M = parts, solving, 0.0
+        self.parts, self.solving, self.M, self.energy = parts, solving, 0.0, 0.0
         self.activity, self.products = dict.fromkeys(parts, 0.0), dict.fromkeys(parts, 0.0)
 
     def add(self, x: torch.Tensor, inputs: Inputs):
-        """Takes in what the layer multiplies, x [N, I]."""
+        """x [N, I]: what the layer multiplies."""
         i, weight = inputs.expert, inputs.weight / len(x)
         if self.solving:
             self.M += weight * x.T @ x
         if i in self.parts:
             f = self.parts[i]
-            narrow = x @ f.down.to(x.device).T    # [N, r]
-            change = f.scale * narrow @ f.up.to(x.device).T
+            narrow = x @ f.down.to(x.device).T                # [N, r]
+            change = f.scale * narrow @ f.up.to(x.device).T   # [N, O]
             self.activity[i] += weight * change.abs().sum(0)
+            self.energy += weight * change.square().sum()
             self.products[i] += weight * narrow.T @ x
 
-    def owner(self) -> torch.Tensor:
+    def owner(self):
         """[O]: the place of the most active expert; of equals the first."""
         return torch.stack(list(self.activity.values())).argmax(0).cpu()
 
-    def moved(self) -> list[Factors]:
-        """delta W_i G_i of each expert, [O, I] as factors: s_i B_i and A_i G_i."""
-        return [f._replace(down=self.products[i].cpu()) for i, f in self.parts.items()]
+    def wanted(self):
+        """sum_i delta W_i G_i, as factors of scale 1: B = [s_1 B_1, ...], A = [A_1 G_1; ...]."""
+        return add_changes([f._replace(down=self.products[i].cpu()) for i, f in self.parts.items()])
 
 
 @torch.no_grad()
-def measure(denoiser: Denoiser, statistics: dict[str, Statistic], inputs):
-    """Fills the statistics {layer: ...} in ONE pass of the base UNet for all experts, since x does
-    not depend on the expert: it is what the base UNet's layer meets, an approximation of what the
-    merged one's will meet."""
-    adaptable, hooks, now = lora.layers(denoiser.unet), [], None
+def measure(denoiser: Denoiser, statistics, inputs):
+    """Fills {layer: its statistic} in ONE pass of the base UNet for all experts, since x does not
+    depend on them: it is what the base's layers meet, nearly what the merged model's will meet."""
+    adaptable, hooks = lora.layers(denoiser.unet), []
     for name, statistic in statistics.items():
         hook = lambda layer, args, to=statistic: to.add(lora.rows(layer, args[0]), now)
         hooks.append(adaptable[name][1].register_forward_pre_hook(hook))
@@ -159,9 +155,9 @@ def measure(denoiser: Denoiser, statistics: dict[str, Statistic], inputs):
         hook.remove()
 
 
-def calibrate(experts: Experts, model: Path, data: Path, device: torch.device,
-              precision: str, preserve: float | None, seed: int) -> dict[str, Statistic]:
-    """Loads the UNet and measures. Raises BadInput if the experts are not for this model."""
+def calibrate(experts: Experts, model: Path, data: Path, device: torch.device, precision: str,
+              preserve: float | None, seed: int):
+    """{layer: its statistic}. Raises BadInput if the experts are not for this model."""
     files = unet_files(model)
     processes_for(device, files)    # gives a small network one thread, as in training
     if experts.metadata.get("base_model_hash") not in (None, sha256(*files)):
@@ -169,17 +165,14 @@ def calibrate(experts: Experts, model: Path, data: Path, device: torch.device,
                        f"{model}; give that model")
     denoiser = load_denoiser(model, device, precision)
     match_experts(denoiser.unet, experts)
-    solving = preserve is not None
-    statistics = {name: Statistic(parts, solving) for name, parts in experts.layers()}
-    encoders_hash = sha256(*encoder_files(model))
-    measure(denoiser, statistics,
-            calibration(experts, data, encoders_hash, denoiser, preserve, seed))
+    statistics = {name: Statistic(parts, preserve is not None) for name, parts in experts.layers()}
+    inputs = calibration(experts, data, sha256(*encoder_files(model)), denoiser, preserve, seed)
+    measure(denoiser, statistics, inputs)
     return statistics
 
 
 class Layer(NamedTuple):
-    """What a rule may want to know besides the changes. A rule is (list[Factors], Layer) -> Factors,
-    of the experts that adapt a layer."""
+    """What a rule (list[Factors], Layer) -> Factors may want to know besides the changes."""
     n: int                     # experts in all, also those that do not adapt this layer
     density: float | None
     rng: torch.Generator
@@ -194,7 +187,7 @@ def average(parts, layer):
     return lora.stack(parts, [1 / layer.n] * len(parts))
 
 
-def dense(delta: torch.Tensor, kernel: tuple) -> Factors:
+def dense(delta, kernel):
     """Any delta W [O, I] as factors: B = 1, A = delta W."""
     return Factors(delta, torch.eye(len(delta)), float(len(delta)), kernel)
 
@@ -224,33 +217,23 @@ def keep_rows(parts: list[Factors], owner: torch.Tensor) -> Factors:
     return add_changes(masked)
 
 
-def inner(f: Factors, g: Factors) -> torch.Tensor:
-    """<F, G> of two matrices [O, I] given as factors, without writing either down."""
-    return f.scale * g.scale * ((f.up.T @ g.up) * (f.down @ g.down.T)).sum()
-
-
 def co_merge(parts, layer):
     """Co-Merge [our reconstruction from the paper's captions]. Each output unit goes to the expert
     that is most active there on its own inputs; every other expert's row is dropped. That weakens
-    every expert. One factor for the layer makes up for it [ours; README, eq. 9]:
-
-        gamma = sum_i E_i |delta W_i x|^2    / sum_i E_i <delta W_i x, delta W x>
-              = sum_i <delta W_i G_i, delta W_i> / sum_i <delta W_i G_i, delta W>
-
-    All together then move as far in the direction of their own experts as those did.
-    """
-    merged, moved = keep_rows(parts, layer.statistic.owner()), layer.statistic.moved()
-    kept = sum(inner(f, merged) for f in moved)
+    all of them, for which one factor gamma makes up [ours; README, eq. 9]. Its denominator is
+    <sum_i delta W_i G_i, delta W>, and <B A, D C> is the sum of (B^T D) * (A C^T)."""
+    merged, wanted = keep_rows(parts, layer.statistic.owner()), layer.statistic.wanted()
+    kept = ((wanted.up.T @ merged.up) * (wanted.down @ merged.down.T)).sum()
     if kept <= 0:    # it works against its experts: more of it would do harm
         return merged
-    energy = sum(map(inner, moved, parts))
     # Rows dealt out among n experts with nothing in common need n; more would blow up noise.
-    return merged._replace(up=merged.up * min(energy / kept, len(parts)))
+    gamma = min((layer.statistic.energy / kept).item(), len(parts))
+    return merged._replace(up=gamma * merged.up)
 
 
 def regmean(parts, layer):
-    """Merging by solving: RegMean (2212.09849), with a term for safe inputs like that of UCE
-    (2308.14761) [ours]. The least squares problem of this layer
+    """Merging by solving: RegMean (2212.09849), with a term for safe inputs like UCE's (2308.14761)
+    [ours]. The least squares problem
 
         delta W = argmin sum_i E_i |(delta W - delta W_i) x|^2 + lambda sum_i E_i,safe |delta W x|^2
                 = (sum_i delta W_i G_i) M^-1,    M = sum_i (G_i + lambda G_i,safe)
@@ -259,9 +242,9 @@ def regmean(parts, layer):
 
         A = [A_1 G_1; ...; A_n G_n] M^-1,    B = [s_1 B_1, ..., s_n B_n]
     """
-    M, f = layer.statistic.M.cpu().double(), add_changes(layer.statistic.moved())
-    M.diagonal().add_(RIDGE * M.diagonal().mean())
-    return f._replace(down=torch.linalg.solve(M, f.down.double().T).T.float())
+    M, wanted = layer.statistic.M.cpu().double(), layer.statistic.wanted()
+    M.diagonal().add_(RIDGE * M.diagonal().mean() + 1e-30)    # of no input at all: 0
+    return wanted._replace(down=torch.linalg.solve(M, wanted.down.double().T).T.float())
 
 
 RULES = {"co-merge": co_merge, "regmean": regmean, "average": average, "sum": add_changes,
@@ -269,8 +252,7 @@ RULES = {"co-merge": co_merge, "regmean": regmean, "average": average, "sum": ad
 CALIBRATED = "co-merge", "regmean"
 
 
-def merge(experts: Experts, method: str, statistics: dict, rank: int | None, density: float | None,
-          seed: int):
+def merge(experts: Experts, method: str, statistics, rank: int | None, density: float | None, seed):
     """The merged LoRA, and the energy |delta W|^2 kept by and before re-compression, summed [2]."""
     merged, energy = {}, torch.zeros(2, dtype=torch.float64)
     for name, parts in tqdm(experts.layers(), total=len(experts.names), desc="merging"):
@@ -287,7 +269,7 @@ def merge(experts: Experts, method: str, statistics: dict, rank: int | None, den
     return merged, energy
 
 
-def print_rows(labels: list[str], statistics: dict[str, Statistic]):
+def print_rows(labels: list[str], statistics):
     """Which share of a layer's rows each expert keeps, on average."""
     shares = torch.zeros(len(labels))
     for statistic in statistics.values():
@@ -297,9 +279,8 @@ def print_rows(labels: list[str], statistics: dict[str, Statistic]):
         print(f"{label:>20} keeps {kept:6.1%} of a layer's rows")
 
 
-def setting(flag: str, value: float | None, method: str) -> float | None:
-    """What a flag of some methods means here; of the others None. Raises BadInput if it is given
-    to another."""
+def setting(flag, value, method):
+    """A flag's value, or the method's default, or None. Raises BadInput where it is not read."""
     defaults = DEFAULTS[flag]
     if value is not None and method not in defaults:
         raise BadInput(f"--{flag}: --method {method} does not read it; leave it out, or use "
@@ -315,14 +296,15 @@ def main(args):
     density = setting("density", args.density, method)
     preserve = setting("preserve", args.preserve, method)
     experts, statistics = Experts(expand(args.experts), args.weights), {}
-    labels, weights = ",".join(experts.labels), ",".join(f"{w:g}" for w in experts.weights)
-    made_by = {"concept": labels, "weights": weights, "method": method, "rank": args.rank,
-               "density": density, "preserve": preserve, "seed": args.seed}
+    labels = ",".join(experts.labels)
+    made_by = {"concept": labels, "weights": ",".join(f"{w:g}" for w in experts.weights),
+               "method": method, "rank": args.rank, "density": density, "preserve": preserve,
+               "seed": args.seed}
     if method in CALIBRATED and len(experts) > 1:
         device, precision = device_and_precision(args.device, args.precision)
+        made_by["precision"] = precision
         statistics = calibrate(experts, args.model, args.data, device, precision, preserve,
                                args.seed)
-        made_by["precision"] = precision
         if method == "co-merge":
             print_rows(experts.labels, statistics)
     torch.set_num_threads(1)    # the same bytes from any number of cores

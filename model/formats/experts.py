@@ -15,9 +15,8 @@ OF_BASE = "base_model_hash", "prediction_type"
 
 class Experts:
     """The files, open for reading, sorted by name, so that nothing depends on the order in which
-    they are listed. names: of all adapted layers. labels: the files' names. concepts: what they were
-    trained on; of other programs' files the names. metadata: what train.py says of the base model,
-    where one of them is its expert.
+    they are listed. names: of all adapted layers. labels: the files' names. concepts: what they
+    were trained on; of other programs' files the names. metadata: what they say of the base model.
 
     Raises BadInput unless there is one weight, or one for each file; and unless all files are of
     one base model, each shares a layer with the first, and a layer's shape is the same in all.
