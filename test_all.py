@@ -583,7 +583,9 @@ PAIRS = {"a": 30, "b": 9, "c": 30}    # of these experts
 def experts(here) -> list[dict[str, Factors]]:
     """Files a, b, c and their data: experts that differ in rank, alpha and layers."""
     made = [random_expert(1, 4, 4.0), random_expert(2, 3, 6.0), random_expert(3, 5, 2.0)]
-    del made[1][list(made[1])[20]], made[2][list(made[2])[3]]
+    first, second, third = list(made[0])[3:20:6]
+    for expert, name in ((1, first), (2, second), (1, third), (2, third)):
+        del made[expert][name]
     for (label, number), expert in zip(PAIRS.items(), made):
         write_pairs(f"of {label}", [PAIR] * number)
         save_lora(Path(label), expert, {"concept": f"of {label}"})
@@ -651,8 +653,8 @@ def plain_co_merge(own: dict, layer: nn.Module, x: list) -> torch.Tensor:
     d = {i: output_of(layer, delta, x[i]) for i, delta in own.items()}
     owner = torch.stack([of_expert.abs().mean(0) for of_expert in d.values()]).argmax(0)
     change = sum(delta * (owner == k)[:, None] for k, delta in enumerate(own.values()))
-    kept = sum((d[i] * output_of(layer, change, x[i])).sum() for i in own)
-    energy = sum(of_expert.square().sum() for of_expert in d.values())
+    kept = sum((d[i] * output_of(layer, change, x[i])).mean() for i in own)
+    energy = sum(of_expert.square().mean() for of_expert in d.values())
     return change * min(energy / kept, len(own))
 
 
@@ -672,8 +674,8 @@ def plain_regmean(own: dict, layer: nn.Module, x: list) -> torch.Tensor:
 
 @parametrize("method, flags, near", [("co-merge", "", 1e-4), ("regmean", " --preserve 0.3", 5e-4)])
 def test_one_pass_of_the_base_tells_all_about_every_expert(method, flags, near, experts, capsys):
-    """With dense changes and diffusers' UNet. Some layers are of two experts only. One that the
-    model lacks is left out, and named."""
+    """With dense changes and diffusers' UNet. Some layers are of two experts or of one. One that
+    the model lacks is left out, and named."""
     strange = {"down_blocks_9_conv": next(iter(experts[1].values()))}
     save_lora(Path("b"), {**experts[1], **strange}, {"concept": "of b"})
     inputs = [calibration_inputs(label, safe, 7) for safe in (False, True) for label in PAIRS]
@@ -687,63 +689,65 @@ def test_one_pass_of_the_base_tells_all_about_every_expert(method, flags, near, 
     assert "down_blocks_9_conv" in capsys.readouterr().err
 
 
-def solved(parts: list[Factors], x: list[torch.Tensor], safe: torch.Tensor | None = None,
-           preserve: float = 0.0) -> Factors:
-    """regmean() of one layer's changes, calibrated on rows x[i] [N, I] of each expert."""
-    moments = merge.Moments(dict(enumerate(parts)), CPU)
+def joined(rule, parts: list[Factors], x: list[torch.Tensor], preserve: float = 0.0) -> Factors:
+    """By a rule that calibrates on rows x[i] [N, I] of each expert, and on safe ones, SAFE."""
+    statistic = merge.Statistic(dict(enumerate(parts)), True)
     for i, rows in enumerate(x):
-        moments.add(rows, merge.Inputs(i, False, 1.0, None, None, None))
-    if safe is not None:
-        moments.add(safe, merge.Inputs(0, True, 1.0, None, None, None))
-    return merge.regmean(parts, merge.Layer(len(parts), None, preserve, None, moments))
+        statistic.add(rows, merge.Inputs(i, 1.0, None, None, None))
+    statistic.add(SAFE, merge.Inputs(None, preserve, None, None, None))
+    return rule(parts, merge.Layer(len(parts), None, None, statistic))
+
+
+SAFE = normal("safe", 50, 12)
 
 
 def test_solving_loses_nothing_where_experts_do_not_meet(monkeypatch):
     """Of one expert, and of equal ones, it is that one, which a sum is not; of experts whose inputs
-    are orthogonal it is their sum there; and safe inputs are changed less than by a sum."""
+    are orthogonal it is their sum there; and safe inputs are changed less than by other rules."""
     monkeypatch.setattr(merge, "RIDGE", 0.0)
     parts = [Factors(normal(f"A{i}", 3, 12), normal(f"B{i}", 8, 3), 6.0) for i in range(2)]
-    x, safe = [normal(f"x{i}", 50, 12) for i in range(2)], normal("safe", 50, 12)
-    change = parts[0].delta()
-    assert far(solved(parts[:1], x[:1]).delta(), change) < 1e-5
-    assert far(solved([parts[0]] * 2, x).delta(), change) < 1e-5
-    in_order, turned = solved(parts, x, safe, 0.1), solved(parts[::-1], x[::-1], safe, 0.1)
+    x, solved = [normal(f"x{i}", 50, 12) for i in range(2)], partial(joined, merge.regmean)
+    assert far(solved(parts[:1], x[:1]).delta(), parts[0].delta()) < 1e-5
+    assert far(solved(parts[:1] * 2, x).delta(), parts[0].delta()) < 1e-5
+    in_order, turned = solved(parts, x, 0.1), solved(parts[::-1], x[::-1], 0.1)
     assert far(in_order.delta(), turned.delta()) < 1e-5 and len(in_order.down) == 6
+    others = merge.add_changes(parts), joined(merge.co_merge, parts, x)
+    *others, some, none = [(SAFE @ f.delta().T).norm() for f in (*others, in_order,
+                                                                 solved(parts, x, 10))]
+    assert min(others) > 1.5 * some > 5 * none
     x[0][:, 6:] = x[1][:, :6] = 0
-    apart, together = solved(parts, x), lora.stack(parts, [1.0, 1.0])
-    for i, rows in enumerate(x):
-        assert far(rows @ apart.delta().T, rows @ parts[i].delta().T) < 1e-5
-    moved = [(safe @ solved(parts, x, safe, weight).delta().T).norm() for weight in (0, 0.1, 10)]
-    assert (safe @ together.delta().T).norm() > moved[0] > moved[1] > moved[2]
+    for rows, f in zip(x, parts):
+        assert far(rows @ solved(parts, x).delta().T, rows @ f.delta().T) < 1e-5
 
 
 def test_every_layer_of_a_unet_can_be_adapted():
     """conv_in and the time's layers too, whose weights the UNet may not look at by itself."""
     denoiser = load_denoiser(TOY, CPU)
-    changes, wanted = checkpoints.every_layer(denoiser.unet), denoiser.predict(*INPUTS[:2], Prompt(INPUTS[2]))
+    inputs = *INPUTS[:2], Prompt(INPUTS[2])
+    changes, wanted = checkpoints.every_layer(denoiser.unet), denoiser.predict(*inputs)
     assert len(lora.inject(denoiser.unet, changes)) == 2 * len(changes)
-    assert torch.equal(denoiser.predict(*INPUTS[:2], Prompt(INPUTS[2])), wanted)
+    assert torch.equal(denoiser.predict(*inputs), wanted)
 
 
 def test_strength_is_not_raised_without_bound():
     """n times at most; not at all what works against its experts. Of equals the first owns."""
-    parts = [random_expert(seed, 4, 4.0)["mid_block_attentions_0_proj_in"] for seed in range(3)]
-    own = torch.ones(3, 96)
-    ups = lora.stack(parts, [1.0] * 3).up * (torch.arange(12) < 4)    # the first one's
-    activity = merge.Activity(dict(enumerate(parts)), CPU)
-    activity.own, activity.energy = own, torch.tensor(1.0)
-    for kept, factor in ((0.5, 2), (1e-3, 3), (-1.0, 1)):
-        activity.moment = kept * ups / ups.square().sum()
-        merged = merge.co_merge(parts, merge.Layer(3, None, 0.1, None, activity))
-        assert far(merged.delta(), factor * parts[0].delta()) < 1e-6
+    f = random_expert(0, 4, 4.0)["mid_block_attentions_0_proj_in"]
+    for share, factor in ((3, 2.5), (-0.8, 3), (-2, 1)):    # (1 + share^2) / (1 + share)
+        parts = [f._replace(up=times * f.up) for times in (1, share, 0)]
+        statistic = merge.Statistic(dict(enumerate(parts)), False)
+        statistic.activity = dict.fromkeys(range(3), torch.ones(96))
+        statistic.energy = sum(part.delta().square().sum() for part in parts)
+        statistic.products = dict.fromkeys(range(3), f.down)    # of inputs with E x x^T = 1
+        merged = merge.co_merge(parts, merge.Layer(3, None, None, statistic))
+        assert far(merged.delta(), factor * f.delta()) < 1e-6
 
 
 def test_a_smaller_file_says_what_it_lost(experts, capsys):
-    command("merge a b c --method average --rank 5 --out m")
+    command("merge a b c --method average --rank 3 --out m")
     kept = energy = 0
     for name, f in load_lora(Path("m"))[0].items():
         dense = sum(of_layer(experts, name).values()) / 3
-        assert len(f.down) == 5
+        assert len(f.down) == 3
         kept, energy = kept + f.delta().square().sum(), energy + dense.square().sum()
     assert f"keep {kept / energy:.2%} of their energy" in capsys.readouterr().out
     command("merge a b c --method dare --out m")    # ranks add up
@@ -1542,6 +1546,7 @@ experts nan.safetensors --method sum|nan.safetensors
 experts experts/hate.safetensors|is listed twice
 experts --weights 1 2 3|--weights: 3 numbers for 2
 experts --method sum --density 0.3|--density: --method sum
+experts --preserve 0.3|--preserve: --method co-merge
 experts --method ties --density 0|0 leaves nothing
 experts --data nowhere|nowhere/hate/pairs.jsonl; bare --model models/nan|conv_in.bias holds NaN
 wide.safetensors --fuse {toy}|wide: down_blocks_0
@@ -1603,6 +1608,7 @@ FLAGS = {    # a small command: flags that must change what it gives
     "merge bare": "--model models/other|--method sum|--weights 1 0.5|--rank 2|--data second|"
                   "--fuse models/other|--precision bf16",
     "merge bare --method ties": "--density 0.5", "merge bare --method dare": "--seed 1",
+    "merge bare --method regmean": "--preserve 0.5",
     "sample {safe} --steps 2":
         "--seed 1|--model models/other|--steps 3|--guidance 1|--negative red|--size 64|--judge|"
         "--prompts data/test.jsonl|--lora merged.safetensors|--sampler ddim|--images-per-prompt 2|"

@@ -10,12 +10,13 @@ from model.formats.lora_file import LoRAFile
 from model.tools.command import BadInput
 
 AT_A_TIME = 8    # layers of all experts that memory holds
+OF_BASE = "base_model_hash", "prediction_type"
 
 
 class Experts:
     """The files, open for reading, sorted by name, so that nothing depends on the order in which
-    they are listed. names: of all adapted layers. labels: the files' names. metadata: that of an
-    expert of train.py, if there is one.
+    they are listed. names: of all adapted layers. labels: the files' names. concepts: what they
+    were trained on; of other programs' files the names. metadata: what they say of the base model.
 
     Raises BadInput unless there is one weight, or one for each file; and unless all files are of
     one base model, each shares a layer with the first, and a layer's shape is the same in all.
@@ -29,8 +30,10 @@ class Experts:
         pairs = sorted(zip(paths, weights), key=lambda pair: (pair[0].name, pair[0]))
         self.files, self.weights = [LoRAFile(path) for path, _ in pairs], [w for _, w in pairs]
         self.labels = [path.stem for path, _ in pairs]
-        trained_here = [file for file in self.files if "base_model_hash" in file.metadata]
-        self.metadata = (trained_here or self.files)[0].metadata
+        self.concepts = [file.metadata.get("concept", file.path.stem) for file in self.files]
+        self.metadata = {}
+        for file in reversed(self.files):
+            self.metadata |= {key: file.metadata[key] for key in OF_BASE if key in file.metadata}
         self.shapes = {}    # {layer: (the file that has it first, (O, I))}
         for file in self.files:
             self._add(file)

@@ -16,7 +16,6 @@ from lora import Factors, layers
 from model.formats.checkpoint import Checkpoint
 from model.formats.experts import Experts
 from model.formats.lora_file import FAMILIES, prompt_width
-from model.stable_diffusion import skeleton
 from model.tools.command import BadInput
 
 
@@ -81,10 +80,9 @@ def check_fuse(model: Path, out: Path):
         raise BadInput(f"--out {out}: is not empty; name a new folder")
 
 
-def fuse(model: Path, lora: dict[str, Factors], what: str, out: Path) -> int:
-    """Copies a checkpoint to the folder `out`, with W + delta W, added in fp32, in its layers.
-    Returns how many changed. Raises BadInput as fitting() does."""
-    network = skeleton(model)
+def fuse(model: Path, network: nn.Module, lora: dict[str, Factors], what: str, out: Path) -> int:
+    """Copies a checkpoint, whose UNet is like `network`, to the folder `out`, with W + delta W,
+    added in fp32, in its layers. Returns how many changed. Raises BadInput as fitting() does."""
     fused, known = match(network, lora, what), layers(network)
     factors = {f"{known[key][0]}.weight": f for key, f in fused.items()}
     return Checkpoint(model).rewrite(

@@ -88,10 +88,10 @@ def score(folder: str, experts: str):
     """Co-Merge's pass of what forward() takes."""
     denoiser, paths = load_denoiser(Path(folder), CPU), sorted(Path(experts).glob("*.safetensors"))
     batch = random_pair(denoiser)
-    activities = {name: merge.Activity(parts, CPU)
+    statistics = {name: merge.Statistic(parts, False)
                   for name, parts in Experts(paths, [1.0]).layers()}
     with torch.no_grad():
         denoiser.predict(*batch)
     yield
-    merge.measure(denoiser, activities, [merge.Inputs(0, False, 1.0, *batch)])
+    merge.measure(denoiser, statistics, [merge.Inputs(0, 1.0, *batch)])
     yield
