@@ -39,12 +39,11 @@ from model.toy.world import CATEGORIES, parse, seen_words
 SCRIPTS = ("make_data", "train", "merge", "sample")    # each needs those before it
 GRID = (0.7, 1, 1.4)
 # a. train.py's flags of each row, and the strengths. "dpo" is the default without its second term;
-# "sft" has another term in place of its first; in "never empty" the second never sees "".
+# "sft" has another term in place of its first.
 LOSSES = {"default": ("", GRID), "sft": ("--loss sft", GRID),
-          "dpo": ("--loss dpo", (0.35, 0.5, 0.7, 1)),
-          "never empty": ("--loss model.rivals.losses.never_empty", GRID)}
+          "dpo": ("--loss dpo", (0.35, 0.5, 0.7, 1))}
 # b. merge.py's flags; a rule has a scale of its own.
-RULES = {"co-merge": ("", GRID), "scaled sum": ("--method scaled-sum", GRID),
+RULES = {"co-merge": ("", GRID), "regmean": ("--method regmean", (1, 1.2)),
          "average": ("--method average", (1,)),    # a seventh of the sum
          "sum": ("--method sum", (0.5, 0.7, 1)), "ties": ("--method ties", (1, 1.4)),
          "dare": ("--method dare", (0.5, 0.7, 1)), "random": ("--method random", (1, 2, 3)),
@@ -120,7 +119,7 @@ def losses(plan: Plan):
     plan.judge("a", "base", None)
     for name, (flags, strengths) in LOSSES.items():
         experts = plan.train_all(name, flags)
-        for rule in ("co-merge", "scaled sum") if name in ("default", "sft") else ("co-merge",):
+        for rule in ("co-merge", "regmean") if name in ("default", "sft") else ("co-merge",):
             title = rule if name == "default" else f"{name} {rule}"
             plan.judge("a", title, plan.merge(experts, title, RULES[rule][0]), strengths)
 
@@ -170,6 +169,12 @@ EXPERIMENTS = {"a": losses, "b": rules, "c": joint, "d": joining, "e": data, "f"
 CURVES = ("a", "b", "c")    # over strength
 
 
+def random_rows(parts: list[Factors], layer: merge.Layer) -> Factors:
+    """Rows dealt out at random, a control."""
+    return merge.keep_rows(parts, torch.randint(len(parts), (len(parts[0].up),),
+                                                generator=layer.rng))
+
+
 def largest_rows(parts: list[Factors], layer: merge.Layer) -> Factors:
     """Co-Merge without data: unit j goes to the expert with the largest row j of delta W."""
     sizes = torch.stack([f.delta().norm(dim=1) for f in parts])    # [n, O]
@@ -203,7 +208,7 @@ def make(_, job: tuple[str, int, Path, str]) -> str:
     script, seed, folder, arguments = job
     if script == "sample":
         seed = first_noise(seed)
-    merge.RULES["largest"] = largest_rows
+    merge.RULES |= {"largest": largest_rows, "random": random_rows}
     module, before, cores = importlib.import_module(script), os.getcwd(), processes.cores
     processes.cores = lambda: 1            # a script that sees one core starts no processes
     os.chdir(folder)

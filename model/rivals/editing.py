@@ -85,7 +85,8 @@ def on_the_way(sd, context: torch.Tensor, seeds: list[int], random) -> tuple[tor
     pairs, x, memory = pairs(sd.schedule, STEPS), sd.start_noise(seeds, sd.size).to(sd.device), None
     stop = int(torch.randint(len(pairs), (), generator=random))
     for t, s in pairs[:stop]:
-        x, memory = step(sd.schedule, x, sd.guide(Prompt(context), START_GUIDANCE, x, t), t, s, memory)
+        output = sd.guide(Prompt(context), START_GUIDANCE, x, t)
+        x, memory = step(sd.schedule, x, output, t, s, memory)
     t, s = pairs[stop]
     return x, int(torch.randint(max(s, 0), t + 1, (), generator=random))
 

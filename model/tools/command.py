@@ -1,7 +1,8 @@
 """A command line: its flags, and errors of one line.
 
 Gives:       BadInput, run(); PlainParser, Parser, GeneratingParser; and types of flags, which
-             refuse what makes no sense: positive, natural, share, portion, rate, number, at_strength.
+             refuse what makes no sense: positive, natural, share, portion, rate, number,
+             at_strength.
 """
 import argparse
 import math
