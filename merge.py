@@ -232,8 +232,8 @@ def co_merge(parts, layer):
 
 
 def regmean(parts, layer):
-    """Merging by solving: RegMean (2212.09849), with a term for safe inputs like UCE's (2308.14761)
-    [ours]. The least squares problem
+    """Merging by solving (README, eq. 10): RegMean (2212.09849), with a term for safe inputs like
+    UCE's (2308.14761) [ours]. The least squares problem
 
         delta W = argmin sum_i E_i |(delta W - delta W_i) x|^2 + lambda sum_i E_i,safe |delta W x|^2
                 = (sum_i delta W_i G_i) M^-1,    M = sum_i (G_i + lambda G_i,safe)
