@@ -43,7 +43,7 @@ from model.tools.processes import processes_for
 from model.tools.training import generator
 
 DEFAULTS = {"density": {"ties": 0.2, "dare": 0.5},    # TIES' is the published one
-            "preserve": {"regmean": 0.1}}             # [ours: 0.03 to 1 differ little]
+            "preserve": {"regmean": 0.1}}             # [ours: 0.03 and 0.1 do not differ]
 LARGEST_RANK = 128        # of ties and dare [ours: a usual LoRA's most]
 CALIBRATION_PAIRS = 24    # of each expert [ours: more changed nothing]
 RIDGE = 1e-4              # of M's mean diagonal: inputs need not span all I dimensions [ours]
