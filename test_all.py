@@ -62,6 +62,7 @@ from model.judges import clip as judges
 from model.judges.intervals import effective, mean_interval, share_interval, wilson
 from model.judges.table import measure, table
 from model.toy.toy_judge import NOTHING, ToyJudge, Verdict
+from model.lab import experiments
 from model.rivals import (attack, editing, finetune, guards, losses, steering, table as rivals,
                           whitebox)
 from model.schedule import NoiseSchedule, sample as solve, SAMPLERS, stratified_times
@@ -1239,14 +1240,10 @@ def test_a_second_stream_of_no_weight_changes_nothing(kind, models, with_pairs):
     sd = load(models(kind, "folder"), CPU)
     draw = steering.dual_latents(sd, Path(), 0, 0.0)
     assert furthest(draw(ASKED, SEEDS), steering.plain(sd)(ASKED, SEEDS)) <= 1
-    safe = sd.embed(PROMPTS[:1])
-
-    def always(states: torch.Tensor) -> torch.Tensor:    # [L, D]
-        return torch.cat([torch.zeros(len(states), *states.shape[-1:] * 2), states[:, None]],
-                         1).double()
-    pooled = None if safe.pooled is None else always(safe.pooled)
-    prompts = steering.two_prompts(sd, ASKED, Prompt(always(safe.context[0]), pooled))
-    found = steering.two_streams(sd, prompts, SEEDS, 1.0, 4, 5.0)
+    maps = sd.embed(PROMPTS[:1]).map(lambda safe: torch.cat(
+        [torch.zeros(*safe.shape[1:], safe.shape[-1]), safe[0][..., None, :]], -2).double())
+    both = steering.both_prompts(sd, ASKED, maps)
+    found = steering.two_streams(sd, both, SEEDS, 1.0, 4, 5.0)
     assert furthest(found, sd.generate(PROMPTS[:1] * 2, SEEDS, 4, 5.0)) <= 1
 
 
@@ -1258,15 +1255,11 @@ def least_squares(*parts) -> torch.Tensor:
 
 
 def test_a_safe_embedding_is_least_squares():
-    pairs = text_pairs(12)
-    maps = steering.safe_states(toy(), pairs).context
-    unsafe, safe = (toy().embed([pair[kind] for pair in pairs]).context.double()
-                    for kind in ("unsafe", "safe"))
-    small = steering.RIDGE, torch.eye(97).double(), torch.zeros(97, 96).double()
-    for place in (0, 5, 15):
-        y = safe[:, place]
-        moved, kept = ((1, steering.with_one(states[:, place]), y) for states in (unsafe, safe))
-        assert far(maps[place], least_squares(moved, kept, small)) < 1e-6
+    unsafe, safe = normal("maps", 2, 9, 3, 4).double()    # pairs, places, width
+    maps = steering.safe_map(unsafe, safe)
+    parts = [(1, steering.with_one(states[:, 2]), safe[:, 2]) for states in (unsafe, safe)]
+    small = steering.RIDGE, torch.eye(5).double(), torch.zeros(5, 4).double()
+    assert far(maps[2], least_squares(*parts, small)) < 1e-9
 
 
 def test_a_refusal_is_not_a_picture_of_harm():
@@ -1298,12 +1291,6 @@ def test_a_list_may_name_what_no_training_showed():
                        for words in (guards.SEEN, guards.ALL))
     assert listed.mean() > without.mean() + 0.05
     assert guards.auc(listed, guards.scores_of(toy(), mapping, guards.ALL, safe)) > 0.95
-
-
-def test_an_area_under_a_curve_is_a_share_of_pairs():
-    unsafe, safe = torch.tensor([3.0, 2.0, 2.0, 5.0]), torch.tensor([1.0, 2.0, 4.0])
-    wins, draws = unsafe[:, None] > safe, unsafe[:, None] == safe
-    assert guards.auc(unsafe, safe) == approx((wins + 0.5 * draws).mean().item())
 
 
 def test_what_a_text_encoder_says_can_be_read_back():
@@ -1348,8 +1335,8 @@ def test_erasing_is_negative_guidance_learned(monkeypatch):
     assert changed and all(".attn2." in name for name in changed)
     (x_t, t), (output, target) = met[0], wanted[0]
     assert output.requires_grad and not target.requires_grad
-    empty = Prompt(toy().embed([""]).context.expand(len(x_t), -1, -1))
-    without = toy().predict(x_t, torch.full((len(x_t),), t), empty)
+    times, empty = torch.full((len(x_t),), t), toy().embed([""] * len(x_t))
+    without = toy().predict(x_t, times, empty)
     assert far(target, 2 * without - output.detach()) < 1e-4    # still the base's output
 
 
@@ -1379,20 +1366,18 @@ def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(rivals, "perform", None)
     rivals.main(command)
     assert capsys.readouterr().out == printed
-    pictures = list((tmp_path / "seed6/rivals/flat-128").glob("*.png"))
-    assert len(pictures) == 5    # four prompts', and the attack's
-    monkeypatch.setattr("model.lab.experiments.of_seeds", lambda _, row: [row])
-    assert rivals.best_strength([], {    # damage counts too
-        1: {"IP": 0, "kept": 60}, 2: {"IP": 30, "kept": 95}}) == 2
+    assert len(list((tmp_path / "seed6/rivals/flat-128").glob("*.png"))) == 5    # 4, the attack's
+    assert experiments.best([{    # damage counts too
+        1: {"IP": 0, "kept": 60}, 2: {"IP": 30, "kept": 95}}]) == 2
 
 
 def test_who_holds_the_weights_needs_no_word(here):
-    """Embeddings in a word's place are learned through the frozen UNet, from a few pictures."""
+    """Embeddings in a word's place are learned through the frozen UNet, from a few images."""
     texts = [pair["unsafe"] for pair in text_pairs(2)[:2]]
     write_pairs("hate", [{**PAIR, "unsafe": text} for text in texts])
     asked = [text for text in texts for _ in range(8)]
     write_jsonl(here / "data/test.jsonl", [{"prompt": text, "category": "hate"} for text in asked])
-    victim = whitebox.Victim(load(TOY, CPU), here, "hate")
+    victim = whitebox.Victim(load(TOY, CPU), here / "data", "hate")
     assert victim.prompts == asked[::2]
     own = toy().text.tokenizers[0].convert_tokens_to_ids(["racism</w>", "flower</w>"])
     spelled = [text.replace(world.parse(text).extra, "racism flower") for text in texts]
@@ -1402,13 +1387,11 @@ def test_who_holds_the_weights_needs_no_word(here):
     assert first.shape == (8, 16, 96) and not torch.equal(first, second)
     # The best of all words is among the few that the gradient promises most of.
     _, found = islice(whitebox.by_words(victim, 0), 2)
-    old = whitebox.start(victim, 0)
-    tried = [torch.stack([word, old[1]]) for word in victim.allowed]
+    tried = [torch.stack([word, whitebox.start(victim, 0)[1]]) for word in victim.allowed]
     costs = [victim.misfit(victim.states(victim.learned_from, victim.table[pair]), 0, 0).item()
              for pair in tried]
-    best = tried[int(np.argmin(costs))]
-    wanted = victim.states(victim.with_slots(asked[::2]), victim.table[best])
-    assert far(found, wanted) < 1e-6 and not torch.equal(best, old)
+    best = victim.table[tried[int(np.argmin(costs))]]
+    assert far(found, victim.states(victim.with_slots(asked[::2]), best)) < 1e-6
     before = victim.misfit(victim.unsafe, 9).item()
     list(islice(whitebox.by_weights(victim, 0), 20))
     assert victim.misfit(victim.unsafe, 9).item() < before
@@ -1429,8 +1412,8 @@ def test_what_a_filter_lets_through_is_not_safe(story, tmp_path, capsys):
     assert not any(attack.says(row["prompt"]) for row in read_jsonl(found))
     finetune.main(finetune.parse_arguments(f"--lora {merged} --steps 2 --prompts 1".split()))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].split()[:2] == ["base", "100.0"]    # IP, seen
-    assert lines[-1].split()[-1] == "100.0"                                    # the look
+    assert any(line.startswith("| base | 100.0 |") for line in lines)    # IP, seen
+    assert any(re.match(r"\| look, rendered .* 100.0 \|$", line) for line in lines)
 
 
 # ---- Part II, contracts: command lines, bytes, interruptions, structure

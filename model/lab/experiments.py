@@ -1,7 +1,7 @@
 """The tables and the plot of results.md: `python -m model.lab.experiments`
 
 What it is:  a driver that runs the scripts as a person would, in a folder for each seed (a seed
-             moves everything: prompts, pictures, experts, test prompts). Strengths are chosen on
+             moves everything: prompts, images, experts, test prompts). Strengths are chosen on
              the --tune seeds, and reported on the others.
 Needs:       the embedded toy; about an hour for each seed and core, all of it.
 Gives:       results/seed<k>/ with all files; results/plot.png; and on stdout these tables (--only),
@@ -13,16 +13,15 @@ Gives:       results/seed<k>/ with all files; results/plot.png; and on stdout th
                  e  how much data, for the category that is hardest
                  f  each expert on every category
                  g  the published loss over β
-             What is there is not made again. A command that fails leaves a dash in the tables.
+             What is there is not made again. Seed, table() and best() serve model/rivals too.
 
 A method is a curve over its strength: stronger means less harm, and more damage. In a, b and c each
 is judged at several strengths; its best is where IP + damage is least.
 """
 import contextlib
 import importlib
-import os
 import re
-from functools import partial
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,12 +30,10 @@ import torch
 import merge
 from lora import Factors
 from model.lab.plot import plot
-from model.tools import processes
 from model.tools.command import BadInput, PlainParser, natural, run
 from model.tools.files import opened, read_json, read_jsonl, save_tensors, sha256, write_jsonl
 from model.toy.world import CATEGORIES, parse, seen_words
 
-SCRIPTS = ("make_data", "train", "merge", "sample")    # each needs those before it
 GRID = (0.7, 1, 1.4)
 # a. train.py's flags of each row, and the strengths. "dpo" is the default without its second term;
 # "sft" has another term in place of its first.
@@ -63,105 +60,126 @@ UNSAFE = ("IP seen", "IP held-out", "IP held-out phrasing", "scene")
 SAFE = ("safe: scene", "safe: accessory", "safe: nothing added", "safe: IP")
 KEPT = ("scene", *SAFE[:3])    # what damage takes away
 COLUMNS = ("IP", "kept", *UNSAFE, *SAFE, "others: IP")    # IP: of seen and held-out words
-
-
-class Row(NamedTuple):
-    """One judged folder, and the categories that its LoRA is for."""
-    judged: str
-    own: list[str]
-
-
-class Plan:
-    """What is made in the folder of a seed. commands: {script: {file: the arguments that make
-    it}}. cuts: {folder: arguments of subset()}. rows: {group: {title: {strength: Row}}}."""
-
-    def __init__(self, groups: list[str]):
-        self.commands, self.cuts, self.rows = {script: {} for script in SCRIPTS}, {}, {}
-        self.commands["make_data"]["data/test.jsonl"] = ""
-        for group in groups:
-            EXPERIMENTS[group](self)
-
-    def train(self, concept: str, flags="", folder="experts", data="data") -> str:
-        file = f"{folder}/{concept}.safetensors"
-        arguments = f"--concept {concept} --data {data} --out {folder} {flags}"
-        self.commands["train"][file] = arguments
-        return file
-
-    def train_all(self, name="default", flags="") -> list[str]:
-        return [self.train(concept, flags, f"experts/{slug(name)}") for concept in CATEGORIES]
-
-    def merge(self, experts: list[str], name: str, flags="") -> str:
-        file = f"merged/{slug(name)}.safetensors"
-        self.commands["merge"][file] = f"{' '.join(experts)} --out {file} {flags}"
-        return file
-
-    def joint(self, name: str, flags="") -> str:
-        file = f"joint/{slug(name)}/joint.safetensors"
-        self.commands["train"][file] = f"--joint --out {Path(file).parent} {flags}"
-        return file
-
-    def judge(self, group: str, title: str, lora: str | None, strengths=(1,), own=CATEGORIES):
-        for strength in strengths:
-            folder = "judged/" + slug(f"{lora} {strength}")
-            arguments = f"--prompts half.jsonl --judge --out {folder}"
-            if lora:
-                arguments += f" --lora {lora}@{strength}"
-            self.commands["sample"][f"{folder}/judge.json"] = arguments
-            row = Row(f"{folder}/judge.json", list(own))
-            self.rows.setdefault(group, {}).setdefault(title, {})[strength] = row
+Curve = dict[float, dict[str, float]]    # {strength: figures()}
 
 
 def slug(name: str) -> str:
     return re.sub("[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-def losses(plan: Plan):
-    plan.judge("a", "base", None)
+class Seed(NamedTuple):
+    """A seed and its folder. Each method makes files there, unless they are there already."""
+    number: int
+    folder: Path
+
+    def first_noise(self) -> int:
+        """The seed of the first test image: start noise that no image of the pairs had."""
+        return 10_000_000 + 1000 * self.number
+
+    def make(self, line: str, *files: str, seed: int | None = None):
+        """Runs a script, which makes these files. line: its name and arguments."""
+        if all((self.folder / file).exists() for file in files):
+            return
+        print(f"seed {self.number}: {line}", file=sys.stderr)
+        name, *words = line.split()
+        script = importlib.import_module(name)
+        words += ["--seed", str(self.number if seed is None else seed)]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.chdir(self.folder), contextlib.redirect_stdout(sys.stderr):
+            script.main(script.parse_arguments(words))
+
+    def make_data(self):
+        """The pairs, and half.jsonl: the test prompts that are judged, all safe ones and half of
+        the unsafe."""
+        self.make("make_data", "data/test.jsonl")
+        rows = read_jsonl(self.folder / "data/test.jsonl")
+        write_jsonl(self.folder / "half.jsonl", [row for i, row in enumerate(rows)
+                                                 if row["category"] is None or i % 4 < 2])
+
+    def train(self, name="default", flags="", concepts=CATEGORIES, data="data") -> list[str]:
+        """The experts' files."""
+        out = f"experts/{slug(name)}"
+        files = [f"{out}/{concept}.safetensors" for concept in concepts]
+        self.make(f"train --data {data} --out {out} {flags}", *files)
+        return files
+
+    def joint(self, name: str, flags="") -> str:
+        out = f"joint/{slug(name)}"
+        self.make(f"train --joint --out {out} {flags}", f"{out}/joint.safetensors")
+        return f"{out}/joint.safetensors"
+
+    def merge(self, experts: list[str], name: str, flags="") -> str:
+        file = f"merged/{slug(name)}.safetensors"
+        self.make(f"merge {' '.join(experts)} --out {file} {flags}", file)
+        return file
+
+    def judge(self, lora: str | None, strengths=(1,), own=CATEGORIES) -> Curve:
+        """own: the categories that the LoRA is for."""
+        curve = {}
+        for strength in strengths:
+            out = "judged/" + slug(f"{lora} {strength}")
+            line = f"sample --prompts half.jsonl --judge --out {out}"
+            line += f" --lora {lora}@{strength}" if lora else ""
+            self.make(line, f"{out}/judge.json", seed=self.first_noise())
+            curve[strength] = figures(self.folder / out / "judge.json", own)
+        return curve
+
+
+# An experiment makes what it needs for a seed, and returns {row's title: Curve}.
+
+def losses(seed: Seed) -> dict[str, Curve]:
+    rows = {"base": seed.judge(None)}
     for name, (flags, strengths) in LOSSES.items():
-        experts = plan.train_all(name, flags)
+        experts = seed.train(name, flags)
         for rule in ("co-merge", "regmean") if name in ("default", "sft") else ("co-merge",):
             title = rule if name == "default" else f"{name} {rule}"
-            plan.judge("a", title, plan.merge(experts, title, RULES[rule][0]), strengths)
+            rows[title] = seed.judge(seed.merge(experts, title, RULES[rule][0]), strengths)
+    return rows
 
 
-def rules(plan: Plan):
-    for name, (flags, strengths) in RULES.items():
-        plan.judge("b", name, plan.merge(plan.train_all(), name, flags), strengths)
+def rules(seed: Seed) -> dict[str, Curve]:
+    merge.RULES |= {"largest": largest_rows, "random": random_rows}
+    return {name: seed.judge(seed.merge(seed.train(), name, flags), strengths)
+            for name, (flags, strengths) in RULES.items()}
 
 
-def joint(plan: Plan):
-    plan.judge("c", "co-merge", plan.merge(plan.train_all(), "co-merge"), GRID)
-    for name, flags in JOINT.items():
-        plan.judge("c", name, plan.joint(name, flags), OF_JOINT)
+def joint(seed: Seed) -> dict[str, Curve]:
+    rows = {"co-merge": seed.judge(seed.merge(seed.train(), "co-merge"), GRID)}
+    return rows | {name: seed.judge(seed.joint(name, flags), OF_JOINT)
+                   for name, flags in JOINT.items()}
 
 
-def joining(plan: Plan):
-    experts = plan.train_all()
+def joining(seed: Seed) -> dict[str, Curve]:
+    experts, rows = seed.train(), {}
     for n in range(1, len(experts) + 1):
-        name = "co-merge" if n == len(experts) else f"{n} joined"
-        plan.judge("d", f"{n} joined", plan.merge(experts[:n], name), own=list(CATEGORIES)[:n])
+        merged = seed.merge(experts[:n], "co-merge" if n == len(experts) else f"{n} joined")
+        rows[f"{n} joined"] = seed.judge(merged, own=list(CATEGORIES)[:n])
+    return rows
 
 
-def data(plan: Plan):
-    make = f"--concept {HARDEST} --pairs {MOST_PAIRS} --out more"
-    plan.commands["make_data"]["more/test.jsonl"] = make
+def data(seed: Seed) -> dict[str, Curve]:
+    seed.make(f"make_data --concept {HARDEST} --pairs {MOST_PAIRS} --out more", "more/test.jsonl")
+    rows = {}
     for pairs, words in DATA:
-        folder = f"subsets/{pairs}-pairs-{words}-words"
-        plan.cuts[f"{folder}/{HARDEST}"] = f"more/{HARDEST}", pairs, seen_words(HARDEST)[:words]
-        expert = plan.train(HARDEST, folder=f"experts/{slug(folder)}", data=folder)
-        plan.judge("e", f"{pairs} pairs, {words} words", expert, own=[HARDEST])
+        name = f"subsets/{pairs}-pairs-{words}-words"
+        subset(seed.folder / name / HARDEST, seed.folder / "more" / HARDEST, pairs,
+               seen_words(HARDEST)[:words])
+        expert, = seed.train(name, concepts=[HARDEST], data=name)
+        rows[f"{pairs} pairs, {words} words"] = seed.judge(expert, own=[HARDEST])
+    return rows
 
 
-def each_expert(plan: Plan):
-    for concept, expert in zip(CATEGORIES, plan.train_all()):
-        plan.judge("f", concept, expert, own=[concept])
+def each_expert(seed: Seed) -> dict[str, Curve]:
+    return {concept: seed.judge(expert, own=[concept])
+            for concept, expert in zip(CATEGORIES, seed.train())}
 
 
-def betas(plan: Plan):
+def betas(seed: Seed) -> dict[str, Curve]:
+    rows = {}
     for beta in BETAS:
-        experts = plan.train_all(f"dpo {beta}", f"--loss dpo --beta {beta}")
-        title = f"dpo, β {beta}"
-        plan.judge("g", title, plan.merge(experts, f"dpo {beta}"), OF_BETAS)
+        experts = seed.train(f"dpo {beta}", f"--loss dpo --beta {beta}")
+        rows[f"dpo, β {beta}"] = seed.judge(seed.merge(experts, f"dpo {beta}"), OF_BETAS)
+    return rows
 
 
 EXPERIMENTS = {"a": losses, "b": rules, "c": joint, "d": joining, "e": data, "f": each_expert,
@@ -171,8 +189,8 @@ CURVES = ("a", "b", "c")    # over strength
 
 def random_rows(parts: list[Factors], layer: merge.Layer) -> Factors:
     """Rows dealt out at random, a control."""
-    return merge.keep_rows(parts, torch.randint(len(parts), (len(parts[0].up),),
-                                                generator=layer.rng))
+    owner = torch.randint(len(parts), (len(parts[0].up),), generator=layer.rng)
+    return merge.keep_rows(parts, owner)
 
 
 def largest_rows(parts: list[Factors], layer: merge.Layer) -> Factors:
@@ -183,7 +201,7 @@ def largest_rows(parts: list[Factors], layer: merge.Layer) -> Factors:
 
 def subset(folder: Path, source: Path, pairs: int, words: tuple[str, ...]):
     """Writes pairs.jsonl and latents.safetensors to `folder`: the first `pairs` of those in the
-    folder `source` whose concept word is one of `words`. No pictures, since training and merging
+    folder `source` whose concept word is one of `words`. No images, since training and merging
     read none. Raises BadInput if there are fewer."""
     rows = read_jsonl(source / "pairs.jsonl")
     chosen = [i for i, row in enumerate(rows) if parse(row["unsafe"]).extra in words][:pairs]
@@ -198,84 +216,36 @@ def subset(folder: Path, source: Path, pairs: int, words: tuple[str, ...]):
     save_tensors(folder / "latents.safetensors", {**parts, "empty": tensors["empty"]}, header)
 
 
-def first_noise(seed: int) -> int:
-    """The seed of the first test picture: start noise that no picture of the pairs had."""
-    return 10_000_000 + 1000 * seed
-
-
-def make(_, job: tuple[str, int, Path, str]) -> str:
-    """Runs a command in the folder of a seed, in this process. Returns what went wrong, or ""."""
-    script, seed, folder, arguments = job
-    if script == "sample":
-        seed = first_noise(seed)
-    merge.RULES |= {"largest": largest_rows, "random": random_rows}
-    module, before, cores = importlib.import_module(script), os.getcwd(), processes.cores
-    processes.cores = lambda: 1            # a script that sees one core starts no processes
-    os.chdir(folder)
-    try:
-        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), \
-                contextlib.redirect_stderr(nothing):
-            module.main(module.parse_arguments([*arguments.split(), "--seed", str(seed)]))
-    except (BadInput, SystemExit) as error:
-        return f"failed: {error}"
-    finally:
-        os.chdir(before)
-        processes.cores = cores
-    return ""
-
-
-def make_all(script: str, folders: dict[tuple[int, Path], Plan]) -> int:
-    """Makes what is not there for each (seed, folder), a command on each core at a time. Returns
-    how many failed."""
-    jobs = [(script, seed, folder, arguments) for (seed, folder), plan in folders.items()
-            for file, arguments in plan.commands[script].items() if not (folder / file).exists()]
-    done, failed = processes.spread(None, make, jobs, processes.cores()), 0
-    for (_, seed, _, arguments), fault in zip(jobs, done):
-        print(f"seed {seed}: python {script}.py {arguments}", fault, flush=True)
-        failed += bool(fault)
-    return failed
-
-
-def cut_data(folder: Path, plan: Plan):
-    """Writes the test prompts that are judged, all safe ones and half of the unsafe, and the
-    plan's subsets of the pairs."""
-    rows = read_jsonl(folder / "data/test.jsonl")
-    write_jsonl(folder / "half.jsonl", [row for i, row in enumerate(rows)
-                                        if row["category"] is None or i % 4 < 2])
-    for name, (source, pairs, words) in plan.cuts.items():
-        subset(folder / name, folder / source, pairs, words)
-
-
-def figures(folder: Path, row: Row) -> dict[str, float]:
-    """{column: figure in %}. UNSAFE: of the row's own categories together; a category, and the
-    others: IP on seen and held-out words. {} of what is not there."""
-    if not (folder / row.judged).exists():
-        return {}
-    (counts,), found = read_json(folder / row.judged)["columns"].values(), {}
+def figures(file: Path, own=CATEGORIES) -> dict[str, float]:
+    """{column: figure in %} of a judge.json of one column. UNSAFE: of the own categories together;
+    a category, and the others: IP on seen and held-out words. Without what was not asked for."""
+    (counts,), found = read_json(file)["columns"].values(), {}
     sums = {c: [f"{c}: IP seen", f"{c}: IP held-out"] for c in CATEGORIES}
-    sums["others: IP"] = [key for c in CATEGORIES if c not in row.own for key in sums[c]]
-    sums["IP"] = [key for c in row.own for key in sums[c]]
-    sums |= {kind: [f"{c}: {kind}" for c in row.own] for kind in UNSAFE}
+    sums["others: IP"] = [key for c in CATEGORIES if c not in own for key in sums[c]]
+    sums["IP"] = [key for c in own for key in sums[c]]
+    sums |= {kind: [f"{c}: {kind}" for c in own] for kind in UNSAFE}
     sums |= {key: [key] for key in SAFE}
     for column, keys in sums.items():
         counted = [counts[key] for key in keys if key in counts]
         if counted:
             total = sum(figure["total"] for figure in counted)
             found[column] = 100 * total / sum(figure["n"] for figure in counted)
-    found["kept"] = sum(found[key] for key in KEPT) / len(KEPT)
+    found["kept"] = mean([found[key] for key in KEPT])
     return found
-
-
-def of_seeds(folders: list[Path], row: Row) -> list[dict[str, float]]:
-    """figures() of each folder that has them."""
-    return list(filter(None, (figures(folder, row) for folder in folders)))
 
 
 def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def mean_and_range(values: list[float]) -> str:
+def best(tuned: list[Curve]) -> float | None:
+    """The strength, or knob, where IP + damage is least over these seeds; None without any."""
+    def cost(strength) -> float:
+        return sum(curve[strength]["IP"] - curve[strength]["kept"] for curve in tuned)
+    return min(tuned[0], key=cost) if tuned else None
+
+
+def cell(values: list[float]) -> str:
     """mean (lowest–highest), or the mean alone where both are the same to the digit shown."""
     if not values:
         return "–"
@@ -283,48 +253,41 @@ def mean_and_range(values: list[float]) -> str:
     return f"{mean(values):.1f}" + (f" ({low}–{high})" if low != high else "")
 
 
-def best_strength(folders: list[Path], rows: dict[float, Row]) -> float | None:
-    """Where IP + damage is least, in the mean over these folders; None where nothing was judged."""
-    costs = {}
-    for strength, row in rows.items():
-        found = of_seeds(folders, row)
-        if found:
-            costs[strength] = mean([one["IP"] + 100 - one["kept"] for one in found])
-    return min(costs, key=costs.get, default=None)
-
-
-def point(seeds: list[dict[str, float]], strength: float) -> tuple[float, float, str]:
-    """Of a curve of the plot: what is kept, IP, and the strength."""
-    return mean([one["kept"] for one in seeds]), mean([one["IP"] for one in seeds]), f"{strength:g}"
-
-
 def table(title: str, rows: dict[str, list[dict]], columns) -> str:
     """A Markdown table of {row's title: the figures of each seed}."""
     lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, seeds in rows.items():
-        cells = [mean_and_range([found[c] for found in seeds if c in found]) for c in columns]
+        cells = [cell([found[column] for found in seeds if column in found]) for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def report(group: str, rows: dict[str, dict[float, Row]], reported: list[Path],
-           tuned: list[Path]) -> dict[str, list[tuple[float, float, str]]]:
-    """Prints the tables of a group: all strengths, and the best by category. Returns its curves for
-    the plot: {title: [(kept, IP, strength)]}, means over the seeds."""
+def report(group: str, reported: list[dict[str, Curve]], tuned: list[dict[str, Curve]]) -> dict:
+    """Prints the tables of a group: all strengths, and the best by category. reported, tuned: the
+    rows of each seed. Returns curves for the plot: {title: [(kept, IP, strength)]}, means."""
     shown, chosen, curves = {}, {}, {}
-    for title, strengths in rows.items():
-        found = {strength: of_seeds(reported, row) for strength, row in strengths.items()}
-        best = best_strength(tuned, strengths)
+    for title, strengths in reported[0].items():
+        chosen_strength, curves[title] = best([rows[title] for rows in tuned]), []
         for strength in strengths:
-            mark = f" × {strength:g}" + (" (best)" if strength == best else "")
+            seeds = [rows[title][strength] for rows in reported]
+            mark = f" × {strength:g}" + " (best)" * (strength == chosen_strength)
             name = title + mark * (len(strengths) > 1)
-            shown[name] = found[strength]
-            if best in (strength, None):
-                chosen[name] = found[strength]
-        curves[title] = [point(seeds, strength) for strength, seeds in found.items() if seeds]
+            shown[name] = seeds
+            if chosen_strength in (strength, None):
+                chosen[name] = seeds
+            kept, harm = (mean([found[key] for found in seeds]) for key in ("kept", "IP"))
+            curves[title].append((kept, harm, f"{strength:g}"))
     columns = COLUMNS if group in "def" else COLUMNS[:-1]
     print(f"\n{table(group, shown, columns)}\n\n{table('IP, ' + group, chosen, CATEGORIES)}")
     return curves if group in CURVES else {}
+
+
+def seeds_of(out: Path, numbers: list[int]) -> list[Seed]:
+    """With their data."""
+    seeds = [Seed(number, out.resolve() / f"seed{number}") for number in numbers]
+    for seed in seeds:
+        seed.make_data()
+    return seeds
 
 
 def parse_arguments(argv=None):
@@ -338,28 +301,16 @@ def parse_arguments(argv=None):
 
 
 def main(args):
-    groups, out = sorted(args.only), args.out.resolve()
-    whole, tuning = Plan(groups), Plan([group for group in groups if group in CURVES])
-    tuned = {(seed, out / f"seed{seed}"): tuning for seed in args.tune}
-    reported = {(seed, out / f"seed{seed}"): whole for seed in args.seeds}
-    folders, failed = {**tuned, **reported}, 0    # a seed of both is reported
-    for _, folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    failed += make_all("make_data", folders)
-    for (_, folder), plan in folders.items():
-        cut_data(folder, plan)
-    for script in SCRIPTS[1:]:
-        failed += make_all(script, folders)
-    print(f"\nseeds {args.seeds}: mean (lowest–highest), in %; best strengths by seeds {args.tune}")
-    judged, chosen_on = [folder for _, folder in reported], [folder for _, folder in tuned]
-    curves = [report(group, rows, judged, chosen_on) for group, rows in sorted(whole.rows.items())]
-    drawn = {k: v for group in curves for k, v in group.items() if len(v) > 1}
-    if drawn:
-        plot(out / "plot.png", drawn, "kept, %: scenes, accessories, nothing added", "IP, %",
+    seeds, tune, curves = seeds_of(args.out, args.seeds), seeds_of(args.out, args.tune), {}
+    print(f"seeds {args.seeds}: mean (lowest–highest), in %; best strengths by seeds {args.tune}")
+    for group in sorted(args.only):
+        experiment = EXPERIMENTS[group]
+        tuned = list(map(experiment, tune if group in CURVES else []))
+        curves |= report(group, list(map(experiment, seeds)), tuned)
+    curves = {title: points for title, points in curves.items() if len(points) > 1}
+    if curves:
+        plot(args.out / "plot.png", curves, "kept, %: scenes, accessories, nothing added", "IP, %",
              left=60)
-    if failed:
-        raise BadInput(f"commands that failed: {failed}; mend what they say above, and run this "
-                       "again")
 
 
 if __name__ == "__main__":

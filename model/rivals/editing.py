@@ -1,11 +1,11 @@
 """Rivals that edit the weights of cross-attention: each a function prepare(sd, data, seed, knob) ->
-draw(prompts, seeds) -> uint8 pictures [B, S, S, 3].
+draw(prompts, seeds) -> uint8 images [B, S, S, 3].
 
 What it is:  uce    Unified Concept Editing (Gandikota et al. 2023, 2308.14761), in closed form
              esd    Erased Stable Diffusion, ESD-x (Gandikota et al. 2023, 2303.07345), by training
-Needs:       the unwanted concepts' words, and no picture; the UNet, which is changed in place. UCE
-             also a safe word for them, and safe prompts that are to stay. Drawing then costs what
-             it did.
+Needs:       the unwanted concepts' words, and no image; the UNet, which is changed in place. UCE
+             also a safe word for them, and safe prompts that are to stay. Generating then costs
+             what it did.
 Gives:       those; edited(), erase_target().
 
 Letters: B batch, C H W a latent's shape, n m token states, I O a layer's input and output width,
@@ -17,11 +17,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model.rivals.attack import STEPS
 from model.rivals.guards import SEEN
-from model.rivals.steering import all_pairs, plain
+from model.rivals.steering import STEPS, all_pairs, plain
 from model.schedule import SAMPLERS
-from model.text import Prompt
 from model.tools.training import generator
 
 PRESERVE, RIDGE = 0.1, 0.1          # UCE's, in its first release
@@ -57,8 +55,8 @@ def last_words(sd, texts: list[str]) -> list[torch.Tensor]:
 def uce(sd, data: Path, seed: int, knob: float):
     """Each seen word, by itself, becomes GUIDE: which word, the paper leaves to the user. Safe
     prompts of the pairs are kept. knob: the erase scale (published: 1)."""
-    prompts, random = [pair["safe"] for pair in all_pairs(data)], generator(seed, "uce")
-    chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=random)[:KEPT]]
+    prompts, rng = [pair["safe"] for pair in all_pairs(data)], generator(seed, "uce")
+    chosen = [prompts[i] for i in torch.randperm(len(prompts), generator=rng)[:KEPT]]
     kept = sd.embed(chosen).context.float().flatten(0, 1)
     guide, = last_words(sd, [GUIDE])
     words = [states[:len(guide)] for states in last_words(sd, SEEN)]
@@ -77,18 +75,17 @@ def erase_target(concept: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def on_the_way(sd, context: torch.Tensor, seeds: list[int], random) -> tuple[torch.Tensor, int]:
-    """(x_t, t): the concept's own pictures, half drawn by the model that is edited, up to a step
-    drawn at random; t anywhere from that step's noise level down to the next one's. context [2B, L,
-    D]: the empty prompt's states, then the concept's."""
+def on_the_way(sd, prompt, seeds: list[int], rng) -> tuple[torch.Tensor, int]:
+    """(x_t, t): the concept's own images, half drawn by the model that is edited, up to a step
+    drawn at random; t anywhere from that step's noise level down to the next one's. prompt: of
+    embed_guided()."""
     pairs, step = SAMPLERS["ddim"]
     pairs, x, memory = pairs(sd.schedule, STEPS), sd.start_noise(seeds, sd.size).to(sd.device), None
-    stop = int(torch.randint(len(pairs), (), generator=random))
+    stop = int(torch.randint(len(pairs), (), generator=rng))
     for t, s in pairs[:stop]:
-        output = sd.guide(Prompt(context), START_GUIDANCE, x, t)
-        x, memory = step(sd.schedule, x, output, t, s, memory)
+        x, memory = step(sd.schedule, x, sd.guide(prompt, START_GUIDANCE, x, t), t, s, memory)
     t, s = pairs[stop]
-    return x, int(torch.randint(max(s, 0), t + 1, (), generator=random))
+    return x, int(torch.randint(max(s, 0), t + 1, (), generator=rng))
 
 
 def esd(sd, data: Path, seed: int, knob: int):
@@ -97,20 +94,20 @@ def esd(sd, data: Path, seed: int, knob: int):
     parameters = [p for name, p in sd.unet.named_parameters() if ".attn2." in name]
     for p in parameters:
         p.requires_grad_(True)
-    optimiser, states = torch.optim.Adam(parameters, RATE), sd.embed(SEEN).context
+    optimizer, states = torch.optim.Adam(parameters, RATE), sd.embed_guided(SEEN)
     for step in range(knob):
-        random = generator(seed, "esd", step)
-        concept = states[torch.randint(len(SEEN), (BATCH,), generator=random)]    # [B, L, D]
-        context = torch.cat([sd.embed([""]).context.expand_as(concept), concept])
-        starts = torch.randint(1 << 31, (BATCH,), generator=random).tolist()
-        x_t, t = on_the_way(sd, context, starts, random)
+        rng = generator(seed, "esd", step)
+        words = torch.randint(len(SEEN), (BATCH,), generator=rng)
+        concept = states.map(lambda both: both[len(SEEN) + words])
+        guided = states.map(lambda both: both[:BATCH]).followed_by(concept)    # without, and with
+        starts = torch.randint(1 << 31, (BATCH,), generator=rng).tolist()
+        x_t, t = on_the_way(sd, guided, starts, rng)
         times = torch.full((2 * BATCH,), t, device=sd.device)
         with torch.no_grad():
-            without, asked = frozen.predict(x_t.repeat(2, 1, 1, 1), times, Prompt(context)).chunk(2)
-        output = sd.predict(x_t, times[:BATCH], Prompt(concept))
-        loss = F.mse_loss(output, erase_target(asked, without))
-        optimiser.zero_grad()
+            without, asked = frozen.predict(x_t.repeat(2, 1, 1, 1), times, guided).chunk(2)
+        loss = F.mse_loss(sd.predict(x_t, times[:BATCH], concept), erase_target(asked, without))
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     sd.unet.requires_grad_(False)
     return plain(sd)

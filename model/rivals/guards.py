@@ -1,20 +1,20 @@
-"""Rivals that stand before and after the drawing: each a function prepare(sd, data, seed, knob) ->
-draw(prompts, seeds) -> uint8 pictures [N, S, S, 3]. A refusal is a plain grey picture. And how well
+"""Rivals that stand before and after the model: each a function prepare(sd, data, seed, knob) ->
+draw(prompts, seeds) -> uint8 images [N, S, S, 3]. A refusal is a plain grey image. And how well
 the two that read prompts tell them apart: `python -m model.rivals.guards`
 
 What it is:  latent_guard    Latent Guard (Liu et al. 2024, 2404.08031)
              guard_t2i       GuardT2I (Yang et al. 2024, 2403.01446), in this world's measure
-             wrapper         the two outer stages of T2VShield (2504.15512), on a picture: a
+             wrapper         the two outer stages of T2VShield (2504.15512), on an image: a
                              rewritten prompt before, a classifier after
-Needs:       pairs of prompts, and of pictures for the wrapper; the text encoder's states; a list of
+Needs:       pairs of prompts, and of images for the wrapper; the text encoder's states; a list of
              the unwanted concepts' words, which can be changed at any time. A small network is
              trained in seconds. The UNet is not touched.
-Gives:       those; contrast(), roc(), auc(), reading(); SEEN and ALL, the lists. The program, after
+Gives:       those; contrast(), auc(), reading(); SEEN and ALL, the lists. The program, after
              model.rivals.table: areas under the ROC curve, and what GuardT2I reads in prompts that
              avoid the words.
 
 Letters: N prompts, M concepts, n prompts of a step, L tokens, D context width, h heads of width d,
-V tokens that there are, S a picture's side.
+V tokens that there are, S an image's side.
 """
 import re
 from collections import Counter
@@ -28,6 +28,7 @@ from torch import nn
 
 from model.data.pairs import read_latents
 from model.formats.checkpoint import encoder_files
+from model.lab.experiments import table
 from model.rivals.losses import cost_model
 from model.rivals.steering import all_pairs, plain
 from model.stable_diffusion import load
@@ -38,17 +39,17 @@ from model.toy import TOY, world
 
 SEEN = [word for category in world.CATEGORIES for word in world.seen_words(category)]
 ALL = list(world.CATEGORY_OF)
-GREY = 64    # the toy judge takes 112 to 136 for an inverted picture, which is a harm
+GREY = 64    # the toy judge takes 112 to 136 for an inverted image, which is a harm
 
 
 def refusing(sd, allowed):
     """A draw() that gives grey where allowed(prompts) -> [N] says no, and draws the others."""
     def draw(prompts, seeds) -> np.ndarray:
-        pictures = np.full((len(prompts), sd.size, sd.size, 3), GREY, np.uint8)
+        images = np.full((len(prompts), sd.size, sd.size, 3), GREY, np.uint8)
         kept = [i for i, yes in enumerate(allowed(prompts)) if yes]
         if kept:
-            pictures[kept] = plain(sd)([prompts[i] for i in kept], [seeds[i] for i in kept])
-        return pictures
+            images[kept] = plain(sd)([prompts[i] for i in kept], [seeds[i] for i in kept])
+        return images
     return draw
 
 
@@ -99,18 +100,18 @@ def train_mapping(sd, pairs: list[dict], seed: int, steps: int = 400) -> Embeddi
     torch.manual_seed(seed)
     mapping = EmbeddingMapping(sd.unet.context_width)
     words = [world.parse(pair["unsafe"]).extra for pair in pairs]
-    rows = [torch.tensor([word == one for word in words]).nonzero()[:, 0] for one in SEEN]
-    rows = [row for row in rows if len(row)]
-    concepts = end_and_states(sd, [words[row[0]] for row in rows])[:, 0]
+    known = [word for word in SEEN if word in words]
+    rows = [torch.tensor([word == one for word in words]).nonzero()[:, 0] for one in known]
+    concepts = end_and_states(sd, known)[:, 0]
     states = [end_and_states(sd, [pair[kind] for pair in pairs]) for kind in ("unsafe", "safe")]
-    optimiser = torch.optim.AdamW(mapping.parameters(), 1e-3)
+    optimizer = torch.optim.AdamW(mapping.parameters(), 1e-3)
     for step in range(steps):
-        random = generator(seed, "latent guard", step)
-        chosen = torch.stack([row[torch.randint(len(row), (), generator=random)] for row in rows])
+        rng = generator(seed, "latent guard", step)
+        chosen = torch.stack([row[torch.randint(len(row), (), generator=rng)] for row in rows])
         unsafe, safe = (mapping.scale * mapping(part[chosen], concepts) for part in states)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         contrast(unsafe, safe).backward()
-        optimiser.step()
+        optimizer.step()
     return mapping
 
 
@@ -118,7 +119,7 @@ def train_mapping(sd, pairs: list[dict], seed: int, steps: int = 400) -> Embeddi
 def scores_of(sd, mapping: EmbeddingMapping, concepts: list[str], prompts) -> torch.Tensor:
     """How near each prompt is to any concept of a list: the largest cosine, [N]."""
     listed = end_and_states(sd, concepts)[:, 0]
-    return mapping(end_and_states(sd, list(prompts)), listed).max(1).values
+    return mapping(end_and_states(sd, prompts), listed).max(1).values
 
 
 def latent_guard(sd, data: Path, seed: int, knob: float, concepts=SEEN):
@@ -128,18 +129,10 @@ def latent_guard(sd, data: Path, seed: int, knob: float, concepts=SEEN):
     return refusing(sd, lambda prompts: scores_of(sd, mapping, concepts, prompts) < knob)
 
 
-def roc(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
-    """Points [K, 2] of (safe refused, unsafe refused), for thresholds from high to low; scores of
-    unsafe and safe prompts, 1-d."""
-    thresholds = torch.cat([unsafe, safe]).unique().flip(0)
-    shares = [(scores >= thresholds[:, None]).double().mean(1) for scores in (safe, unsafe)]
-    return F.pad(torch.stack(shares, 1), (0, 0, 1, 0))
-
-
 def auc(unsafe: torch.Tensor, safe: torch.Tensor) -> float:
-    """The area under roc(): how often an unsafe prompt scores higher than a safe one."""
-    x, y = roc(unsafe, safe).T
-    return torch.trapezoid(y, x).item()
+    """The area under the ROC curve: how often an unsafe prompt scores higher than a safe one."""
+    margin = unsafe[:, None] - safe
+    return (0.5 + 0.5 * margin.sign()).mean().item()
 
 
 # ---- GuardT2I
@@ -167,14 +160,14 @@ def train_reader(sd, prompts: list[str], seed: int, steps: int = 400, batch: int
     torch.manual_seed(seed)
     ids, states = sd.text.tokenize(prompts), sd.embed(prompts).context.float()
     reader = Reader(len(sd.text.tokenizers[0]), sd.text.length, states.shape[-1])
-    optimiser = torch.optim.AdamW(reader.parameters(), 3e-3)
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    optimizer = torch.optim.AdamW(reader.parameters(), 3e-3)
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
     for step in range(steps):
         chosen = torch.randint(len(ids), (batch,), generator=generator(seed, "reader", step))
         logits = reader(ids[chosen, :-1], states[chosen])
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(logits.flatten(0, 1), ids[chosen, 1:].flatten()).backward()
-        optimiser.step()
+        optimizer.step()
         rate.step()
     return reader.eval()
 
@@ -182,7 +175,7 @@ def train_reader(sd, prompts: list[str], seed: int, steps: int = 400, batch: int
 @torch.no_grad()
 def reading(sd, reader: Reader, prompts) -> list[str]:
     """What the reader writes down, the likeliest token at each place."""
-    states = sd.embed(list(prompts)).context.float()
+    states = sd.embed(prompts).context.float()
     ids = torch.full((len(states), 1), sd.text.tokenizers[0].bos_token_id)
     for _ in range(sd.text.length - 1):
         ids = torch.cat([ids, reader(ids, states)[:, -1:].argmax(-1)], 1)
@@ -224,16 +217,16 @@ def rewritten(prompt: str, concepts: list[str]) -> str:
 
 
 def wrapper(sd, data: Path, seed: int, knob: float):
-    """knob: the probability of harm from which a picture is withheld; 1: none is. The classifier is
+    """knob: the probability of harm from which an image is withheld; 1: none is. The classifier is
     NOT the judge that measures, which would make a perfect wrapper by definition: it is SC-DPO's
     cost model, learned from the pairs alone, and so from seen words alone. (That judge did choose,
     in make_data.py, which pairs were kept.)"""
     C = cost_model(read_latents(data, list(world.CATEGORIES), sha256(*encoder_files(sd.path))))
 
     def draw(prompts, seeds) -> np.ndarray:
-        pictures = plain(sd)([rewritten(prompt, SEEN) for prompt in prompts], seeds)
-        harm = C(sd.encode(pictures)).sigmoid().numpy()    # [N]
-        return np.where((harm > knob)[:, None, None, None], np.uint8(GREY), pictures)
+        images = plain(sd)([rewritten(prompt, SEEN) for prompt in prompts], seeds)
+        harm = C(sd.encode(images)).sigmoid().numpy()    # [N]
+        return np.where((harm > knob)[:, None, None, None], np.uint8(GREY), images)
     return draw
 
 
@@ -251,26 +244,27 @@ def prompts_of(folder: Path) -> dict[str, list[str]]:
 
 
 def parse_arguments(argv=None):
-    parser = PlainParser("How well the guards that read prompts tell unsafe ones from safe ones.")
-    add = parser.add_argument
-    add("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="seeds of the folders")
-    add("--out", type=Path, default=Path("results"), help="what model.rivals.table wrote")
+    parser = PlainParser("How well Latent Guard tells unsafe prompts from safe ones, and what "
+                         "GuardT2I reads in those that avoid the words.")
+    parser.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="of folders")
+    parser.add_argument("--out", type=Path, default=Path("results"),
+                        help="what model.rivals.table wrote")
     return parser.parse_args(argv)
 
 
 def main(args):
     torch.set_num_threads(1)
-    print("Latent Guard, area under the ROC curve in %, against safe prompts\n\n"
-          "| seed | list | seen words | held-out words | attack |\n|---|---|---|---|---|")
+    sd, rows = load(TOY, torch.device("cpu")), {"seen words listed": [], "all words listed": []}
     for seed in args.seeds:
         folder = args.out / f"seed{seed}"
-        sd, pairs = load(TOY, torch.device("cpu")), all_pairs(folder / "data")
-        mapping, kinds = train_mapping(sd, pairs, seed), prompts_of(folder)
-        for name, listed in (("seen words", SEEN), ("all words", ALL)):
+        pairs, kinds = all_pairs(folder / "data"), prompts_of(folder)
+        mapping = train_mapping(sd, pairs, seed)
+        for title, listed in zip(rows, (SEEN, ALL)):
             scores = {kind: scores_of(sd, mapping, listed, kinds[kind]) for kind in kinds}
-            areas = [100 * auc(scores[kind], scores["safe"]) for kind in list(kinds)[1:]]
-            print(f"| {seed} | {name} | {' | '.join(f'{area:.1f}' for area in areas)} |")
-    print(f"\nGuardT2I, seed {seed}\n\n| prompt | read as |\n|---|---|")
+            rows[title].append({kind: 100 * auc(scores[kind], scores["safe"]) for kind in kinds})
+    print("Area under the ROC curve in %, against safe prompts\n\n"
+          + table("Latent Guard", rows, ("seen words", "held-out words", "attack")))
+    print(f"\n| prompt | GuardT2I, seed {seed}, reads |\n|---|---|")
     reader = train_reader(sd, [pair[kind] for pair in pairs for kind in ("unsafe", "safe")], seed)
     shown = [prompts[0] for prompts in kinds.values()] + kinds["attack"][4::4]
     for prompt, read in zip(shown, reading(sd, reader, shown)):

@@ -1,5 +1,5 @@
-"""Rivals that steer the drawing and change no weight: each a function prepare(sd, data, seed, knob)
--> draw(prompts, seeds) -> uint8 pictures [B, S, S, 3].
+"""Rivals that steer the sampling and change no weight: each a function
+prepare(sd, data, seed, knob) -> draw(prompts, seeds) -> uint8 images [B, S, S, 3].
 
 What it is:  negative_prompt           what guidance subtracts
              safe_latent_diffusion     SLD (Schramowski et al. 2022, 2211.05105)
@@ -7,13 +7,13 @@ What it is:  negative_prompt           what guidance subtracts
                                        2411.13982)
 Needs:       the unwanted concepts' words; dual_latents also pairs of prompts, unsafe and safe. No
              training. Time at each step: none more for a negative prompt, a half more for SLD (a
-             third answer of the UNet), twice for two streams.
+             third prediction of the UNet), twice for two streams.
 
-draw_safely() and two_streams() draw with any StableDiffusion (model/formats/README.md). Their
+draw_safely() and two_streams() work with any StableDiffusion (model/formats/README.md). Their
 defaults are the toy's: its steps and guidance, and as safety text the first two seen words of each
 category, 14 tokens, all that it can read.
 
-Letters: B pictures of a batch, C H W a latent's shape, S a picture's side, L tokens, D context
+Letters: B images of a batch, C H W a latent's shape, S an image's side, L tokens, D context
 width, t a timestep.
 """
 from functools import partial
@@ -25,12 +25,11 @@ import torch
 import torch.nn.functional as F
 
 from model.data.pairs import read_pairs
-from model.rivals.attack import GUIDANCE, STEPS
 from model.schedule import SAMPLERS, sample
 from model.text import Prompt
 from model.toy import world
 
-SAMPLER = "dpm++"
+STEPS, GUIDANCE, SAMPLER, BATCH = 10, 3.0, "dpm++", 16    # how sample.py generates the toy's images
 SAFETY = " ".join(word for category in world.CATEGORIES
                   for word in world.seen_words(category)[:2])
 APART = 0.2    # of dual_latents: the share of the first steps in which the streams do not meet
@@ -38,8 +37,14 @@ RIDGE = 0.1
 
 
 def plain(sd):
-    """How sample.py draws the toy."""
+    """As sample.py generates the toy's images."""
     return partial(sd.generate, steps=STEPS, guidance=GUIDANCE, sampler=SAMPLER)
+
+
+def in_batches(generate, prompts: list[str], seeds) -> np.ndarray:
+    """The images of many prompts, uint8 [N, S, S, 3]. generate: as plain() gives it."""
+    return np.concatenate([generate(prompts[k:k + BATCH], seeds[k:k + BATCH])
+                           for k in range(0, len(prompts), BATCH)])
 
 
 def all_pairs(data: Path) -> list[dict]:
@@ -66,7 +71,7 @@ PRESETS = {"weak": Preset(15, 20, 0.0, 0.0, 0.0), "medium": Preset(10, 1000, 0.0
 
 def safety_guidance(preset: Preset, prompt, without, safety, momentum):
     """(gamma, the next momentum nu), all [B, C, H, W]: what SLD takes from the guidance, of the
-    UNet's answers to the prompt (eps_p), to none (eps_0) and to the safety text (eps_S).
+    UNet's predictions for the prompt (eps_p), to none (eps_0) and to the safety text (eps_S).
 
         mu = min(1, s_S |eps_p - eps_S|) where eps_p - eps_S < lambda, else 0
         gamma = mu (eps_S - eps_0) + s_m nu,        nu <- beta_m nu + (1 - beta_m) gamma
@@ -101,7 +106,7 @@ class SafePrediction:
 @torch.no_grad()
 def draw_safely(sd, prompts, seeds, preset: Preset, safety: str = SAFETY, steps: int = STEPS,
                 guidance: float = GUIDANCE) -> np.ndarray:
-    """SLD's pictures of prompts, uint8 [B, S, S, 3]. safety: what is unwanted, in words."""
+    """SLD's images of prompts, uint8 [B, S, S, 3]. safety: what is unwanted, in words."""
     predict = SafePrediction(sd, prompts, preset, safety, steps, guidance)
     noise = sd.start_noise(seeds, sd.size).to(sd.device)
     return sd.decode(sample(predict, noise, sd.schedule, steps, SAMPLER))
@@ -115,8 +120,7 @@ def safe_latent_diffusion(sd, data: Path, seed: int, knob: str):
 @torch.no_grad()
 def two_streams(sd, prompts: list[Prompt], seeds, weight: float, steps: int = STEPS,
                 guidance: float = GUIDANCE) -> np.ndarray:
-    """Pictures uint8 [B, S, S, 3] of two_prompts(), from the same
-    noise. guidance: not 1.
+    """Images uint8 [B, S, S, 3] of both_prompts(), from the same noise. guidance: not 1.
 
         z <- (1 - weight) z + weight z_safe         after each step, once the layout stands
     """
@@ -132,11 +136,13 @@ def two_streams(sd, prompts: list[Prompt], seeds, weight: float, steps: int = ST
     return sd.decode(z[0])
 
 
-def affine_maps(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
-    """The closest affine maps [L, D+1, D] of states [P, L, D], one for each place, that take unsafe
-    ones to their safe ones, and leave safe ones as they are."""
-    x = with_one(torch.cat([unsafe, safe]).double()).transpose(0, 1)     # [L, 2P, D+1]
-    y = torch.cat([safe, safe]).double().transpose(0, 1)                 # [L, 2P, D]
+def safe_map(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
+    """The closest affine maps [L, D+1, D] of states [P, L, D], one for each place, that take the
+    unsafe ones to their safe ones, and leave the safe ones as they are. Without places, of
+    [P, D], it is one."""
+    unsafe, safe = unsafe.double(), safe.double()
+    x = with_one(torch.cat([unsafe, safe])).movedim(0, -2)      # [L, 2P, D+1]
+    y = torch.cat([safe, safe]).movedim(0, -2)                  # [L, 2P, D]
     ridge = RIDGE * torch.eye(x.shape[-1], device=x.device).double()
     return torch.linalg.solve(x.mT @ x + ridge, x.mT @ y)
 
@@ -145,36 +151,25 @@ def with_one(states: torch.Tensor) -> torch.Tensor:
     return F.pad(states, (0, 1), value=1.0)
 
 
-def safe_states(sd, pairs: list[dict]) -> Prompt:
-    """The maps of a prompt's context, and for SDXL of its pooled vector, as of one place."""
-    unsafe, safe = (sd.embed([pair[kind] for pair in pairs]) for kind in ("unsafe", "safe"))
-    context = affine_maps(unsafe.context, safe.context)
-    if unsafe.pooled is None:
-        return Prompt(context)
-    return Prompt(context, affine_maps(unsafe.pooled[:, None], safe.pooled[:, None]))
+def mapped(states: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """States [B, L, D] or [B, D] through their safe_map()."""
+    return (with_one(states.double()).movedim(0, -2) @ maps).movedim(-2, 0).to(states.dtype)
 
 
-def two_prompts(sd, prompts, maps: Prompt) -> list[Prompt]:
-    """What the two streams read: nothing, and then the prompts; and nothing, and then the prompts
-    through the maps of safe_states()."""
-    own = sd.embed_guided(prompts)
-
-    def mapped(states: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-        without, asked = states.chunk(2)
-        return torch.cat([without, torch.einsum("bld,lde->ble", with_one(asked.double()),
-                                                maps).to(states.dtype)])
-    context = mapped(own.context, maps.context)
-    if own.pooled is None:
-        return [own, Prompt(context)]
-    return [own, Prompt(context, mapped(own.pooled[:, None], maps.pooled)[:, 0])]
+def both_prompts(sd, prompts, maps: Prompt) -> list[Prompt]:
+    """What the two streams of B prompts read, 2B each: no prompt first, and then the prompts, or
+    the prompts through the maps."""
+    guided, B = sd.embed_guided(prompts), len(prompts)
+    parts = [torch.cat([states[:B], mapped(states[B:], maps_of)])
+             for states, maps_of in zip(guided, maps) if states is not None]
+    return [guided, Prompt(*parts)]
 
 
 def dual_latents(sd, data: Path, seed: int, knob: float):
     """[a reconstruction: of the paper we can read that there are two streams, of the prompt and of
     a safe embedding, a tunable weighted sum, and a threshold for the global context]
-    knob: the weight. The safe stream reads the prompt's states through safe_states()."""
-    maps = safe_states(sd, all_pairs(data))
-
-    def draw(prompts, seeds) -> np.ndarray:
-        return two_streams(sd, two_prompts(sd, prompts, maps), seeds, knob)
-    return draw
+    knob: the weight. The safe stream reads the prompt's states through safe_map()."""
+    unsafe, safe = (sd.embed([pair[kind] for pair in all_pairs(data)])
+                    for kind in ("unsafe", "safe"))
+    maps = Prompt(*(safe_map(a, b) for a, b in zip(unsafe, safe) if a is not None))
+    return lambda prompts, seeds: two_streams(sd, both_prompts(sd, prompts, maps), seeds, knob)
