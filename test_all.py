@@ -1544,7 +1544,7 @@ experts --method sum --out pipe|pipe: cannot be written
 experts --method sum --out .|give a file's name
 experts --method sum --out mine.jsonl/x/y|mine.jsonl is not a folder""",
     "sample": """
-|nothing to draw; --prompts nothing.jsonl|nothing to draw; --prompts evil.jsonl|evil.jsonl
+|nothing to generate; --prompts nothing.jsonl|nothing to generate; --prompts evil.jsonl|evil.jsonl
 x --model evil.ckpt|evil.ckpt: not a safetensors file but a pickle; x --steps 5000|--steps 5000
 x --model models/nan --out {away}|conv_in.bias holds NaN; x --compare|--compare
 x --lora nowhere.safetensors|nowhere.safetensors; x --lora pipe|pipe: no such file
@@ -1578,7 +1578,7 @@ def test_a_rank_that_nobody_has_is_refused(rank, world, tmp_path, monkeypatch, c
 def test_a_full_gpu_is_not_a_crash(inside, monkeypatch, capsys):
     def full(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-    monkeypatch.setattr(train.Trainer, "take_step", full)
+    monkeypatch.setitem(dpo.LOSSES, "safety", full)
     before = contents(inside)
     assert "--checkpointing" in refusal("train --concept hate --seed 1 --out new", capsys)
     assert contents(inside) == before
@@ -1591,8 +1591,8 @@ FLAGS = {    # a small command: flags that must change what it gives
     "make_data --prompts mine.jsonl --steps 1 --judge none": "--images data/hate/images",
     "train --concept hate --steps 2 --batch 2":
         "--seed 1|--model models/other|--concept sexual|--joint|--data second|--loss dpo|--beta 50|"
-        "--steps 3|--batch 4|--accumulate 2|--lr 1e-3|--rank 2|--caption-dropout 0.9|--reuse 1|"
-        "--compile|--precision bf16",
+        "--steps 3|--batch 4|--accumulate 2|--lr 1e-3|--rank 2|--caption-dropout 0.9|--compile|"
+        "--precision bf16",
     "merge bare": "--model models/other|--method sum|--weights 1 0.5|--rank 2|--data second|"
                   "--fuse models/other|--precision bf16",
     "merge bare --method ties": "--density 0.5", "merge bare --method dare": "--seed 1",
@@ -2577,14 +2577,14 @@ def test_a_pickle_is_read_without_being_run(clip, here):
 # A GPU, without one
 TRAIN = "train --device cuda --concept hate --steps 2 --batch 2 --out "
 CUDA = {"bf16": [
-    TRAIN + "a --loss dpo --reuse 1", TRAIN + "b --checkpointing --accumulate 2",
+    TRAIN + "a --loss dpo", TRAIN + "b --checkpointing --accumulate 2",
     TRAIN + "c --loss model.rivals.losses.duo", TRAIN + "d --loss model.rivals.losses.sdpo",
     "merge experts --device cuda --fuse {toy} --out fused",
     "merge experts --device cuda --precision fp32 --out fp32.safetensors",
     "sample red,box,park --lora merged.safetensors --steps 1 --device cuda --judge "
     "--clipscore {clip}"],
     "fp16": ["make_data --device cuda --model {xl} --prompts p --steps 1 --out xl",
-             TRAIN + "e --model {xl} --data xl", TRAIN + "f --reuse 1 --checkpointing",
+             TRAIN + "e --model {xl} --data xl", TRAIN + "f --checkpointing",
              "merge experts --device cuda",
              "sample x --model {xl} --lora e/hate.safetensors --steps 1 --device cuda"]}
 CAN = platform.system() == "Linux" and shutil.which("g++") and not torch.version.cuda
