@@ -52,7 +52,7 @@ import sample
 import train
 from lora import Factors, layers
 from model.data import language_model
-from model.data.pairs import Pairs, read_pairs
+from model.data.pairs import Pairs, read_pairs, read_square
 from model.data.prompt_files import read_prompts, read_requests, Request, split
 from model.formats.checkpoint import encoder_files
 from model.formats.fit import match
@@ -2518,6 +2518,24 @@ def test_pictures_that_exist_are_not_drawn_again(in_greys, capsys):
     assert np.array_equal(np.asarray(Image.open(row["safe_image"])), np.asarray(expected))
     command(line + " --concept violence --size 16")
     assert "latents of 2 sizes" in refusal("train --joint --steps 1", capsys)
+
+
+def test_an_image_is_what_its_writer_saw(here):
+    """Turned as a phone's EXIF says; the upper 8 bits of 16; what is transparent has no colour."""
+    half = np.zeros((8, 8, 3), np.uint8)
+    half[:4] = 255    # white above black
+    exif = Image.Exif()
+    exif[0x0112] = 6    # to be seen turned by 90 degrees to the right
+    Image.fromarray(half).save("turned.png", exif=exif)
+    Image.fromarray(np.full((8, 8), 0x4080, np.uint16)).save("deep.png")
+    Image.fromarray(half).convert("RGBA").save("opaque.png")
+    clear = Image.fromarray(half).convert("RGBA")
+    clear.putalpha(0)
+    clear.save("clear.png")
+    assert np.array_equal(read_square(Path("turned.png"), 8), np.rot90(half, -1))
+    assert (read_square(Path("deep.png"), 8) == 0x40).all()
+    assert np.array_equal(read_square(Path("opaque.png"), 8), half)
+    assert read_square(Path("clear.png"), 8) is None
 
 
 def test_a_judge_drops_what_does_not_show_its_prompt(in_greys, monkeypatch, capsys):

@@ -24,7 +24,7 @@ from model.stable_diffusion import StableDiffusion
 from model.text import Prompt
 from model.tools.command import BadInput
 from model.tools.files import opened, read_jsonl, save_tensors, sha256, write_jsonl
-from model.tools.pictures import read_pictures, sheet
+from model.tools.pictures import as_seen, read_pictures, sheet
 
 BATCH = 32    # pictures or prompts that are judged or encoded at once
 
@@ -38,10 +38,11 @@ def complete(folder: Path, number: int) -> bool:
 
 
 def read_square(path: Path, size: int) -> np.ndarray | None:
-    """Cropped in the middle to a square of `size`; None where it is not a readable picture."""
+    """As its writer saw it, cropped in the middle to a square of `size`; None where it cannot be
+    read, or a part of it is transparent."""
     try:    # no format that starts a program
         with Image.open(path, formats=("JPEG", "PNG", "WEBP")) as image:
-            return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size)))
+            return np.asarray(ImageOps.fit(as_seen(image), (size, size)))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
 

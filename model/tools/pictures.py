@@ -1,12 +1,12 @@
 """Pictures from and to files: one by one, and on a labelled sheet; curves.
 
 Needs:       pillow, numpy.
-Gives:       read_pictures(), write_picture(), sheet(), blurred(), curves().
+Gives:       as_seen(), read_pictures(), write_picture(), sheet(), blurred(), curves().
 """
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from model.tools.command import BadInput
 from model.tools.files import replacing
@@ -16,14 +16,25 @@ CELL, GAP, LINE = 128, 6, 13
 FONT = ImageFont.load_default(size=11)
 
 
+def as_seen(image: Image.Image) -> Image.Image:
+    """The image in RGB as its writer saw it: turned as its EXIF says, 16-bit greys by their upper 8
+    bits. Raises ValueError where a part is transparent: on what it was seen, no file says."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+        raise ValueError("a part of it is transparent")
+    if image.mode.startswith("I"):    # Pillow would make all that is above 255 white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def read_pictures(paths: list[Path]) -> np.ndarray:
     """uint8 [N, H, W, 3]. Raises BadInput naming the file that is not a picture, or not of the
     first one's size."""
     images = []
     for path in paths:
         try:
-            images.append(Image.open(path).convert("RGB"))
-        except (OSError, Image.DecompressionBombError) as error:
+            images.append(as_seen(Image.open(path)))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
             reason = f"{path}: not a readable picture ({error}); make the data again"
             raise BadInput(reason) from None
         size, expected = ("{}x{}".format(*image.size) for image in (images[-1], images[0]))
