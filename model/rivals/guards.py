@@ -18,7 +18,6 @@ V tokens that there are, S an image's side.
 """
 import re
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import numpy as np
