@@ -252,7 +252,9 @@ def build_blocks(c):
     for level, kind in zip(reversed(levels), c["up_block_types"]):
         # One layer more than on the way down: it takes the downsampler's skip, or conv_in's.
         width, n = widths[level], layers[level] + 1
-        inputs = [(width if i else now) + skips.pop() for i in range(n)]
+        below = [now] + [width] * (n - 1)
+        inputs = [own + skip for own, skip in zip(below, reversed(skips[-n:]))]
+        del skips[-n:]
         up_blocks.append(build_block(c, level, inputs, n * (kind == UP), up=level > 0))
         now = width
     return down_blocks, mid_block, up_blocks

@@ -138,11 +138,12 @@ def measure(folders: dict[str, Path], requests: list[Request], judge=None, clip=
                                for verdict in judge.judge(pictures)]
             rows += [(i, mark(verdict, counted[i])) for i, verdict in enumerate(verdicts[label])
                      if counted[i]]
-        values = defaultdict(list)    # key -> (value, prompt) of each picture that has it
+        values, prompts = defaultdict(list), defaultdict(list)    # of each image that has the key
         for i, row in rows:
             for key, value in row.items():
-                values[key].append((value, requests[i].prompt))
-        figures[label] = {key: figure(key, *zip(*pairs)) for key, pairs in values.items()}
+                values[key].append(value)
+                prompts[key].append(requests[i].prompt)
+        figures[label] = {key: figure(key, values[key], prompts[key]) for key in values}
     return Measured(verdicts, figures, counted.count(None))
 
 
