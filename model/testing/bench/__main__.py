@@ -102,7 +102,6 @@ def train(args, folder: Path):
     model = full_size("SD 1", folder)
     ours = "ours", "step", model, 256, "--batch", 1, "--device", "cpu"
     compare({"one forward": ("ours", "forward", model), "ours": ours,
-             "ours, --reuse 1": (*ours, "--reuse", 1),
              "ours, --checkpointing": (*ours, "--checkpointing"),
              "ours, --precision bf16": (*ours, "--precision", "bf16"),
              "diffusers + PEFT": ("with_peft", "step", model, 256),
