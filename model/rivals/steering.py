@@ -165,11 +165,15 @@ def both_prompts(sd, prompts, maps: Prompt) -> list[Prompt]:
     return [guided, Prompt(*parts)]
 
 
+def safe_maps(sd, pairs: list[dict]) -> Prompt:
+    """safe_map() of the pairs' contexts, and for SDXL of their pooled vectors."""
+    unsafe, safe = (sd.embed([pair[kind] for pair in pairs]) for kind in ("unsafe", "safe"))
+    return Prompt(*(safe_map(a, b) for a, b in zip(unsafe, safe) if a is not None))
+
+
 def dual_latents(sd, data: Path, seed: int, knob: float):
     """[a reconstruction: of the paper we can read that there are two streams, of the prompt and of
     a safe embedding, a tunable weighted sum, and a threshold for the global context]
-    knob: the weight. The safe stream reads the prompt's states through safe_map()."""
-    unsafe, safe = (sd.embed([pair[kind] for pair in all_pairs(data)])
-                    for kind in ("unsafe", "safe"))
-    maps = Prompt(*(safe_map(a, b) for a, b in zip(unsafe, safe) if a is not None))
+    knob: the weight. The safe stream reads the prompt's states through safe_maps()."""
+    maps = safe_maps(sd, all_pairs(data))
     return lambda prompts, seeds: two_streams(sd, both_prompts(sd, prompts, maps), seeds, knob)
