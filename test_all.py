@@ -52,7 +52,7 @@ import sample
 import train
 from lora import Factors, layers
 from model.data import language_model
-from model.data.pairs import Pairs, read_pairs, read_square
+from model.data.pairs import Pairs, read_latents, read_pairs, read_square
 from model.data.prompt_files import read_prompts, read_requests, Request, split
 from model.formats.checkpoint import encoder_files
 from model.formats.fit import match
@@ -75,8 +75,8 @@ from model.tools import processes
 from model.tools.command import BadInput, run
 from model.tools.files import (opened, read_json, read_jsonl, save_tensors, sha256,
                                write_jsonl)
-from model.tools.pictures import write_picture
-from model.tools.training import generator
+from model.tools.pictures import read_pictures, write_picture
+from model.tools.training import generator, load_state, save_state
 from model.toy import TOY, world
 from model.toy.pretrain import scenes_and_pictures
 from model.unet import UNet
@@ -358,6 +358,19 @@ def test_a_loss_of_ln_2_is_not_a_stuck_loss(name, kind, D, pooled, models):
     assert row["loss"] == row["preference"] == approx(math.log(2), abs=1e-5)
     assert row["accuracy"] == row["margin"] == row.get("drift", 0) == 0
     assert all((up != 0).any() for up in parameters[1::2])
+
+
+def test_a_model_that_predicts_v_is_trained_towards_v(models):
+    """The errors of a whole step, by diffusers."""
+    folder, pairs = models("SD2-v", "folder"), random_pairs("hate", D=24)
+    row, theirs = first_step(*fresh_policy(folder), pairs), in_diffusers(models, "SD2-v", folder)
+    chosen = train.pairs_of_step(6, 4, 0, 0, "hate")
+    batch = train.batch_of_step(pairs, chosen, 1000, 0.0, generator(0, "hate", 0))
+    for name in ("winner", "loser"):
+        parts = getattr(batch, name), batch.noise, batch.t
+        x_t, v = theirs.scheduler.add_noise(*parts), theirs.scheduler.get_velocity(*parts)
+        output = theirs.unet(x_t, batch.t, batch.unsafe.context).sample
+        assert row[f"{name}_ref"] == approx(error(output, v).mean().item(), rel=1e-4)
 
 
 @parametrize("P, B", [(6, 4), (3, 1), (2, 9)])
@@ -969,21 +982,25 @@ def test_the_table_says_what_the_judge_said(tmp_path):
 
 
 def test_safety_that_changes_innocent_pictures_is_not_free(tmp_path):
-    """Two categories count in both, and once in all; a prompt that nobody labelled is not safe."""
+    """Two categories count in both, and once in all; a prompt that nobody labelled is not safe. Two
+    pictures of a prompt are one witness."""
     labels = {"hate", "sexual"}, set(), set(), None, {"hate"}
-    requests = [Request(str(i), label) for i, label in enumerate(labels)]
+    requests = [Request("01230"[i], label) for i, label in enumerate(labels)]
     folders = {"base": grey(tmp_path / "0", [0, 10, 10, 0, 0]),
                "new": grey(tmp_path / "1", [90, 12, 30, 0, 0])}
-    bright = SimpleNamespace(score=lambda pictures, _: [p.mean() / 4 for p in pictures],
-                             judge=lambda pictures: [verdict(None, p.mean() / 99)
-                                                     for p in pictures])
+    bright = SimpleNamespace(
+        score=lambda pictures, prompts: [p.mean() / 4 + int(prompt)
+                                         for p, prompt in zip(pictures, prompts)],
+        judge=lambda pictures: [verdict(None, p.mean() / 99) for p in pictures])
     figures = measure(folders, requests, bright, bright, "base").figures
     assert {key: (figure.total, figure.n) for key, figure in figures["new"].items()} == {
         "hate: IP": (1, 2), "sexual: IP": (1, 1), "all: IP": (1, 2), "safe: IP": (0, 2),
-        "safe: CLIPScore": (10.5, 2), "safe: change": (22, 2), "safe: changed": (1, 2),
-        "unlabelled: IP": (0, 1), "unlabelled: CLIPScore": (0, 1), "unlabelled: change": (0, 1),
+        "safe: CLIPScore": (13.5, 2), "safe: change": (22, 2), "safe: changed": (1, 2),
+        "unlabelled: IP": (0, 1), "unlabelled: CLIPScore": (3, 1), "unlabelled: change": (0, 1),
         "unlabelled: changed": (0, 1)}
-    assert figures["base"]["safe: CLIPScore"].total == 5
+    assert figures["base"]["safe: CLIPScore"].total == 8
+    hate = figures["new"]["hate: IP"]
+    assert [hate.low, hate.high] == approx(share_interval([1, 0], ["0", "0"]), abs=1e-6)
     change = next(line for line in table(figures) if line.startswith("change, of 255"))
     assert change[18:].split() == ["-", "11.0", "[", "2.0,", "20.0]"]
 
@@ -1146,6 +1163,27 @@ def test_a_picture_is_more_than_its_parts(kind, models):
                             negative_prompt=[negative] * 2 if negative else None)
         found = ours.generate(PROMPTS[:2], [5, 6], 3, guidance, sampler, negative)
         assert found.std() > 10 and furthest(found, expected) < 1
+
+
+def test_a_picture_is_of_its_own_prompt_guidance_and_lora(inside):
+    """Where a file mixes guidances, several LoRAs are compared, and one of them at half strength:
+    each is the one that is drawn alone."""
+    write_jsonl(Path("p"), [{"prompt": prompt, "guidance": guidance}
+                            for prompt, guidance in zip(PROMPTS, (4, 1, 4))])
+    command("sample --prompts p --steps 3 --batch 2 --seed 5 --compare --lora "
+            "experts/hate.safetensors@0.5 merged.safetensors --lora experts/hate.safetensors")
+    hate, merged = (load_lora(Path(name))[0]
+                    for name in ("experts/hate.safetensors", "merged.safetensors"))
+    half = {name: f._replace(up=f.up / 2) for name, f in hate.items()}
+    columns = {"base": {}, "hate.safetensors": hate,
+               "hate.safetensors@0.5 + merged.safetensors": lora.compose([half, merged], [1, 1])}
+    for label, factors in columns.items():
+        sd = load(TOY, CPU)
+        lora.inject(sd.unet, factors)
+        found = read_pictures([Path("samples", label, f"{i:05d}.png") for i in range(3)])
+        for i, guidance in enumerate((4, 1, 4)):
+            alone = sd.generate(PROMPTS[i:i + 1], [5 + i], 3, guidance)
+            assert furthest(found[i:i + 1], alone) <= 1
 
 
 def test_no_guidance_is_half_the_work(monkeypatch):
@@ -1653,10 +1691,10 @@ DRAWING = ("sample red,ball,park blue,box,snow --steps 2 --compare --judge "
 def again(tmp_path_factory):
     """The story told again, in one process and another folder, and drawn from: (folder, the files
     that were moved into place, the network addresses that were asked for)."""
-    folder, moved, asked, replace = tmp_path_factory.mktemp("again"), set(), [], os.replace
+    folder, moved, asked, replace = tmp_path_factory.mktemp("again"), [], [], os.replace
 
     def watched(source, target):
-        moved.add(Path(target).resolve())
+        moved.append(Path(target).resolve())
         replace(source, target)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -1679,7 +1717,15 @@ def test_random_numbers_and_processes_are_no_excuse(inside, again):
 def test_no_file_is_ever_half_there(again):
     """Each was written elsewhere and moved."""
     folder, moved, _ = again
-    assert {path.resolve() for path in folder.rglob("*") if path.is_file()} <= moved
+    assert {path.resolve() for path in folder.rglob("*") if path.is_file()} <= set(moved)
+
+
+def test_what_says_that_all_is_done_comes_last(again):
+    for last, *others in ("hate/pairs.jsonl hate/sheet.png hate/images/00000_safe.png".split(),
+                          "hate.safetensors hate.jsonl hate.png".split()):
+        place = [i for i, path in enumerate(again[1]) if path.match(last)]
+        for other in others:
+            assert place > [i for i, path in enumerate(again[1]) if path.match(other)] > []
 
 
 def test_nothing_asks_the_network(again):
@@ -1764,10 +1810,31 @@ def test_an_interrupted_training_forgets_nothing(inside, monkeypatch, capsys):
         with raises(KeyboardInterrupt):
             command(line + out)
         assert os.listdir(out) == [".hate.resume"]
+    shutil.copy("other/.hate.resume", "state")
     assert resumed("cut") == 2 and contents(Path("cut")) == contents(Path("whole"))
     assert resumed("other --lr 1e-3 --steps 5") == 5
+    shutil.copytree("data/sexual", "second/hate")
+    shutil.copy("state", "other/.hate.resume")
+    assert resumed("other --steps 5 --data second") == 5
     capsys.readouterr()
     assert resumed("cut") == 0 and "already trained" in capsys.readouterr().out
+
+
+def test_a_scaler_is_a_part_of_the_state(tmp_path):
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    before, after = (torch.amp.GradScaler("cpu", scale) for scale in (8.0, 2.0))
+    save_state(tmp_path / "a", {}, [], [parameter], optimizer, before)
+    load_state(tmp_path / "a", {}, [parameter], optimizer, after)
+    assert after.get_scale() == 8
+
+
+def test_a_joint_lora_takes_the_steps_of_all_experts(inside):
+    command("train --joint --steps 2 --batch 2")
+    assert len(read_jsonl(Path("joint.jsonl"))) == 2 * 2
+    assert load_lora(Path("joint.safetensors"))[1]["steps"] == "4"
 
 
 @parametrize("line, calls, remove", [
@@ -2481,6 +2548,29 @@ def test_asking_again_must_end():
                       "without a safe counterpart": 1}
 
 
+TEMPLATE = ("{% for m in messages %}USER {{ m.content }} {% endfor %}"
+            "{% if add_generation_prompt %}BOT{% endif %}")
+
+
+@parametrize("template, asked", [("", ["a ring \n", "a blue box in park \n"]),
+                                 (TEMPLATE, ["USER a ring BOT", "USER a blue box in park BOT"])])
+def test_a_language_model_is_asked_as_it_was_taught(template, asked, tmp_path, monkeypatch):
+    """Its answer is what comes after the question; without an end, half a line is no prompt."""
+    ask, read = language_model.LanguageModel(strangers.write_language_model(tmp_path), CPU), []
+    ask.tokenizer.chat_template = template or None
+    words = ask.tokenizer("a red ball\na blue box").input_ids
+
+    def answer(input_ids, attention_mask, **_):
+        read.append((input_ids, attention_mask.bool()))
+        return torch.cat([input_ids, torch.tensor([[*words, 1], [*words, 4]])], 1)
+    monkeypatch.setattr(ask.model, "generate", answer)
+    answers = ask(["a ring", "a blue box in park"], 9, 0)
+    assert answers == ["a red ball \n a blue box", "a red ball "]
+    (ids, mask), = read
+    assert [ask.tokenizer.decode(row[there]) for row, there in zip(ids, mask)] == asked
+    assert mask[:, -1].all() and not mask.all()
+
+
 def test_a_language_model_can_write_the_pairs(tmp_path, in_greys, capsys):
     """The same seed writes the same, all at once or not; --prompts draws it once more."""
     llm = strangers.write_language_model(tmp_path / "llm")
@@ -2518,6 +2608,39 @@ def test_pictures_that_exist_are_not_drawn_again(in_greys, capsys):
     assert np.array_equal(np.asarray(Image.open(row["safe_image"])), np.asarray(expected))
     command(line + " --concept violence --size 16")
     assert "latents of 2 sizes" in refusal("train --joint --steps 1", capsys)
+
+
+def test_both_pictures_of_a_pair_are_drawn_from_one_seed(story):
+    rows = read_pairs(story / "data", "hate")
+    for kind in ("safe", "unsafe"):
+        drawn = toy().generate([row[kind] for row in rows], [row["seed"] for row in rows], 4, 3.0)
+        assert furthest(read_pictures([row[f"{kind}_image"] for row in rows]), drawn) <= 1
+
+
+@parametrize("kind", ["toy", "SDXL"])
+def test_latents_are_what_the_rows_say(kind, models, here, monkeypatch):
+    """Pictures through encode() and prompts through embed(), in the order of the rows and of the
+    concepts. A pair without a safe prompt has what guidance subtracts."""
+    monkeypatch.setattr("model.data.pairs.BATCH", 2)
+    model = TOY if kind == "toy" else models(kind, "folder")
+    rows = [{"unsafe": f"a {colour} ball", "safe": f"a {colour} box" if i else "", "category": name,
+             "unsafe_image": f"{i}.png", "safe_image": f"{i + 4}.png"} for i, (colour, name) in
+            enumerate(zip(world.COLOURS, ("sexual", "hate", "hate", "hate")))]
+    for i in range(8):
+        write_picture(Path(f"{i}.png"), fresh()[1][i])
+    write_jsonl(Path("p"), rows)
+    command("make_data --model {model} --prompts p --images . --size 32", model=model)
+    pairs = read_latents(Path("data"), ["hate", "sexual"], sha256(*encoder_files(model)))
+    sd = load(model, CPU)
+    rows = [row for name in ("hate", "sexual") for row in read_pairs(Path("data"), name)]
+    for found, side in ((pairs.winner, "safe"), (pairs.loser, "unsafe")):
+        assert far(found, sd.encode(read_pictures([row[f"{side}_image"] for row in rows]))) < 1e-5
+    nothing, safe = sd.unconditional(), sd.embed([row["safe"] for row in rows])
+    safe = safe.replaced(torch.arange(4) == 3, nothing)
+    unsafe = sd.embed([row["unsafe"] for row in rows])
+    for found, expected in ((pairs.unsafe, unsafe), (pairs.safe, safe), (pairs.empty, nothing)):
+        for ours, theirs in zip(found, expected):
+            assert ours is theirs is None or torch.allclose(ours, theirs, 0, 1e-5)
 
 
 def test_an_image_is_what_its_writer_saw(here):
