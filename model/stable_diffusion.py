@@ -46,10 +46,10 @@ class Denoiser:
     """
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
         self.path, self.device = checkpoint.path, device
-        self.reduction = checkpoint.skeleton("vae", VAE).reduction
-        self.size = checkpoint.make("unet", latent_side) * self.reduction
-        self.schedule = checkpoint.make("scheduler", NoiseSchedule)    # before the weights
-        self.unet = checkpoint.build("unet", UNet, device, dtype).requires_grad_(False).eval()
+        self.reduction = checkpoint.on_meta("vae", VAE).reduction
+        self.size = checkpoint.from_config("unet", latent_side) * self.reduction
+        self.schedule = checkpoint.from_config("scheduler", NoiseSchedule)    # before the weights
+        self.unet = checkpoint.load("unet", UNet, device, dtype).requires_grad_(False).eval()
         self.unet.to(memory_format=layout(dtype))
         self.channels = self.unet.conv_in.in_channels
         # A single file of SD 2 does not say whether it predicts v, as its configs here assume.
@@ -109,7 +109,7 @@ class StableDiffusion(Denoiser):
         self.text = TextEncoders.of(checkpoint, dtype, device)
         # SDXL's VAE overflows in fp16, and the picture is black. bf16 reaches as far as fp32.
         self.vae_dtype = torch.float32 if dtype == torch.float16 else dtype
-        self.vae = checkpoint.build("vae", VAE, device, torch.float32).requires_grad_(False).eval()
+        self.vae = checkpoint.load("vae", VAE, device, torch.float32).requires_grad_(False).eval()
         # The encoder stays fp32: the latents it writes once are what all training is measured by.
         for decoding in (self.vae.post_quant_conv, self.vae.decoder):
             decoding.to(self.vae_dtype, memory_format=layout(self.vae_dtype))
@@ -189,22 +189,22 @@ def load(path: Path, device: torch.device, dtype: str | torch.dtype = "auto") ->
 
 def skeleton(path: Path) -> UNet:
     """The UNet without its weights: names and shapes, to see in a moment whether a LoRA fits."""
-    return Checkpoint(path).skeleton("unet", UNet)
+    return Checkpoint(path).on_meta("unet", UNet)
 
 
 def image_size(path: Path) -> int:
     """The side in pixels of the images that the model was trained on. (A single file of SD 2 says
     768 here, and may be a 512 by its weights: load() finds out.)"""
     checkpoint = Checkpoint(path)
-    return checkpoint.make("unet", latent_side) * checkpoint.skeleton("vae", VAE).reduction
+    return checkpoint.from_config("unet", latent_side) * checkpoint.on_meta("vae", VAE).reduction
 
 
 def check_settings(path: Path, size: int, steps: int, sampler: str = "dpm++"):
     """Raises BadInput for a side, in pixels, that the model's VAE cannot make, and for more steps
     than its schedule has: now, and not when the images of other settings are gone."""
     checkpoint = Checkpoint(path)
-    SAMPLERS[sampler][0](checkpoint.make("scheduler", NoiseSchedule), steps)
-    reduction = checkpoint.skeleton("vae", VAE).reduction
+    SAMPLERS[sampler][0](checkpoint.from_config("scheduler", NoiseSchedule), steps)
+    reduction = checkpoint.on_meta("vae", VAE).reduction
     if size < 1 or size % reduction:
         raise BadInput(f"--size {size} is not a positive multiple of {reduction}, this model's "
                        "reduction; use one that is")

@@ -83,7 +83,7 @@ def build_encoder(config: dict):
 
 def load_encoder(checkpoint: Checkpoint, part: str, device, dtype):
     """A checkpoint's text_encoder or text_encoder_2, frozen."""
-    model = checkpoint.build(part, build_encoder, device, dtype)
+    model = checkpoint.load(part, build_encoder, device, dtype)
     for module in model.modules():
         if "position_ids" in module._buffers:    # in no file, and so still on the meta device
             length = model.config.max_position_embeddings

@@ -115,19 +115,19 @@ def matrix(shape: torch.Size) -> torch.Size:
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
-def misfit(shapes: dict[str, torch.Size], state: dict[str, torch.Tensor],
+def misfit(shapes: dict[str, torch.Size], tensors: dict[str, torch.Tensor],
            keys: dict[str, str]) -> str | None:
     """What is wrong with the first tensor that is missing, of another shape, or extra. keys: {our
     name: the file's key}."""
     for name, shape in shapes.items():
-        if name not in state:
+        if name not in tensors:
             return f"lacks {name}, expected with shape {list(shape)}"
-        found = state[name].shape
+        found = tensors[name].shape
         if matrix(found) != matrix(shape):
             return f"holds {keys[name]} with shape {list(found)}, expected {list(shape)}"
-    for name in state:
+    for name in tensors:
         if name not in shapes:
-            return f"holds {keys[name]} {list(state[name].shape)}, which this model does not have"
+            return f"holds {keys[name]} {list(tensors[name].shape)}, which this model does not have"
 
 
 class Checkpoint:
@@ -168,12 +168,10 @@ class Checkpoint:
             refuse(self.path, other_model("\n".join(shapes)))
         self.notes = dict(setting for key, setting in NOTES.items() if key in shapes)
         parts = {part: {} for part in ("unet", "vae", *single_file.FAMILIES[self.family])}
-        numbers = (self.make("unet", lambda config: config.get("layers_per_block", 2) + 1),
-                   self.make("vae", lambda config: len(config["block_out_channels"])),
-                   self.make("text_encoder", lambda config: config["num_hidden_layers"]))
+        counts = [self.from_config(part, count) for part, count in single_file.COUNTS.items()]
         for key, shape in shapes.items():
             try:
-                part, names = single_file.place(key, self.family, *numbers)
+                part, names = single_file.place(key, self.family, *counts)
             except KeyError:
                 refuse(self.path, f"holds {key} {shape}, which belongs to no part of {self.family}")
             if part:
@@ -216,7 +214,7 @@ class Checkpoint:
         return [(self.side / "tokenizer", {"pad_token": "!"} if writer == "OpenCLIP" else {})
                 for _, writer in single_file.FAMILIES[self.family].values()]
 
-    def make(self, part: str, kind: Callable):
+    def from_config(self, part: str, kind: Callable):
         """kind(config of the part). Raises BadInput for a config that kind() fails on: a width of
         0 or "x" breaks a constructor wherever it is used first."""
         config = self.config(part)
@@ -227,37 +225,37 @@ class Checkpoint:
             raise BadInput(f"{self.path}: {part} config: {reason}; use a Stable Diffusion 1, 2 or "
                            "XL with its own configs") from None
 
-    def skeleton(self, part: str, kind: Callable) -> nn.Module:
-        """kind(config) on the meta device: names and shapes without memory."""
+    def on_meta(self, part: str, kind: Callable) -> nn.Module:
+        """from_config() on the meta device: names and shapes without memory."""
         with torch.device("meta"):
-            return self.make(part, kind)
+            return self.from_config(part, kind)
 
-    def build(self, part: str, kind: Callable, device, dtype: torch.dtype) -> nn.Module:
-        """kind(config) with this checkpoint's tensors, which become its parameters without a copy.
+    def load(self, part: str, kind: Callable, device, dtype: torch.dtype) -> nn.Module:
+        """from_config() with this checkpoint's tensors, which become its parameters without a copy.
         Strict: raises BadInput for the first that does not fit, with its key and shape."""
-        module, state = self.skeleton(part, kind), self.state(part, device, dtype)
+        network, tensors = self.on_meta(part, kind), self.tensors(part, device, dtype)
         keys = {name: key for key, (_, names) in self.parts[part].items() for name in names}
-        shapes = {name: parameter.shape for name, parameter in module.state_dict().items()}
-        problem = misfit({name.removeprefix(TEXT): shapes[name] for name in shapes}, state, keys)
+        shapes = {name: parameter.shape for name, parameter in network.state_dict().items()}
+        problem = misfit({name.removeprefix(TEXT): shapes[name] for name in shapes}, tensors, keys)
         if problem:
             raise BadInput(f"{self.path}: {part} {problem}; does its config.json belong to it? If "
                            "so, copy the checkpoint again")
-        fitting = {name: state[name.removeprefix(TEXT)].reshape(shapes[name]) for name in shapes}
-        module.load_state_dict(fitting, strict=True, assign=True)
-        return module
+        fitting = {name: tensors[name.removeprefix(TEXT)].reshape(shapes[name]) for name in shapes}
+        network.load_state_dict(fitting, strict=True, assign=True)
+        return network
 
-    def state(self, part: str, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def tensors(self, part: str, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """A part's tensors by our names. Those that fit as they are stay in the mapped file: what
         is never used (most words, the VAE's other half) is never read."""
-        state, places = {}, self.parts[part]
+        tensors, places = {}, self.parts[part]
         files = {path: opened(path) for path in {path for path, _ in places.values()}}
         for key, (path, names) in places.items():
             tensor = files[path].get_tensor(key)
             if key.endswith("text_projection"):    # OpenCLIP's is x @ W, not W x
                 tensor = tensor.T
             for name, third in zip(names, tensor.chunk(3) if len(names) == 3 else [tensor]):
-                state[name] = third.to(device, dtype).contiguous()
-        return state
+                tensors[name] = third.to(device, dtype).contiguous()
+        return tensors
 
     def rewrite(self, out: Path, change: Callable[[str], torch.Tensor | None]) -> int:
         """Writes this checkpoint to the folder `out`, in the same layout, with change(name), if it

@@ -172,6 +172,23 @@ def family_of(keys: list[str]) -> str | None:
             return name
 
 
+def unet_layers(config: dict) -> int:
+    """L."""
+    return config.get("layers_per_block", 2) + 1
+
+
+def vae_levels(config: dict) -> int:
+    return len(config["block_out_channels"])
+
+
+def text_layers(config: dict) -> int:
+    return int(config["num_hidden_layers"])
+
+
+# What place() counts with, each out of the config of its part.
+COUNTS = {"unet": unet_layers, "vae": vae_levels, "text_encoder": text_layers}
+
+
 def place(key: str, family: str, L: int, levels: int, text_layers: int):
     """(part, our names) of a key in a single file: three names of OpenCLIP's in_proj, which holds
     q, k and v on top of each other, and none of a key that is rightly unused.
