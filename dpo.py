@@ -1,21 +1,26 @@
 """The preference losses. Each is one flat function, in the order of its equation.
 
 What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908), the loss that this project trains its
-             experts with, and the baseline that a preference has to beat.
+             experts with, and the baseline that a preference has to beat. Read safety_dpo().
 Needs:       torch.
 Gives:       diffusion_dpo(), safety_dpo(), fine_tuning(); LOSSES, by the names of train.py --loss;
              Batch, mse(), metrics_of() for losses of your own, which train.py takes by their dotted
              name, as it takes those of model/rivals/losses.py.
 
-A loss is a function (policy, reference, batch, schedule, beta) -> (loss [], metrics):
-    policy, reference   functions (x_t [N, C, H, W], t [N], N prompts) -> what the UNet predicts
-                        there, [N, C, H, W] fp32: with its LoRA on, with gradients; and off, without
-    schedule            of model/schedule.py; noised() gives x_t and what is to be predicted there
-    metrics             {name: number [], detached}: what the log says of the step
-A loss that has to see all pairs before the first step is a class: it is made with the pairs
-(model/data/pairs.py), and then called like the others.
+The idea: under the UNSAFE prompt the SAFE image is preferred. The winner w of a pair is the safe
+image and the loser l the unsafe one, and the UNet is asked about both under the unsafe prompt.
 
-Letters: B pairs, C H W a latent's shape; of a pair: w the winner, l the loser.
+A loss is a function (policy, reference, batch, schedule, beta) -> (loss [], metrics):
+    policy      (x_t [N, C, H, W], t [N], N prompts) -> what the UNet predicts there, [N, C, H, W]
+                fp32, with the LoRA on and with gradients
+    reference   the same UNet with the LoRA off and without gradients
+    schedule    of model/schedule.py; noised() gives x_t and what is to be predicted there
+    metrics     {name: number [], detached}: what the log says of the step; "preference" is plotted
+A loss that has to see all pairs before the first step is a class: train.py makes it with the pairs
+(model/data/pairs.py), and then calls it like the others.
+
+Letters: B pairs that go through the UNet at once, C H W a latent's shape. Numbers (1) to (4) are
+the README's equations. "Ours" marks a choice that no paper made.
 """
 from typing import Any, NamedTuple
 
@@ -32,24 +37,25 @@ class Batch(NamedTuple):
     loser: torch.Tensor     # [B, C, H, W] x_0 of the unsafe image
     noise: torch.Tensor     # [B, C, H, W]
     t: torch.Tensor         # [B]
-    unsafe: Any             # B prompts (model/text.py), of the unsafe images
-    safe: Any               # B prompts, of the safe images; a quarter of them is the empty one
-    empty: Any              # B times the empty prompt
+    unsafe: Any             # B prompts (Prompt of model/text.py), of the unsafe images
+    safe: Any               # B prompts, of the safe images
+    empty: Any              # B times the empty prompt, for losses that ask about it
 
 
 def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L (README, eq. 2): [B, C, H, W] twice -> [B], the MEAN over elements, in fp32 always.
+    """L (README, eq. 2): [B, C, H, W] twice -> [B], the MEAN over elements. The published beta of
+    5000 goes with the mean.
 
-    fp32 because beta multiplies a small difference of these: rounding an error of 0.1 to fp16 moves
-    the logit by 0.08 at beta 5000. Mean, not sum: a published beta goes with one of the two.
+    fp32 always, because beta multiplies a small difference of these: rounding an error of 0.1 to
+    fp16 moves the logit by up to 0.08 at beta 5000.
     """
     return (output.float() - target.float()).square().flatten(1).mean(1)
 
 
 def metrics_of(winner, loser, winner_ref, loser_ref, **more) -> dict[str, torch.Tensor]:
-    """The means over the pairs of errors [B] and of more. margin: the error gap that the policy has
-    won over the reference. accuracy: the share of pairs with a margin above 0. Healthy is winner <=
-    winner_ref and loser > loser_ref."""
+    """For the log: the means of the errors [B], and of whatever is in `more`. margin: how much
+    further apart the errors are than the reference's. accuracy: the share of pairs whose margin is
+    above 0. In a healthy run winner stays below winner_ref, and loser rises above loser_ref."""
     margin = (winner_ref - loser_ref) - (winner - loser)
     values = {**more, "accuracy": (margin > 0).float(), "margin": margin, "winner": winner,
               "winner_ref": winner_ref, "loser": loser, "loser_ref": loser_ref}
@@ -57,15 +63,17 @@ def metrics_of(winner, loser, winner_ref, loser_ref, **more) -> dict[str, torch.
 
 
 def diffusion_dpo(policy, reference, batch: Batch, schedule, beta: float):
-    """The published loss (README, eq. 3):
+    """The published loss (README, eq. 3), all of it under the unsafe prompt:
 
-        loss = -log sigmoid( -beta/2 [ (L_w - L_l)_policy - (L_w - L_l)_reference ] ),
-               averaged AFTER the log-sigmoid
+        loss = mean over pairs of -log sigmoid( -beta/2 [ (L_w - L_l) - (L_w - L_l)_reference ] )
 
-    ln 2 = 0.693 at the start, where policy and reference agree. It rewards a GAP, so nothing stops
-    both errors from rising together: watch `winner`. beta: the reference is better at the loser,
-    its own image, by delta = L_w - L_l. Where the policy is as good at both, the logit is
-    beta delta / 2. With beta far above 2 / delta the sigmoid is flat before that: nothing pulls.
+    It is ln 2 = 0.693 at the start, where policy and reference agree. It rewards a GAP, so nothing
+    stops both errors from rising together: watch `winner`.
+
+    How to choose beta: the reference predicts its own unsafe image better than the safe one, by
+    delta = (L_w - L_l)_reference. A policy that predicts both equally well has the logit
+    beta delta / 2. Where beta is far above 2 / delta, the sigmoid is flat long before that, and
+    training stops to pull.
     """
     x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)
     x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
@@ -83,12 +91,13 @@ def diffusion_dpo(policy, reference, batch: Batch, schedule, beta: float):
 
 
 def safety_dpo(policy, reference, batch: Batch, schedule, beta: float):
-    """The default [ours; README, eq. 4]: Diffusion-DPO, and safe prompts keep what they gave.
+    """The default [ours; README, eq. 4]: Diffusion-DPO, and what the UNet predicts under safe
+    prompts stays as it was.
 
-        loss = -log sigmoid( -beta/2 [ (L_w - L_l)_policy - (L_w - L_l)_reference ] ) + beta drift
+        loss = diffusion_dpo + beta drift
+        drift = mean |policy - reference|^2, on the winner under the SAFE prompt
 
-    drift: mean squared difference of policy and reference on the winner under the SAFE prompt.
-    Times beta, as the gradient of the first term has it.
+    The drift is weighted by beta, since the first term's gradient is proportional to beta as well.
     """
     x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)    # (1) ONE noise, ONE t
     x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
@@ -109,7 +118,7 @@ def safety_dpo(policy, reference, batch: Batch, schedule, beta: float):
 
 def fine_tuning(policy, reference, batch: Batch, schedule, beta: float):
     """Supervised fine-tuning on the winner, the baseline that a preference has to beat. The loser
-    and beta are in the log alone.
+    and beta only affect the log.
 
         loss = L_w + KEEP drift
     """

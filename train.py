@@ -2,7 +2,8 @@
 
 What it is:  preference optimisation of a LoRA on the UNet's attention, on the pairs of
              make_data.py. The policy is the UNet with the LoRA, the reference the same UNet with
-             the LoRA switched off. train() is the lesson; the rest saves, continues and reports.
+             the LoRA switched off. The lesson is train() and batch_of_step(); the rest is command
+             line and files.
 Needs:       data/<concept>/latents.safetensors; the UNet of a Stable Diffusion (default: toy).
 Gives:       experts/<concept>.safetensors, .jsonl (the log) and .png (its curves); with --joint
              joint.safetensors, the paper's baseline, one LoRA on all the data.
@@ -10,7 +11,8 @@ Interrupted: the same command continues at the last saved step, and gives the sa
              to the bit: all that is random comes from generator(seed, name, step).
 Many GPUs:   torchrun --nproc_per_node=N train.py ...; a step has N * --batch * --accumulate pairs.
 
-Letters: P pairs in all, B of a batch, C H W a latent's shape, T timesteps.
+Letters: P pairs in all, S of a step (of all processes), T timesteps. Where the code is said to be
+"released", it is that of Diffusion-DPO.
 """
 import math
 import pkgutil
@@ -41,11 +43,11 @@ SHOWN = "loss", "accuracy", "winner", "winner_ref"    # beside the progress bar
 
 
 class Settings(NamedTuple):
-    """What the command line says, resolved: the flags that a LoRA depends on, and hashes."""
-    model: Path
+    """The command line, resolved, and hashes of the files that training starts from."""
+    concept: str
+    joint: bool
     data: Path
-    device: torch.device
-    precision: str
+    out: Path | None
     loss: str
     beta: float
     steps: int
@@ -54,9 +56,12 @@ class Settings(NamedTuple):
     lr: float
     rank: int
     caption_dropout: float
-    seed: int
     checkpointing: bool
     compile: bool
+    model: Path
+    seed: int
+    device: torch.device
+    precision: str
     base_model_hash: str
     encoders_hash: str
 
@@ -64,7 +69,7 @@ class Settings(NamedTuple):
 def parse_arguments(argv=None):
     parser = Parser("Trains one LoRA expert for each concept, by preference optimisation.")
     add = parser.add_argument
-    add("--concept", default="all", help="a folder of --data, or all, one expert each")
+    add("--concept", default="all", help="a folder of --data; all trains one expert for each")
     add("--joint", action="store_true", help="train one LoRA on all concepts instead, for as many "
         "steps as all experts together")
     add("--data", type=Path, default=Path("data"), help="what make_data.py wrote")
@@ -73,15 +78,15 @@ def parse_arguments(argv=None):
     add("--loss", default="safety", help="safety: DPO, and safe prompts keep what they gave; dpo: "
         "as published; sft: fine-tuning on the winner, and safe prompts as before; or a dotted "
         "name, such as model.rivals.losses.duo")
-    add("--beta", type=rate, default=10.0, help="how steep the preference is in the MEAN squared "
-        "error, and with safety the weight of what stays; published: 5000")
+    add("--beta", type=rate, default=10.0, help="what multiplies the differences of mean squared "
+        "errors, and with safety the drift's weight too; published: 5000")
     add("--steps", type=positive, default=110, help="optimiser steps for each concept")
     add("--batch", type=positive, default=8,
         help="pairs that one process takes through the UNet at once")
     add("--accumulate", type=positive, default=1, help="batches in a step: so many times the "
         "pairs, in the memory of one batch")
     add("--lr", type=rate, default=2e-3, help="peak learning rate of AdamW, cosine to zero; "
-        "published for SD 1.5: 1e-5 times the 16 pairs of a step, constant")
+        "published for SD 1.5: 1.6e-4 for the 16 pairs of a step, constant")
     add("--rank", type=positive, default=4, help="LoRA rank")
     add("--caption-dropout", type=share, default=0.0, help="share of pairs whose prompts are empty "
         "in a step; published: 0.2 (default: 0)")
@@ -94,70 +99,67 @@ def parse_arguments(argv=None):
 def loss_named(name: str) -> Callable:
     """A loss of dpo.py by its name, or any other by its dotted name. Raises BadInput."""
     try:
-        loss = LOSSES[name] if name in LOSSES else pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError):
-        loss = None
-    if not callable(loss):
-        raise BadInput(f"--loss {name}: there is no such loss; use {' or '.join(LOSSES)}, or the "
-                       "dotted name of a function such as model.rivals.losses.duo")
+        loss = LOSSES.get(name) or pkgutil.resolve_name(name)
+        if not callable(loss):
+            raise ValueError("it is not a function")
+    except (ImportError, AttributeError, ValueError) as error:
+        raise BadInput(f"--loss {name}: {error}; use {' or '.join(LOSSES)}, or the dotted name of "
+                       "a function such as model.rivals.losses.duo") from None
     return loss
 
 
-def pairs_of_step(P: int, B: int, step: int, *seed) -> torch.Tensor:
-    """The pairs [B] of a step. Epochs, each a permutation of all P pairs, are laid end to end and
-    cut into steps: every pair comes once before any comes again."""
-    first, last = step * B // P, ((step + 1) * B - 1) // P
-    order = torch.cat([torch.randperm(P, generator=generator(*seed, "epoch", epoch))
+def pairs_of_step(P: int, S: int, step: int, *key) -> torch.Tensor:
+    """The numbers [S] of a step's pairs. Epochs, each a permutation of all P pairs, are laid end to
+    end and cut into steps: each epoch has every pair once."""
+    first, last = step * S // P, ((step + 1) * S - 1) // P
+    order = torch.cat([torch.randperm(P, generator=generator(*key, "epoch", epoch))
                        for epoch in range(first, last + 1)])
-    return order[step * B - first * P:][:B]
+    return order[step * S - first * P:][:S]
 
 
 def batch_of_step(pairs: Pairs, chosen: torch.Tensor, T: int, dropout: float,
                   rng: torch.Generator) -> Batch:
-    """The chosen pairs [B] and all that is random about them. Processes and --accumulate share a
-    step out: it is drawn whole, and then cut.
-
-    Why some safe prompts are empty: guidance subtracts what the UNet predicts without a prompt from
-    every image, so that this must stay as it was too. With dropout some pairs have no prompt."""
-    B = len(chosen)
-    quarter = int(B / 4 + torch.rand((), generator=rng))    # of a single pair: 1 in 4 steps
-    t = stratified_times(B, T, rng)
-    noise = torch.randn(B, *pairs.winner.shape[1:], generator=rng)
-    use_empty = torch.randperm(B, generator=rng) < quarter
-    dropped = torch.rand(B, generator=rng) < dropout
-    unsafe, safe = (prompt.map(lambda states: states[chosen])
-                    for prompt in (pairs.unsafe, pairs.safe))
+    """The chosen pairs [S], and all that is random about them. The whole step is drawn at once and
+    cut later, so that a draw does not depend on how it is divided. With dropout, both prompts of
+    some pairs are empty: the preference is then trained for images without a prompt too."""
+    S = len(chosen)
+    noise = torch.randn(S, *pairs.winner.shape[1:], generator=rng)
+    t = stratified_times(S, T, rng)
+    dropped = torch.rand(S, generator=rng) < dropout
     return Batch(pairs.winner[chosen], pairs.loser[chosen], noise, t,
-                 unsafe.replaced(dropped, pairs.empty),
-                 safe.replaced(dropped | use_empty, pairs.empty),
-                 pairs.empty.map(lambda states: states.expand(B, *states.shape[1:])))
+                 pairs.unsafe[chosen].replaced(dropped, pairs.empty),
+                 pairs.safe[chosen].replaced(dropped, pairs.empty),
+                 pairs.empty[torch.zeros_like(chosen)])
 
 
 def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[Batch]:
-    """This process's parts of a step's batch, `size` pairs each."""
+    """The parts of a step's batch that this process takes through the UNet, `size` pairs each."""
     for k in range(processes.RANK * size, len(batch.t), processes.WORLD * size):
-        cut = lambda tensor: tensor[k:k + size].to(device)
-        yield Batch(*(field.map(cut) if hasattr(field, "map") else cut(field) for field in batch))
+        yield Batch(*(field[k:k + size].to(device) for field in batch))
 
 
-def train(denoiser: Denoiser, parameters: list, pairs: Pairs, loss_function: Callable, state: Path,
-          recipe: dict[str, str], *seed, precision: str, beta: float, lr: float, steps: int,
-          batch: int, accumulate: int, caption_dropout: float) -> list[dict]:
+def train(denoiser: Denoiser, parameters: list, pairs: Pairs, loss_function: Callable,
+          resume_file: Path, recipe: dict[str, str], *key, precision: str, beta: float, lr: float,
+          steps: int, batch_size: int, accumulate: int, caption_dropout: float) -> list[dict]:
     """Trains the parameters (of lora.inject()) on the pairs, in place. Returns the log, a row a
-    step. Every SAVE_EVERY steps the state is saved, and a state of the same recipe is continued.
-    Raises BadInput where the loss is not finite."""
-    schedule, number = denoiser.schedule, accumulate * processes.WORLD    # of batches in a step
+    step. Every SAVE_EVERY steps it is saved, and what was saved for the same recipe is continued.
+    key: the seed and the expert's name, which every random draw starts from. Raises BadInput where
+    numbers are not finite."""
+    schedule, name = denoiser.schedule, recipe["concept"]
+    parts = accumulate * processes.WORLD    # micro-batches in a step, of all processes
     # Mixed precision by hand. The LoRA, its gradients and the loss are fp32; the UNet computes in
     # half precision. fp16 needs the scaler, since small gradients would be zero there; for bf16
     # and fp32 it does nothing.
     dtype = PRECISIONS[precision]
     autocast = torch.autocast(denoiser.device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(denoiser.device.type, enabled=dtype == torch.float16)
-    # 1e-2: as in the released code, and torch's default.
+    # Weight decay as in the released code; it is torch's default too.
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=1e-2,
                                   fused=denoiser.device.type == "cuda")
 
     def policy(x_t, t, prompt):
+        # Entered for each call: leaving it drops its cache of half-precision weights, and those
+        # that were made without gradients must not be met with them.
         with autocast:
             return denoiser.predict(x_t, t, prompt).float()
 
@@ -165,61 +167,70 @@ def train(denoiser: Denoiser, parameters: list, pairs: Pairs, loss_function: Cal
         with torch.no_grad(), lora.switched_off(denoiser.unet):
             return policy(x_t, t, prompt)
 
-    log = load_state(state, recipe, parameters, optimizer, scaler)
-    processes.wait()    # until every process has read it
+    log = load_state(resume_file, recipe, parameters, optimizer, scaler)
+    processes.wait()    # until every process has read the file, since the first may delete it
     bar = tqdm(range(len(log), steps), initial=len(log), total=steps, leave=False,
-               desc=f"{recipe['concept']:>16}", disable=processes.RANK > 0)
+               desc=f"{name:>16}", disable=processes.RANK > 0)
     for step in bar:
-        warm_up, cosine = min(1, (step + 1) / WARM_UP), 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        warm_up = min(1, (step + 1) / WARM_UP)
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         for group in optimizer.param_groups:
             group["lr"] = lr * warm_up * cosine
 
-        chosen = pairs_of_step(len(pairs.winner), batch * number, step, *seed)
-        rng = generator(*seed, step)
-        whole = batch_of_step(pairs, chosen, schedule.T, caption_dropout, rng)
-        sums = 0
-        for part in micro_batches(whole, batch, denoiser.device):
-            loss, metrics = loss_function(policy, reference, part, schedule, beta)
-            scaler.scale(loss / number).backward()    # gradients add up to those of the step's mean
-            sums = sums + torch.stack([loss.detach(), *metrics.values()]) / number
-        processes.sum_over_all([sums, *(parameter.grad for parameter in parameters)])
-        denoiser.finite(sums, f"{recipe['concept']}: the loss at step {step}",
-                        f"use a lower --lr ({lr:g}) or --beta ({beta:g})")
+        chosen = pairs_of_step(len(pairs.winner), batch_size * parts, step, *key)
+        whole = batch_of_step(pairs, chosen, schedule.T, caption_dropout, generator(*key, step))
+        means = 0    # of the loss and the metrics, over the step
+        for batch in micro_batches(whole, batch_size, denoiser.device):
+            loss, metrics = loss_function(policy, reference, batch, schedule, beta)
+            scaler.scale(loss / parts).backward()    # gradients add up to those of the step's mean
+            means = means + torch.stack([loss.detach(), *metrics.values()]) / parts
+        processes.sum_over_all([means, *(parameter.grad for parameter in parameters)])
 
         scaler.unscale_(optimizer)
-        # 1.0: as in the released code. Of the sum over processes, so that all clip alike.
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        # The norm as in the released code. Gradients are summed already: all processes clip alike.
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        skipped = scaler.is_enabled() and not norm.isfinite()    # the scaler leaves this step out
+        denoiser.finite(means if skipped else torch.stack([*means, norm]),
+                        f"{name}: the loss, or its gradient, at step {step}",
+                        f"use a lower --lr ({lr:g}) or --beta ({beta:g})")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
-        log.append({"step": step, **dict(zip(("loss", *metrics), sums.tolist()))})
-        bar.set_postfix({key: f"{log[-1][key]:.3f}" for key in SHOWN}, refresh=False)
+        row = dict(zip(("loss", *metrics), means.tolist()))
+        log.append({"step": step, **row, **({"skipped": True} if skipped else {})})
+        bar.set_postfix({key: f"{row[key]:.3f}" for key in SHOWN if key in row}, refresh=False)
         if (step + 1) % SAVE_EVERY == 0 and processes.RANK == 0:
-            save_state(state, recipe, log, parameters, optimizer, scaler)
+            save_state(resume_file, recipe, log, parameters, optimizer, scaler)
     return log
 
 
-def train_expert(settings: Settings, _, job: tuple[str, list[str], Path]) -> str:
-    """job: (name, concepts, path). Trains one LoRA on the pairs of the concepts and writes it to
-    the path. Returns a line that sums it up. A finished expert of the same recipe is left alone."""
-    name, concepts, path = job
-    s, steps = settings, settings.steps * len(concepts)
-    pairs = read_latents(s.data, concepts, s.encoders_hash)
-    recipe = {"concept": name, "steps": steps, "batch": s.batch * s.accumulate * processes.WORLD,
+def recipe_of(s: Settings, name: str, concepts: list[str]) -> dict[str, str]:
+    """All that an expert depends on, for its file: where it is the same, the expert is."""
+    recipe = {"concept": name, "steps": s.steps * len(concepts),
+              "batch": s.batch * s.accumulate * processes.WORLD,
               "data_hash": sha256(*(s.data / c / "latents.safetensors" for c in concepts))}
-    recipe |= {key: getattr(s, key) for key in (
-        "loss", "beta", "lr", "rank", "seed", "caption_dropout", "precision", "base_model_hash",
-        "encoders_hash")}
-    recipe = {key: str(value) for key, value in recipe.items()}
-    state = path.with_name(f".{path.stem}.resume")
+    for key in ("loss", "beta", "lr", "rank", "seed", "caption_dropout", "precision",
+                "base_model_hash", "encoders_hash"):
+        recipe[key] = getattr(s, key)
+    return {key: str(value) for key, value in recipe.items()}
+
+
+def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
+    """job: (name, concepts, path). Trains one LoRA on the pairs of the concepts and writes it to
+    the path. Returns a line that sums it up. A finished expert of the same recipe is left alone.
+    The second argument is processes.spread()'s, which has nothing to give."""
+    name, concepts, path = job
+    pairs = read_latents(s.data, concepts, s.encoders_hash)
+    recipe = recipe_of(s, name, concepts)
+    resume_file = path.with_name(f".{path.stem}.resume")
     if path.is_file() and recipe.items() <= LoRAFile(path).metadata.items():
-        state.unlink(missing_ok=True)
+        resume_file.unlink(missing_ok=True)
         return f"{path}: already trained so on these pairs; delete it to train it again"
     check_folder(path.parent)
 
     loss_function = loss_named(s.loss)
-    if isinstance(loss_function, type):    # one that has to see all pairs first
+    if isinstance(loss_function, type):    # a class, which sees all pairs first
         loss_function = loss_function(pairs)
     denoiser = load_denoiser(s.model, s.device, s.precision)
     # Every expert has a LoRA initialisation of its own.
@@ -228,35 +239,35 @@ def train_expert(settings: Settings, _, job: tuple[str, list[str], Path]) -> str
     denoiser.unet.checkpointing = s.checkpointing
     if s.compile:
         denoiser.unet.compile()
-    log = train(denoiser, parameters, pairs, loss_function, state, recipe, s.seed, name,
-                precision=s.precision, beta=s.beta, lr=s.lr, steps=steps, batch=s.batch,
-                accumulate=s.accumulate, caption_dropout=s.caption_dropout)
+    log = train(denoiser, parameters, pairs, loss_function, resume_file, recipe, s.seed, name,
+                precision=s.precision, beta=s.beta, lr=s.lr, steps=int(recipe["steps"]),
+                batch_size=s.batch, accumulate=s.accumulate, caption_dropout=s.caption_dropout)
     if processes.RANK == 0:
         write_log(path, log)
         prediction = denoiser.schedule.prediction_type
         save(path, lora.extract(denoiser.unet), {**recipe, "prediction_type": prediction})
-        state.unlink(missing_ok=True)
+        resume_file.unlink(missing_ok=True)
     return f"{path}: {summary(log)}"
 
 
 def main(args):
     device, precision = device_and_precision(args.device, args.precision)
     processes.start(device)
-    found = sorted(file.parent.name for file in args.data.glob("*/pairs.jsonl"))
-    if args.concept == "all" and not found:
-        raise BadInput(f"{args.data}: no concept has pairs yet; run python make_data.py")
-    concepts = found if args.concept == "all" else [args.concept]
-    values = {**vars(args), "device": device, "precision": precision,
-              "base_model_hash": sha256(*unet_files(args.model)),
-              "encoders_hash": sha256(*encoder_files(args.model))}
-    settings = Settings(*(values[name] for name in Settings._fields))
-    loss_named(settings.loss)    # now, and not in each process
-    folder = args.out or Path("" if args.joint else "experts")
+    unet = unet_files(args.model)
+    s = Settings(**{**vars(args), "device": device, "precision": precision},
+                 base_model_hash=sha256(*unet), encoders_hash=sha256(*encoder_files(args.model)))
+    concepts = [s.concept]
+    if s.concept == "all":
+        concepts = sorted(file.parent.name for file in s.data.glob("*/pairs.jsonl"))
+    if not concepts:
+        raise BadInput(f"{s.data}: no concept has pairs yet; run python make_data.py")
+    loss_named(s.loss)    # a wrong name fails before any process starts
+    folder = s.out or Path("" if s.joint else "experts")
     jobs = [(concept, [concept], folder / f"{concept}.safetensors") for concept in concepts]
-    if args.joint:
+    if s.joint:
         jobs = [("joint", concepts, folder / "joint.safetensors")]
-    number = processes.processes_for(device, unet_files(args.model))
-    for line in processes.spread(None, partial(train_expert, settings), jobs, number):
+    workers = processes.processes_for(device, unet)
+    for line in processes.spread(None, partial(train_expert, s), jobs, workers):
         if processes.RANK == 0:
             tqdm.write(line)
 

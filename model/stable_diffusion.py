@@ -78,13 +78,11 @@ class Denoiser:
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, prompt: Prompt) -> torch.Tensor:
         """The UNet's output [B, C, h, w] at x_t (any float dtype), t [B]."""
         dtype = self.unet.conv_norm_out.weight.dtype    # of a layer that no LoRA adapts
-        x_t, (context, pooled) = x_t.to(dtype), prompt.map(lambda states: states.to(dtype))
-        if pooled is None:
-            return self.unet(x_t, t, context)
-        # The image is its own original: nothing scaled, nothing cropped.
+        x_t, prompt = x_t.to(dtype), prompt.to(dtype)
+        # SDXL also reads sizes. The image is its own original: nothing scaled, nothing cropped.
         h, w = (side * self.reduction for side in x_t.shape[-2:])
         sizes = torch.tensor([[h, w, 0, 0, h, w]], device=x_t.device).expand(len(x_t), -1)
-        return self.unet(x_t, t, context, pooled, sizes)
+        return self.unet(x_t, t, prompt.context, prompt.pooled, sizes)
 
     def finite(self, tensor: torch.Tensor, what: str,
                cure: str = "lower what scales them (guidance, a LoRA's strength)") -> torch.Tensor:

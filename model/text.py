@@ -1,7 +1,7 @@
 """Text encoding: prompts -> the vectors that the UNet attends to.
 
 Needs   transformers (CLIP itself is not rebuilt here), a Checkpoint's text encoders and tokenizers.
-Gives   Prompt, what the UNet reads of prompts: context [B,L,D], and for SDXL also pooled [B,P];
+Gives   Prompt, what the UNet reads of prompts: context [B,L,D], and for SDXL pooled [B,P];
         TextEncoders: prompts -> token ids -> Prompt.
 
 What the UNet was trained on, and so what must come out, differs by family:
@@ -14,8 +14,8 @@ Letters: B prompts, E encoders (1, SDXL 2), L tokens a prompt (77), D context wi
 2048), P pooled width (1280). transformers is imported inside functions: it costs seconds.
 """
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -25,29 +25,38 @@ from model.formats.checkpoint import TEXT, Checkpoint
 from model.tools.command import BadInput
 
 
-class Prompt(NamedTuple):
+@dataclass
+class Prompt:
     """The states of B prompts. Batches of prompts are cut, joined and moved as one thing."""
-    context: torch.Tensor                # [B,L,D]
-    pooled: torch.Tensor | None = None   # [B,P], of SDXL alone
+    context: torch.Tensor                 # [B,L,D]
+    pooled: torch.Tensor | None = None    # [B,P] for SDXL; else [B,0]
+
+    def __post_init__(self):
+        if self.pooled is None:
+            self.pooled = self.context.new_zeros(len(self.context), 0)
 
     def map(self, change) -> "Prompt":
-        """change() of each tensor that is there."""
-        return Prompt(*(tensor if tensor is None else change(tensor) for tensor in self))
+        """change() of both tensors."""
+        return Prompt(change(self.context), change(self.pooled))
+
+    def __getitem__(self, which) -> "Prompt":
+        """Some of the prompts: a slice, or their numbers."""
+        return self.map(lambda states: states[which])
+
+    def to(self, where) -> "Prompt":
+        """On another device, or in another dtype."""
+        return self.map(lambda states: states.to(where))
 
     def followed_by(self, *others: "Prompt") -> "Prompt":
         """These prompts and the others' as one batch."""
         parts = (self, *others)
-        context = torch.cat([part.context for part in parts])
-        if self.pooled is None:
-            return Prompt(context)
-        return Prompt(context, torch.cat([part.pooled for part in parts]))
+        return Prompt(torch.cat([part.context for part in parts]),
+                      torch.cat([part.pooled for part in parts]))
 
     def replaced(self, where: torch.Tensor, other: "Prompt") -> "Prompt":
         """These prompts, but the other one [1,..] in the places `where` [B] is true."""
-        context = torch.where(where[:, None, None], other.context, self.context)
-        if self.pooled is None:
-            return Prompt(context)
-        return Prompt(context, torch.where(where[:, None], other.pooled, self.pooled))
+        return Prompt(torch.where(where[:, None, None], other.context, self.context),
+                      torch.where(where[:, None], other.pooled, self.pooled))
 
 
 def silent_transformers():

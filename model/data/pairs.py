@@ -5,7 +5,7 @@ What it is:  pairs.jsonl, a row a pair: the prompts "safe" and "unsafe", the pic
              training and merging load a UNet and these tensors, and no VAE and no text encoder:
                  winner, loser [P, C, h, w]    the pictures' latents, fp32
                  safe, unsafe  [P, L, D]       the prompts' states; empty [1, L, D]: no prompt;
-                 safe_pooled ... [P, D']       for SDXL
+                 safe_pooled ... [P, D']       D' is 0 but for SDXL
              Its header has the hashes of what it was made from.
 Gives:       paths_of(), complete(), read_square(), list_pairs(), read_pairs(); write_latents(),
              current(); Pairs, read_latents().
@@ -130,9 +130,9 @@ def write_latents(sd: StableDiffusion, data: Path, concept: str, encoders_hash: 
     encode = lambda paths: sd.encode(read_pictures([first, *paths])[1:])
     for name, kind in (("winner", "safe"), ("loser", "unsafe")):
         tensors[name] = in_slices(encode, [row[f"{kind}_image"] for row in rows])
-    empty = sd.unconditional().map(torch.Tensor.cpu)
+    empty = sd.unconditional().to("cpu")
     for kind in ("unsafe", "safe"):
-        parts = [sd.embed([row[kind] for row in rows[k:k + BATCH]]).map(torch.Tensor.cpu)
+        parts = [sd.embed([row[kind] for row in rows[k:k + BATCH]]).to("cpu")
                  for k in range(0, len(rows), BATCH)]
         # Without a safe prompt: what guidance subtracts, which for SDXL is not the state of "".
         missing = torch.tensor([not row[kind] for row in rows])
@@ -144,9 +144,8 @@ def write_latents(sd: StableDiffusion, data: Path, concept: str, encoders_hash: 
 
 
 def named_states(kind: str, prompt: Prompt) -> dict[str, torch.Tensor]:
-    """A prompt as tensors of a file: "safe", and for SDXL "safe_pooled"."""
-    states = {kind: prompt.context}
-    return states if prompt.pooled is None else {**states, f"{kind}_pooled": prompt.pooled}
+    """A prompt as tensors of a file: "safe" and "safe_pooled"."""
+    return {kind: prompt.context, f"{kind}_pooled": prompt.pooled}
 
 
 def current(folder: Path, encoders_hash: str) -> bool:

@@ -95,14 +95,14 @@ def fine_tune(sd, steps: int, seed: int) -> dict:
     """A fresh LoRA, trained inside sd.unet on benign(); one prompt in ten is empty, for guidance.
     Raises BadInput where a loss is not finite."""
     prompts, images = benign(seed)
-    x0, states = sd.encode(images).cpu(), sd.embed(prompts).map(torch.Tensor.cpu)
-    empty = sd.unconditional().map(torch.Tensor.cpu)
+    x0, states = sd.encode(images).cpu(), sd.embed(prompts).to("cpu")
+    empty = sd.unconditional().to("cpu")
     fresh = lora.init(sd.unet, RANK, RANK, generator(seed, "look"))
     parameters = lora.inject(sd.unet, fresh)
     with tempfile.TemporaryDirectory() as folder:
         train.train(sd, parameters, Pairs(x0, x0, states, states, empty), denoising,
                     Path(folder) / "state", {"concept": "look"}, seed, "look", precision="fp32",
-                    beta=0.0, lr=2e-3, steps=steps, batch=16, accumulate=1, caption_dropout=0.1)
+                    beta=0.0, lr=2e-3, steps=steps, batch_size=16, accumulate=1, caption_dropout=0.1)
     return lora.extract(sd.unet)
 
 

@@ -160,15 +160,15 @@ def both_prompts(sd, prompts, maps: Prompt) -> list[Prompt]:
     """What the two streams of B prompts read, 2B each: no prompt first, and then the prompts, or
     the prompts through the maps."""
     guided, B = sd.embed_guided(prompts), len(prompts)
-    parts = [torch.cat([states[:B], mapped(states[B:], maps_of)])
-             for states, maps_of in zip(guided, maps) if states is not None]
-    return [guided, Prompt(*parts)]
+    safe = guided[B:]
+    mapped_safe = Prompt(mapped(safe.context, maps.context), mapped(safe.pooled, maps.pooled))
+    return [guided, guided[:B].followed_by(mapped_safe)]
 
 
 def safe_maps(sd, pairs: list[dict]) -> Prompt:
     """safe_map() of the pairs' contexts, and for SDXL of their pooled vectors."""
     unsafe, safe = (sd.embed([pair[kind] for pair in pairs]) for kind in ("unsafe", "safe"))
-    return Prompt(*(safe_map(a, b) for a, b in zip(unsafe, safe) if a is not None))
+    return Prompt(safe_map(unsafe.context, safe.context), safe_map(unsafe.pooled, safe.pooled))
 
 
 def dual_latents(sd, data: Path, seed: int, knob: float):

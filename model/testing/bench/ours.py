@@ -24,8 +24,7 @@ def picture(folder: str, device: str, dtype: str, side: str, steps: str):
 
 
 def random_prompt(unet, pairs: int) -> Prompt:
-    context = torch.randn(pairs, 77, unet.context_width)
-    return Prompt(context, torch.randn(pairs, unet.pooled_width) if unet.pooled_width else None)
+    return Prompt(torch.randn(pairs, 77, unet.context_width), torch.randn(pairs, unet.pooled_width))
 
 
 def random_pair(denoiser) -> tuple:
@@ -66,7 +65,7 @@ def step(folder: str, side: str, *flags: str):
     for number in range(3):
         train.train(denoiser, parameters, pairs, train.loss_named("dpo"), Path("no state"),
                     {"concept": "bench"}, number, precision=precision, beta=5000, lr=1e-5, steps=1,
-                    batch=args.batch, accumulate=1, caption_dropout=0)
+                    batch_size=args.batch, accumulate=1, caption_dropout=0)
         yield
 
 
