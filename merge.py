@@ -1,25 +1,26 @@
 """Step 3 of 4: experts into one LoRA. `python merge.py experts/*` -> merged.safetensors
 
-What it is:  Co-Merge, merging by solving (regmean), and the simpler rules beside them. All of them
-             merge the weight CHANGES delta W_i = w_i s_i B_i A_i (w_i: --weights), never the
-             factors: averaging A and B separately would leave cross terms B_i A_j.
+What it is:  Co-Merge, merging by solving, and the simpler rules beside them. All of them merge the
+             weight CHANGES delta W_i = w_i s_i B_i A_i (w_i: --weights), never the factors:
+             averaging A and B separately would leave cross terms B_i A_j.
 Needs:       experts of train.py, or other LoRAs of one base model: ranks, alphas, spellings and
              adapted layers may differ (a layer that an expert does not adapt is one that it changes
-             by zero). For co-merge and regmean also the UNet and data/, for inputs to calibrate on.
+             by zero). The first three rules also need the UNet and data/, to calibrate on.
 Gives:       merged.safetensors, of rank = the sum of the experts' ranks, and exact, except by ties
              and dare, or after --rank; or, with --fuse MODEL, that whole model, aligned. Of one
              expert there is nothing to merge: it stays as it is.
 
-    sum        delta W = sum_i delta W_i                         (task arithmetic, 2212.04089)
-    average    delta W = 1/n sum_i delta W_i
-    ties       trim, elect, average: see ties()                  (2306.01708)
-    dare       delta W = sum_i drop(delta W_i) / density         (2311.03099)
     co-merge   row j of delta W is gamma times row j of the expert that is most active there
     regmean    does on each expert's inputs what that expert does, and nothing on safe ones
+    solve      regmean where inputs tell the experts apart, else co-merge
+    average    delta W = 1/n sum_i delta W_i
+    sum        delta W = sum_i delta W_i                         (task arithmetic, 2212.04089)
+    ties, dare, and any function of your own: see model/rivals/merging.py
 
 Letters: n experts (of a layer: those that adapt it), r rank, R the sum of ranks, N rows that a
 layer multiplies, I and O a layer's input and output width.
 """
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,32 +37,33 @@ from model.formats.lora_file import expand, save
 from model.schedule import stratified_times
 from model.stable_diffusion import Denoiser, at_once, load_denoiser, skeleton
 from model.text import Prompt
-from model.tools.command import BadInput, Parser, number, portion, positive, run, share
+from model.tools.command import BadInput, Parser, named, number, portion, positive, run, share
 from model.tools.device import device_and_precision
 from model.tools.files import check_folder, sha256
 from model.tools.processes import processes_for
 from model.tools.training import generator
 
-DEFAULTS = {"density": {"ties": 0.2, "dare": 0.5},    # TIES' is the published one
-            "preserve": {"regmean": 0.1}}             # [ours: 0.03 and 0.1 do not differ]
 LARGEST_RANK = 128        # of ties and dare [ours: a usual LoRA's most]
 CALIBRATION_PAIRS = 24    # of each expert [ours: more changed nothing]
-RIDGE = 1e-4              # of M's mean diagonal: inputs need not span all I dimensions [ours]
+PRESERVE = 0.1            # lambda [ours: 0.03 and 0.1 do not differ]
+RIDGE = 1e-2              # of the mean diagonal of M: inputs need not span all dimensions [ours]
+TOLD_APART = 2 / 3        # of their energy that experts keep where solving is worth it [ours]
 
 
 def parse_arguments(argv=None):
     parser = Parser("Merges LoRA experts into one LoRA.")
     add = parser.add_argument
     add("experts", nargs="+", type=Path, help="LoRA files, or a folder of them")
-    add("--method", choices=RULES, default="co-merge", help="see the top of merge.py")
+    add("--method", default="co-merge", help="see the top of merge.py; or the dotted name of a "
+        "rule such as model.rivals.merging.ties")
     add("--weights", type=number, nargs="+", default=[1.0],
         help="one factor for each expert, or one for all (default: 1)")
     add("--rank", type=positive, help="re-compress each layer to this rank (default: the sum of "
         f"the experts' ranks, exact; ties and dare: that, but at most {LARGEST_RANK})")
     add("--density", type=portion, help="share of entries that ties and dare keep of each delta W "
         "(default: ties 0.2, as published; dare 0.5)")
-    add("--preserve", type=share, help="lambda of regmean: how much safe inputs weigh, where an "
-        "expert's own inputs weigh 1; from 0 to 1 (default: 0.1)")
+    add("--preserve", type=share, help="lambda of regmean and solve: how much safe inputs weigh, "
+        f"where an expert's own inputs weigh 1; from 0 to 1 (default: {PRESERVE})")
     add("--data", type=Path, default=Path("data"), help="what make_data.py wrote, for co-merge and "
         "regmean")
     add("--fuse", type=Path, metavar="MODEL", help="write a whole aligned checkpoint instead: a "
@@ -86,12 +88,13 @@ def calibration(experts: Experts, data: Path, encoders_hash: str, denoiser: Deno
     on the safe image, where sampling starts out and where it should end. With preserve (lambda)
     also what it was trained to leave alone, the safe image under its safe prompt and under none.
     All noise levels come equally often."""
-    first = lambda tensor: tensor[:CALIBRATION_PAIRS]
     for expert, concept in enumerate(experts.concepts):
         pairs = read_latents(data, [concept], encoders_hash)
-        winner, unsafe, safe = first(pairs.winner), pairs.unsafe.map(first), pairs.safe.map(first)
+        few = slice(CALIBRATION_PAIRS)
+        winner, loser = pairs.winner[few], pairs.loser[few]
+        unsafe, safe = pairs.unsafe[few], pairs.safe[few]
         empty = safe.replaced(torch.tensor([True]), pairs.empty)
-        kinds = [("", expert, 1.0, first(pairs.loser), unsafe.followed_by(unsafe))]
+        kinds = [("", expert, 1.0, loser, unsafe.followed_by(unsafe))]
         if preserve:
             kinds.append(("safe ", None, preserve, winner, safe.followed_by(empty)))
         for kind, owner, weight, second, prompt in kinds:
@@ -99,8 +102,8 @@ def calibration(experts: Experts, data: Path, encoders_hash: str, denoiser: Deno
             t = stratified_times(len(x_0), denoiser.schedule.T, rng)
             x_t = denoiser.schedule.add_noise(x_0, torch.randn(x_0.shape, generator=rng), t)
             for some in torch.arange(len(t)).split(at_once(denoiser.reduction * x_0.shape[-1])):
-                cut = lambda tensor: tensor[some].to(denoiser.device)
-                yield Inputs(owner, weight * len(some) / len(t), cut(x_t), cut(t), prompt.map(cut))
+                yield Inputs(owner, weight * len(some) / len(t),
+                             *(field[some].to(denoiser.device) for field in (x_t, t, prompt)))
 
 
 class Statistic:
@@ -138,6 +141,13 @@ class Statistic:
     def wanted(self):
         """sum_i delta W_i G_i, as factors of scale 1: B = [s_1 B_1, ...], A = [A_1 G_1; ...]."""
         return add_changes([f._replace(down=self.products[i].cpu()) for i, f in self.parts.items()])
+
+    def kept(self, f: Factors):
+        """sum_i E_i <delta W_i x, delta W x> for a delta W of scale 1: of what the experts do on
+        their own inputs, their energy, what delta W does too. It is <wanted, delta W>, and
+        <B A, D C> is the sum of (B^T D) * (A C^T)."""
+        wanted = self.wanted()
+        return ((wanted.up.T @ f.up) * (wanted.down @ f.down.T)).sum()
 
 
 @torch.no_grad()
@@ -187,30 +197,6 @@ def average(parts, layer):
     return lora.stack(parts, [1 / layer.n] * len(parts))
 
 
-def dense(delta, kernel):
-    """Any delta W [O, I] as factors: B = 1, A = delta W."""
-    return Factors(delta, torch.eye(len(delta)), float(len(delta)), kernel)
-
-
-def ties(parts, layer):
-    """TIES. Trim each delta W_i of this layer to its largest entries by magnitude; elect for each
-    entry the sign of the trimmed sum; average the entries that have that sign."""
-    deltas = torch.stack([f.delta() for f in parts])    # [n, O, I]
-    size = deltas.abs().flatten(1)
-    smallest = size.shape[1] - max(1, int(layer.density * size.shape[1])) + 1
-    trimmed = deltas * (deltas.abs() >= size.kthvalue(smallest).values[:, None, None])
-    elected = trimmed * (trimmed * trimmed.sum(0) > 0)
-    return dense(elected.sum(0) / elected.count_nonzero(0).clamp(min=1), parts[0].kernel)
-
-
-def dare(parts, layer):
-    """DARE. Drop entries of each delta W_i at random; rescale the rest by 1/density, so that the
-    mean over all draws is delta W_i; and sum."""
-    deltas = torch.stack([f.delta() for f in parts])
-    kept = torch.rand(deltas.shape, generator=layer.rng) < layer.density
-    return dense((deltas * kept / layer.density).sum(0), parts[0].kernel)
-
-
 def keep_rows(parts: list[Factors], owner: torch.Tensor) -> Factors:
     """The masked concatenation (README, eq. 8): row j of delta W is that of parts[owner[j]]."""
     masked = [f._replace(up=f.up * (owner == i)[:, None]) for i, f in enumerate(parts)]
@@ -220,10 +206,9 @@ def keep_rows(parts: list[Factors], owner: torch.Tensor) -> Factors:
 def co_merge(parts, layer):
     """Co-Merge [our reconstruction from the paper's captions]. Each output unit goes to the expert
     that is most active there on its own inputs; every other expert's row is dropped. That weakens
-    all of them, for which one factor gamma makes up [ours; README, eq. 9]. Its denominator is
-    <sum_i delta W_i G_i, delta W>, and <B A, D C> is the sum of (B^T D) * (A C^T)."""
-    merged, wanted = keep_rows(parts, layer.statistic.owner()), layer.statistic.wanted()
-    kept = ((wanted.up.T @ merged.up) * (wanted.down @ merged.down.T)).sum()
+    all of them, for which one factor gamma makes up [ours; README, eq. 9]."""
+    merged = keep_rows(parts, layer.statistic.owner())
+    kept = layer.statistic.kept(merged)
     if kept <= 0:    # it works against its experts: more of it would do harm
         return merged
     # Rows dealt out among n experts with nothing in common need n; more would blow up noise.
@@ -247,22 +232,37 @@ def regmean(parts, layer):
     return wanted._replace(down=torch.linalg.solve(M, wanted.down.double().T).T.float())
 
 
-RULES = {"co-merge": co_merge, "regmean": regmean, "average": average, "sum": add_changes,
-         "ties": ties, "dare": dare}
-CALIBRATED = "co-merge", "regmean"
+def solve(parts, layer):
+    """regmean() where inputs tell the experts apart, else co_merge() [ours]. Prompts tell them
+    apart: cross-attention's keys, values and output, which keep 0.8 to 0.9 of the experts' energy.
+    Elsewhere the inputs are images, much the same in every category, on which the experts ask for
+    different things; the least squares answer to that is their average, which keeps a third."""
+    solved = regmean(parts, layer)
+    apart = layer.statistic.kept(solved) > TOLD_APART * layer.statistic.energy
+    return solved if apart else co_merge(parts, layer)
 
 
-def merge(experts: Experts, method: str, statistics, rank: int | None, density: float | None, seed):
+RULES = {"co-merge": co_merge, "regmean": regmean, "solve": solve, "average": average,
+         "sum": add_changes, "ties": "model.rivals.merging.ties",
+         "dare": "model.rivals.merging.dare"}
+CALIBRATED = "co-merge", "regmean", "solve"
+READ_BY = {"density": ("ties", "dare"), "preserve": ("regmean", "solve")}
+
+
+def merge(experts: Experts, rule: Callable, statistics, rank: int | None, density: float | None,
+          seed: int):
     """The merged LoRA, and the energy |delta W|^2 kept by and before re-compression, summed [2]."""
     merged, energy = {}, torch.zeros(2, dtype=torch.float64)
     for name, parts in tqdm(experts.layers(), total=len(experts.names), desc="merging"):
         layer = Layer(len(experts), density, generator(seed, name), statistics.get(name))
         # Of a single expert there is nothing to merge: not even its alpha is touched.
-        f = RULES[method](list(parts.values()), layer) if len(experts) > 1 else parts[0]
+        f = rule(list(parts.values()), layer) if len(experts) > 1 else parts[0]
         if not (f.up.sum() + f.down.sum()).isfinite():    # asked before any SVD
             raise BadInput(f"{name} is not finite any more; use --weights or --density nearer to 1")
-        most = rank or min(LARGEST_RANK, sum(len(part.down) for part in parts.values()))
-        if (rank or density) and most < len(f.down):
+        total = sum(len(part.down) for part in parts.values())
+        # The rules of this file are exact at that rank.
+        most = rank or (total if rule in RULES.values() else min(LARGEST_RANK, total))
+        if most < len(f.down):
             f, *kept = lora.compress(f, most)
             energy += torch.stack(kept)
         merged[name] = f
@@ -279,22 +279,18 @@ def print_rows(labels: list[str], statistics):
         print(f"{label:>20} keeps {kept:6.1%} of a layer's rows")
 
 
-def setting(flag, value, method):
-    """A flag's value, or the method's default, or None. Raises BadInput where it is not read."""
-    defaults = DEFAULTS[flag]
-    if value is not None and method not in defaults:
-        raise BadInput(f"--{flag}: --method {method} does not read it; leave it out, or use "
-                       f"--method {' or '.join(defaults)}")
-    return defaults.get(method) if value is None else value
-
-
 def main(args):
     method, out = args.method, args.out or Path("aligned" if args.fuse else "merged.safetensors")
     check_folder(out.parent)
     if args.fuse:
         check_fuse(args.fuse, out)
-    density = setting("density", args.density, method)
-    preserve = setting("preserve", args.preserve, method)
+    for flag, methods in READ_BY.items():
+        if getattr(args, flag) is not None and method not in methods:
+            raise BadInput(f"--{flag}: --method {method} does not read it; leave it out, or use "
+                           f"--method {' or '.join(methods)}")
+    rule, density, preserve = named("--method", method, RULES), args.density, args.preserve
+    if method in READ_BY["preserve"] and preserve is None:
+        preserve = PRESERVE
     experts, statistics = Experts(expand(args.experts), args.weights), {}
     labels = ",".join(experts.labels)
     made_by = {"concept": labels, "weights": ",".join(f"{w:g}" for w in experts.weights),
@@ -308,7 +304,7 @@ def main(args):
         if method == "co-merge":
             print_rows(experts.labels, statistics)
     torch.set_num_threads(1)    # the same bytes from any number of cores
-    merged, (kept, energy) = merge(experts, method, statistics, args.rank, density, args.seed)
+    merged, (kept, energy) = merge(experts, rule, statistics, args.rank, density, args.seed)
     if energy:
         print(f"re-compressed: the layers keep {kept / energy:.2%} of their energy |delta W|^2")
     if args.fuse:

@@ -72,7 +72,7 @@ from model.testing.bench.largest import largest
 from model.testing.readme import SHOWN, commands_of
 from model.text import build_encoder, Prompt
 from model.tools import processes
-from model.tools.command import BadInput, run
+from model.tools.command import BadInput, named, run
 from model.tools.files import (opened, read_json, read_jsonl, save_tensors, sha256,
                                write_jsonl)
 from model.tools.pictures import read_pictures, write_picture
@@ -246,7 +246,8 @@ def first_step(denoiser, parameters, pairs: Pairs, name="safety", **flags) -> di
     """The log of one step of train.train()."""
     values = {"precision": "fp32", "beta": 10.0, "lr": 2e-3, "steps": 1, "batch_size": 4,
               "accumulate": 1, "caption_dropout": 0.0, **flags}
-    return train.train(denoiser, parameters, pairs, train.loss_named(name), Path("no state"),
+    loss_function = named("--loss", name, dpo.LOSSES)
+    return train.train(denoiser, parameters, pairs, loss_function, Path("no state"),
                        {"concept": "hate"}, 0, "hate", **values)[0]
 
 
@@ -299,7 +300,7 @@ def error(output, target) -> torch.Tensor:
 def test_a_loss_is_its_equation_averaged_after_the_log_sigmoid(name, monkeypatch):
     cost = nn.Sequential(nn.Flatten(), nn.Linear(256, 1), nn.Flatten(0)).requires_grad_(False)
     monkeypatch.setattr(losses, "cost_model", lambda pairs: cost)
-    batch, loss_function = some_batch(6), train.loss_named(name)
+    batch, loss_function = some_batch(6), named("--loss", name, dpo.LOSSES)
     if isinstance(loss_function, type):
         loss_function = loss_function(random_pairs("hate"))
     outputs, outputs_ref = normal("outputs", 2, 3, 6, 4, 8, 8)
@@ -410,7 +411,7 @@ def test_noise_and_timestep_belong_to_the_pair(name):
     def policy(x_t, t, prompt):
         seen.append((x_t, t, prompt.context))
         return torch.zeros_like(x_t)
-    _, metrics = train.loss_named(name)(policy, policy, batch, toy().schedule, 1.0)
+    _, metrics = named("--loss", name, dpo.LOSSES)(policy, policy, batch, toy().schedule, 1.0)
     wanted = inputs_of(batch)
     if name.endswith("duo"):
         wanted[2] = batch.noise, torch.full_like(batch.t, 999), batch.empty.context
@@ -730,6 +731,14 @@ def test_solving_loses_nothing_where_experts_do_not_meet(monkeypatch):
     x[0][:, 6:] = x[1][:, :6] = 0
     for rows, f in zip(x, parts):
         assert far(rows @ solved(parts, x).delta().T, rows @ f.delta().T) < 1e-5
+
+
+def test_what_inputs_do_not_tell_apart_is_not_solved():
+    """Of two experts on the same inputs least squares keeps the average: rows are dealt out."""
+    parts = [Factors(normal(f"A{i}", 3, 12), normal(f"B{i}", 8, 3), 6.0) for i in range(2)]
+    same, apart = [SAFE] * 2, [SAFE * (torch.arange(12) < 6), SAFE * (torch.arange(12) >= 6)]
+    for x, rule in ((same, merge.co_merge), (apart, merge.regmean)):
+        assert torch.equal(joined(merge.solve, parts, x).delta(), joined(rule, parts, x).delta())
 
 
 def test_every_layer_of_a_unet_can_be_adapted():

@@ -15,7 +15,6 @@ Letters: P pairs in all, S of a step (of all processes), T timesteps. Where the 
 "released", it is that of Diffusion-DPO.
 """
 import math
-import pkgutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from model.formats.lora_file import LoRAFile, save
 from model.schedule import stratified_times
 from model.stable_diffusion import Denoiser, load_denoiser
 from model.tools import processes
-from model.tools.command import BadInput, Parser, positive, rate, run, share
+from model.tools.command import BadInput, Parser, named, positive, rate, run, share
 from model.tools.device import PRECISIONS, device_and_precision
 from model.tools.files import check_folder, sha256
 from model.tools.training import generator, load_state, save_state, summary, write_log
@@ -94,18 +93,6 @@ def parse_arguments(argv=None):
         "them: less memory, a slower step")
     add("--compile", action="store_true", help="torch.compile the UNet: a slow start, fast steps")
     return parser.parse_args(argv)
-
-
-def loss_named(name: str) -> Callable:
-    """A loss of dpo.py by its name, or any other by its dotted name. Raises BadInput."""
-    try:
-        loss = LOSSES.get(name) or pkgutil.resolve_name(name)
-        if not callable(loss):
-            raise ValueError("it is not a function")
-    except (ImportError, AttributeError, ValueError) as error:
-        raise BadInput(f"--loss {name}: {error}; use {' or '.join(LOSSES)}, or the dotted name of "
-                       "a function such as model.rivals.losses.duo") from None
-    return loss
 
 
 def pairs_of_step(P: int, S: int, step: int, *key) -> torch.Tensor:
@@ -229,7 +216,7 @@ def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
         return f"{path}: already trained so on these pairs; delete it to train it again"
     check_folder(path.parent)
 
-    loss_function = loss_named(s.loss)
+    loss_function = named("--loss", s.loss, LOSSES)
     if isinstance(loss_function, type):    # a class, which sees all pairs first
         loss_function = loss_function(pairs)
     denoiser = load_denoiser(s.model, s.device, s.precision)
@@ -261,7 +248,7 @@ def main(args):
         concepts = sorted(file.parent.name for file in s.data.glob("*/pairs.jsonl"))
     if not concepts:
         raise BadInput(f"{s.data}: no concept has pairs yet; run python make_data.py")
-    loss_named(s.loss)    # a wrong name fails before any process starts
+    named("--loss", s.loss, LOSSES)    # a wrong name fails before any process starts
     folder = s.out or Path("" if s.joint else "experts")
     jobs = [(concept, [concept], folder / f"{concept}.safetensors") for concept in concepts]
     if s.joint:

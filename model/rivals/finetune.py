@@ -102,7 +102,8 @@ def fine_tune(sd, steps: int, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         train.train(sd, parameters, Pairs(x0, x0, states, states, empty), denoising,
                     Path(folder) / "state", {"concept": "look"}, seed, "look", precision="fp32",
-                    beta=0.0, lr=2e-3, steps=steps, batch_size=16, accumulate=1, caption_dropout=0.1)
+                    beta=0.0, lr=2e-3, steps=steps, batch_size=16, accumulate=1,
+                    caption_dropout=0.1)
     return lora.extract(sd.unet)
 
 

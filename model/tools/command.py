@@ -2,11 +2,13 @@
 
 Gives:       BadInput, run(); PlainParser, Parser, GeneratingParser; and types of flags, which
              refuse what makes no sense: positive, natural, share, portion, rate, number,
-             at_strength.
+             at_strength; named(), for a flag that names a function.
 """
 import argparse
 import math
+import pkgutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from model.toy import TOY
@@ -17,6 +19,21 @@ LARGEST = 2 ** 32 - 1    # count or seed: what other programs take as a seed
 class BadInput(Exception):
     """Something the user gave is wrong. The message names file and value, and says how to fix
     it."""
+
+
+def named(flag: str, name: str, table: dict) -> Callable:
+    """The function of this name in the table {name: function, or its dotted name}, or else of this
+    dotted name. Raises BadInput."""
+    found = table.get(name, name)
+    try:
+        found = found if callable(found) else pkgutil.resolve_name(found)
+        if callable(found):
+            return found
+        reason = "it is not a function"
+    except (ImportError, AttributeError, ValueError) as error:
+        reason = error
+    raise BadInput(f"{flag} {name}: {reason}; use {' or '.join(table)}, or the dotted name of a "
+                   "function")
 
 
 def whole(text: str, least: int) -> int:

@@ -6,6 +6,7 @@ import torch
 import lora
 import merge
 import train
+from dpo import diffusion_dpo
 from model.data.pairs import Pairs
 from model.formats.experts import Experts
 from model.stable_diffusion import load, load_denoiser, skeleton
@@ -63,7 +64,7 @@ def step(folder: str, side: str, *flags: str):
     parameters, pairs = lora.inject(denoiser.unet, fresh), random_pairs(folder, side, args.batch)
     yield
     for number in range(3):
-        train.train(denoiser, parameters, pairs, train.loss_named("dpo"), Path("no state"),
+        train.train(denoiser, parameters, pairs, diffusion_dpo, Path("no state"),
                     {"concept": "bench"}, number, precision=precision, beta=5000, lr=1e-5, steps=1,
                     batch_size=args.batch, accumulate=1, caption_dropout=0)
         yield
