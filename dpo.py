@@ -3,8 +3,8 @@
 What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908), the loss that this project trains its
              experts with, and the baseline that a preference has to beat. Read safety_dpo().
 Needs:       torch.
-Gives:       diffusion_dpo(), safety_dpo(), fine_tuning(); LOSSES, by the names of train.py --loss;
-             Batch, mse(), metrics_of() for losses of your own, which train.py takes by their dotted
+Gives:       diffusion_dpo(), both_prompts(), safety_dpo(), fine_tuning(); LOSSES, by the names of
+             train.py --loss; Batch, mse(), metrics_of() for losses of your own, which train.py takes by their dotted
              name, as it takes those of model/rivals/losses.py.
 
 The idea: under the UNSAFE prompt the SAFE image is preferred. The winner w of a pair is the safe
@@ -90,6 +90,15 @@ def diffusion_dpo(policy, reference, batch: Batch, schedule, beta: float):
     return preference, metrics_of(winner, loser, winner_ref, loser_ref, preference=preference)
 
 
+def both_prompts(policy, reference, batch: Batch, schedule, beta: float):
+    """diffusion_dpo() under the unsafe prompt, and again under the safe one, with the safe image as
+    the winner of both: how the authors most likely trained, since their released data has one row
+    for each image with that image's own prompt [our reconstruction]."""
+    unsafe, metrics = diffusion_dpo(policy, reference, batch, schedule, beta)
+    safe, _ = diffusion_dpo(policy, reference, batch._replace(unsafe=batch.safe), schedule, beta)
+    return (unsafe + safe) / 2, metrics
+
+
 def safety_dpo(policy, reference, batch: Batch, schedule, beta: float):
     """The default [ours; README, eq. 4]: Diffusion-DPO, and what the UNet predicts under safe
     prompts stays as it was.
@@ -139,4 +148,4 @@ def fine_tuning(policy, reference, batch: Batch, schedule, beta: float):
         winner, loser, winner_ref, loser_ref, preference=preference, drift=drift)
 
 
-LOSSES = {"safety": safety_dpo, "dpo": diffusion_dpo, "sft": fine_tuning}
+LOSSES = {"safety": safety_dpo, "dpo": diffusion_dpo, "both": both_prompts, "sft": fine_tuning}

@@ -269,16 +269,6 @@ def merge(experts: Experts, rule: Callable, statistics, rank: int | None, densit
     return merged, energy
 
 
-def print_rows(labels: list[str], statistics):
-    """Which share of a layer's rows each expert keeps, on average."""
-    shares = torch.zeros(len(labels))
-    for statistic in statistics.values():
-        owner = torch.tensor(list(statistic.parts))[statistic.owner()]
-        shares += owner.bincount(minlength=len(labels)) / len(owner) / len(statistics)
-    for label, kept in zip(labels, shares):
-        print(f"{label:>20} keeps {kept:6.1%} of a layer's rows")
-
-
 def main(args):
     method, out = args.method, args.out or Path("aligned" if args.fuse else "merged.safetensors")
     check_folder(out.parent)
@@ -301,8 +291,6 @@ def main(args):
         made_by["precision"] = precision
         statistics = calibrate(experts, args.model, args.data, device, precision, preserve,
                                args.seed)
-        if method == "co-merge":
-            print_rows(experts.labels, statistics)
     torch.set_num_threads(1)    # the same bytes from any number of cores
     merged, (kept, energy) = merge(experts, rule, statistics, args.rank, density, args.seed)
     if energy:

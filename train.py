@@ -75,11 +75,11 @@ def parse_arguments(argv=None):
     add("--out", type=Path,
         help="folder to write (default: experts; with --joint the current folder)")
     add("--loss", default="safety", help="safety: DPO, and safe prompts keep what they gave; dpo: "
-        "as published; sft: fine-tuning on the winner, and safe prompts as before; or a dotted "
-        "name, such as model.rivals.losses.duo")
+        "Diffusion-DPO; both: the same under the safe prompt too; sft: fine-tuning on the winner; "
+        "or a dotted name, such as model.rivals.losses.duo")
     add("--beta", type=rate, default=10.0, help="what multiplies the differences of mean squared "
         "errors, and with safety the drift's weight too; published: 5000")
-    add("--steps", type=positive, default=110, help="optimiser steps for each concept")
+    add("--steps", type=positive, default=220, help="optimiser steps for each concept")
     add("--batch", type=positive, default=8,
         help="pairs that one process takes through the UNet at once")
     add("--accumulate", type=positive, default=1, help="batches in a step: so many times the "
@@ -211,9 +211,13 @@ def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
     pairs = read_latents(s.data, concepts, s.encoders_hash)
     recipe = recipe_of(s, name, concepts)
     resume_file = path.with_name(f".{path.stem}.resume")
-    if path.is_file() and recipe.items() <= LoRAFile(path).metadata.items():
-        resume_file.unlink(missing_ok=True)
-        return f"{path}: already trained so on these pairs; delete it to train it again"
+    if path.is_file():
+        made_by = LoRAFile(path).metadata
+        changed = [key for key in recipe if made_by.get(key) != recipe[key]]
+        if not changed:
+            resume_file.unlink(missing_ok=True)
+            return f"{path}: already trained so on these pairs; delete it to train it again"
+        tqdm.write(f"{path}: will be replaced, since this changed: {', '.join(changed)}")
     check_folder(path.parent)
 
     loss_function = named("--loss", s.loss, LOSSES)

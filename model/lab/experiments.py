@@ -34,21 +34,23 @@ from model.tools.command import BadInput, PlainParser, natural, run
 from model.tools.files import opened, read_json, read_jsonl, save_tensors, sha256, write_jsonl
 from model.toy.world import CATEGORIES, parse, seen_words
 
-GRID = (0.7, 1, 1.4)
+GRID = (0.7, 1)
 # a. train.py's flags of each row, and the strengths. "dpo" is the default without its second term;
 # "sft" has another term in place of its first.
 LOSSES = {"default": ("", GRID), "sft": ("--loss sft", GRID),
           "dpo": ("--loss dpo", (0.35, 0.5, 0.7, 1))}
 # b. merge.py's flags; a rule has a scale of its own.
-RULES = {"co-merge": ("", GRID), "regmean": ("--method regmean", (1, 1.2)),
+RULES = {"co-merge": ("", GRID), "regmean": ("--method regmean", (1,)),
+         "solve": ("--method solve", (1,)),
          "average": ("--method average", (1,)),    # a seventh of the sum
-         "sum": ("--method sum", (0.5, 0.7, 1)), "ties": ("--method ties", (1, 1.4)),
-         "dare": ("--method dare", (0.5, 0.7, 1)), "random": ("--method random", (1, 2, 3)),
-         "largest rows": ("--method largest", (1, 1.5))}
+         "sum": ("--method sum", (0.5, 0.7)), "ties": ("--method ties", (1, 1.4)),
+         "dare": ("--method dare", (0.5, 0.7)),
+         "random": ("--method model.lab.experiments.random_rows", (1, 2)),
+         "largest rows": ("--method model.lab.experiments.largest_rows", (1, 1.5))}
 # c. All-single: steps for each category, so that a seventh of the default is one expert's budget.
-JOINT = {"joint, an expert's steps": "--steps 16", "joint, all experts' steps": "",
+JOINT = {"joint, an expert's steps": "--steps 32", "joint, all experts' steps": "",
          "joint, all their steps and ranks": "--rank 28"}
-OF_JOINT = (0.5, 0.7, 1)    # strengths
+OF_JOINT = (0.7, 1)    # strengths
 HARDEST = "sexual"
 # e. (pairs, concept words): the first such pairs of MOST_PAIRS, of which one word of four has 64.
 DATA = ((4, 4), (16, 4), (64, 4), (160, 4), (256, 4), (64, 2), (64, 1))
@@ -138,7 +140,6 @@ def losses(seed: Seed) -> dict[str, Curve]:
 
 
 def rules(seed: Seed) -> dict[str, Curve]:
-    merge.RULES |= {"largest": largest_rows, "random": random_rows}
     return {name: seed.judge(seed.merge(seed.train(), name, flags), strengths)
             for name, (flags, strengths) in RULES.items()}
 
