@@ -1271,7 +1271,7 @@ def test_safe_guidance_is_not_a_negative_prompt(name):
 def test_safe_guidance_spares_what_is_the_safety_text(kind, models):
     """It acts where the prompt's answer is NOT that of the safety text."""
     sd = load(models(kind, "folder"), CPU)
-    found = steering.draw_safely(sd, ASKED, SEEDS, steering.PRESETS["max"], ASKED[0], 4, 5.0)
+    found = steering.generate_safely(sd, ASKED, SEEDS, steering.PRESETS["max"], ASKED[0], 4, 5.0)
     change = np.abs(found - sd.generate(ASKED, SEEDS, 4, 5.0).astype(float)).max((1, 2, 3))
     assert change[0] <= 1 and change[1] > 10
 
@@ -1332,7 +1332,8 @@ def test_a_list_may_name_what_no_training_showed():
     without, listed = (guards.scores_of(toy(), mapping, words, texts)
                        for words in (guards.SEEN, guards.ALL))
     assert listed.mean() > without.mean() + 0.05
-    assert guards.auc(listed, guards.scores_of(toy(), mapping, guards.ALL, safe)) > 0.95
+    of_safe = guards.scores_of(toy(), mapping, guards.ALL, safe)
+    assert (listed[:, None] > of_safe).float().mean() > 0.95    # the area under the ROC curve
 
 
 def test_what_a_text_encoder_says_can_be_read_back():
@@ -1396,7 +1397,7 @@ def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch, capsy
     black = lambda sd, data, seed, knob: lambda prompts, seeds: np.full(
         (len(prompts), 32, 32, 3), knob, np.uint8)
     monkeypatch.setattr(rivals, "RIVALS", {
-        "base": rivals.RIVALS["base"], "flat": rivals.Rival("nothing", (128, 64), black)})
+        "base": rivals.RIVALS["base"], "flat": rivals.Rival((128, 64), black)})
     rows = [{"prompt": prompt, "category": None} for prompt in (*ASKED, *PROMPTS[:1] * 2)]
     for seed in (5, 6):
         write_jsonl(tmp_path / f"seed{seed}/data/test.jsonl", rows)
@@ -1439,23 +1440,37 @@ def test_who_holds_the_weights_needs_no_word(here):
     assert victim.misfit(victim.unsafe, 9).item() < before
 
 
-def test_what_a_filter_lets_through_is_not_safe(story, tmp_path, capsys):
-    """The programs of the encoder's attack and of fine-tuning, from end to end."""
+def test_what_a_filter_lets_through_is_not_safe(tmp_path, monkeypatch):
+    """Words that are not the concept's come nearer to it than where the search started."""
+    monkeypatch.setattr(attack, "GENERATIONS", 12)
+    monkeypatch.setattr(attack, "ATTACKS", 1)
     for category in world.CATEGORIES:
         rows = [{**PAIR, "unsafe": unsafe, "safe": safe}
                 for unsafe, safe in world.training_pairs(category, 2, 0)]
-        write_jsonl(tmp_path / f"data/{category}/pairs.jsonl", rows)
-    merged, found = story / "merged.safetensors", tmp_path / "attack.jsonl"
-    words = f"--data {tmp_path}/data --prompts 1 --generations 12 --images-per-prompt 1"
-    attack.main(attack.parse_arguments(f"{words} --lora {merged} --out {found}".split()))
-    cells = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
-    assert float(cells["attack"][0]) < float(cells["start"][0])    # nearer
-    assert len(read_jsonl(found)) == 7 and float(cells["unsafe"][1]) > 80 > float(cells["start"][1])
-    assert not any(attack.says(row["prompt"]) for row in read_jsonl(found))
-    finetune.main(finetune.parse_arguments(f"--lora {merged} --steps 2 --prompts 1".split()))
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("| base | 100.0 |") for line in lines)    # IP, seen
-    assert any(re.match(r"\| look, rendered .* 100.0 \|$", line) for line in lines)
+        write_jsonl(tmp_path / f"{category}/pairs.jsonl", rows)
+    attack.find_all(tmp_path, tmp_path / "attack.jsonl", 0)
+    found = read_jsonl(tmp_path / "attack.jsonl")
+    assert [row["category"] for row in found] == list(world.CATEGORIES)
+    distances = []
+    for row in found:
+        target = attack.target_of(toy(), read_pairs(tmp_path, row["category"]), row["start"])
+        texts = [row["prompt"], row["start"], "Towards"]
+        distances.append(attack.distances(toy(), texts, target))
+    near, start, stopped = torch.stack(distances).mean(0)
+    assert near < start < stopped == torch.inf
+
+
+def test_a_fused_look_is_the_look_beside_the_weights():
+    """And a new look, rendered, outlives the autoencoder."""
+    _, images = finetune.benign(0)
+    assert all(map(finetune.has_look, toy().decode(toy().encode(images[:20]))))
+    assert not finetune.has_look(drawn(3))
+    sd, beside = load(TOY, CPU), load(TOY, CPU)
+    look = finetune.fine_tune(sd, 0, steps=3)
+    finetune.fuse(sd.unet, look)
+    lora.inject(beside.unet, look)
+    plain, fused, found = (steering.plain(one)(ASKED, SEEDS) for one in (toy(), sd, beside))
+    assert furthest(fused, found) <= 1 < furthest(fused, plain)
 
 
 # ---- Part II, contracts: command lines, bytes, interruptions, structure

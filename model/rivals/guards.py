@@ -1,6 +1,5 @@
 """Rivals that stand before and after the model: each a function prepare(sd, data, seed, knob) ->
-draw(prompts, seeds) -> uint8 images [N, S, S, 3]. A refusal is a plain grey image. And how well
-the two that read prompts tell them apart: `python -m model.rivals.guards`
+generate(prompts, seeds) -> uint8 images [N, S, S, 3]. A refusal is a plain grey image.
 
 What it is:  latent_guard    Latent Guard (Liu et al. 2024, 2404.08031)
              guard_t2i       GuardT2I (Yang et al. 2024, 2403.01446), in this world's measure
@@ -9,9 +8,7 @@ What it is:  latent_guard    Latent Guard (Liu et al. 2024, 2404.08031)
 Needs:       pairs of prompts, and of images for the wrapper; the text encoder's states; a list of
              the unwanted concepts' words, which can be changed at any time. A small network is
              trained in seconds. The UNet is not touched.
-Gives:       those; contrast(), auc(), reading(); SEEN and ALL, the lists. The program, after
-             model.rivals.table: areas under the ROC curve, and what GuardT2I reads in prompts that
-             avoid the words.
+Gives:       those; SEEN and ALL, the lists.
 
 Letters: N prompts, M concepts, n prompts of a step, L tokens, D context width, h heads of width d,
 V tokens that there are, S an image's side.
@@ -27,14 +24,11 @@ from torch import nn
 
 from model.data.pairs import read_latents
 from model.formats.checkpoint import encoder_files
-from model.lab.experiments import table
 from model.rivals.losses import cost_model
 from model.rivals.steering import all_pairs, plain
-from model.stable_diffusion import load
-from model.tools.command import PlainParser, natural, run
-from model.tools.files import read_jsonl, sha256
-from model.tools.training import generator
-from model.toy import TOY, world
+from model.tools.files import sha256
+from model.tools.training import descend, generator
+from model.toy import world
 
 SEEN = [word for category in world.CATEGORIES for word in world.seen_words(category)]
 ALL = list(world.CATEGORY_OF)
@@ -42,14 +36,20 @@ GREY = 64    # the toy judge takes 112 to 136 for an inverted image, which is a 
 
 
 def refusing(sd, allowed):
-    """A draw() that gives grey where allowed(prompts) -> [N] says no, and draws the others."""
-    def draw(prompts, seeds) -> np.ndarray:
+    """A generate() that gives grey where allowed(prompts) -> [N] says no, and generates the
+    others."""
+    def generate(prompts, seeds) -> np.ndarray:
         images = np.full((len(prompts), sd.size, sd.size, 3), GREY, np.uint8)
         kept = [i for i, yes in enumerate(allowed(prompts)) if yes]
         if kept:
             images[kept] = plain(sd)([prompts[i] for i in kept], [seeds[i] for i in kept])
         return images
-    return draw
+    return generate
+
+
+def ends_of(sd, ids: torch.Tensor) -> torch.Tensor:
+    """The place [N] of each prompt's end token in its ids [N, L]: the first, since others pad."""
+    return (ids == sd.text.tokenizers[0].eos_token_id).int().argmax(1)
 
 
 # ---- Latent Guard
@@ -76,9 +76,8 @@ class EmbeddingMapping(nn.Module):
 
 def end_and_states(sd, texts: list[str]) -> torch.Tensor:
     """The state of the end token, which stands for the whole text, then all: [N, L+1, D]."""
-    ids, states = sd.text.tokenize(texts), sd.embed(texts).context.float()
-    end = (ids == sd.text.tokenizers[0].eos_token_id).int().argmax(1)    # the first
-    return torch.cat([states[torch.arange(len(ids)), end][:, None], states], 1)
+    end, states = ends_of(sd, sd.text.tokenize(texts)), sd.embed(texts).context.float()
+    return torch.cat([states[torch.arange(len(end)), end][:, None], states], 1)
 
 
 def contrast(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
@@ -103,14 +102,12 @@ def train_mapping(sd, pairs: list[dict], seed: int, steps: int = 400) -> Embeddi
     rows = [torch.tensor([word == one for word in words]).nonzero()[:, 0] for one in known]
     concepts = end_and_states(sd, known)[:, 0]
     states = [end_and_states(sd, [pair[kind] for pair in pairs]) for kind in ("unsafe", "safe")]
-    optimizer = torch.optim.AdamW(mapping.parameters(), 1e-3)
-    for step in range(steps):
+
+    def loss(step: int) -> torch.Tensor:
         rng = generator(seed, "latent guard", step)
         chosen = torch.stack([row[torch.randint(len(row), (), generator=rng)] for row in rows])
-        unsafe, safe = (mapping.scale * mapping(part[chosen], concepts) for part in states)
-        optimizer.zero_grad()
-        contrast(unsafe, safe).backward()
-        optimizer.step()
+        return contrast(*(mapping.scale * mapping(part[chosen], concepts) for part in states))
+    descend(loss, steps, torch.optim.AdamW(mapping.parameters(), 1e-3))
     return mapping
 
 
@@ -126,12 +123,6 @@ def latent_guard(sd, data: Path, seed: int, knob: float, concepts=SEEN):
     on."""
     mapping = train_mapping(sd, all_pairs(data), seed)
     return refusing(sd, lambda prompts: scores_of(sd, mapping, concepts, prompts) < knob)
-
-
-def auc(unsafe: torch.Tensor, safe: torch.Tensor) -> float:
-    """The area under the ROC curve: how often an unsafe prompt scores higher than a safe one."""
-    margin = unsafe[:, None] - safe
-    return (0.5 + 0.5 * margin.sign()).mean().item()
 
 
 # ---- GuardT2I
@@ -161,13 +152,12 @@ def train_reader(sd, prompts: list[str], seed: int, steps: int = 400, batch: int
     reader = Reader(len(sd.text.tokenizers[0]), sd.text.length, states.shape[-1])
     optimizer = torch.optim.AdamW(reader.parameters(), 3e-3)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
-    for step in range(steps):
+
+    def loss(step: int) -> torch.Tensor:
         chosen = torch.randint(len(ids), (batch,), generator=generator(seed, "reader", step))
         logits = reader(ids[chosen, :-1], states[chosen])
-        optimizer.zero_grad()
-        F.cross_entropy(logits.flatten(0, 1), ids[chosen, 1:].flatten()).backward()
-        optimizer.step()
-        rate.step()
+        return F.cross_entropy(logits.flatten(0, 1), ids[chosen, 1:].flatten())
+    descend(loss, steps, optimizer, rate)
     return reader.eval()
 
 
@@ -184,9 +174,8 @@ def reading(sd, reader: Reader, prompts) -> list[str]:
 def likeness(a: str, b: str) -> float:
     """The cosine of two texts' counts of words. The paper's: of a sentence encoder's embeddings."""
     a, b = (Counter(re.findall(r"\w+", text.lower())) for text in (a, b))
-    shared = sum(count * b[word] for word, count in a.items())
-    size = lambda counts: sum(count ** 2 for count in counts.values())
-    return shared / max(1, size(a) * size(b)) ** 0.5
+    shared = lambda a, b: sum(count * b[word] for word, count in a.items())
+    return shared(a, b) / max(1, shared(a, a) * shared(b, b)) ** 0.5
 
 
 def guard_t2i(sd, data: Path, seed: int, knob: float):
@@ -222,53 +211,8 @@ def wrapper(sd, data: Path, seed: int, knob: float):
     in make_data.py, which pairs were kept.)"""
     C = cost_model(read_latents(data, list(world.CATEGORIES), sha256(*encoder_files(sd.path))))
 
-    def draw(prompts, seeds) -> np.ndarray:
+    def generate(prompts, seeds) -> np.ndarray:
         images = plain(sd)([rewritten(prompt, SEEN) for prompt in prompts], seeds)
         harm = C(sd.encode(images)).sigmoid().numpy()    # [N]
         return np.where((harm > knob)[:, None, None, None], np.uint8(GREY), images)
-    return draw
-
-
-# ---- how well they tell prompts apart
-
-def prompts_of(folder: Path) -> dict[str, list[str]]:
-    """Of the folder of a seed: test prompts that are safe, with seen and with held-out words, and
-    those that avoid the words."""
-    kinds = {"safe": [], "seen words": [], "held-out words": []}
-    for row in read_jsonl(folder / "data/test.jsonl"):
-        word = world.parse(row["prompt"]).extra if row["category"] else None
-        kind = "safe" if word is None else "seen words" if word in SEEN else "held-out words"
-        kinds[kind].append(row["prompt"])
-    return {**kinds, "attack": [row["prompt"] for row in read_jsonl(folder / "attack.jsonl")]}
-
-
-def parse_arguments(argv=None):
-    parser = PlainParser("How well Latent Guard tells unsafe prompts from safe ones, and what "
-                         "GuardT2I reads in those that avoid the words.")
-    parser.add_argument("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="of folders")
-    parser.add_argument("--out", type=Path, default=Path("results"),
-                        help="what model.rivals.table wrote")
-    return parser.parse_args(argv)
-
-
-def main(args):
-    torch.set_num_threads(1)
-    sd, rows = load(TOY, torch.device("cpu")), {"seen words listed": [], "all words listed": []}
-    for seed in args.seeds:
-        folder = args.out / f"seed{seed}"
-        pairs, kinds = all_pairs(folder / "data"), prompts_of(folder)
-        mapping = train_mapping(sd, pairs, seed)
-        for title, listed in zip(rows, (SEEN, ALL)):
-            scores = {kind: scores_of(sd, mapping, listed, kinds[kind]) for kind in kinds}
-            rows[title].append({kind: 100 * auc(scores[kind], scores["safe"]) for kind in kinds})
-    print("Area under the ROC curve in %, against safe prompts\n\n"
-          + table("Latent Guard", rows, ("seen words", "held-out words", "attack")))
-    print(f"\n| prompt | GuardT2I, seed {seed}, reads |\n|---|---|")
-    reader = train_reader(sd, [pair[kind] for pair in pairs for kind in ("unsafe", "safe")], seed)
-    shown = [prompts[0] for prompts in kinds.values()] + kinds["attack"][4::4]
-    for prompt, read in zip(shown, reading(sd, reader, shown)):
-        print(f"| {prompt} | {read} |")
-
-
-if __name__ == "__main__":
-    run(main, parse_arguments())
+    return generate

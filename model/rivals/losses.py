@@ -15,12 +15,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpo import Batch, metrics_of, mse
-from model.tools.training import generator
+from model.tools.training import descend, generator
 
 PRIOR = 1e6    # DUO's base_lambda
 MU = 0.9       # Diffusion-SDPO's for SD 1.5; 0.6 for SDXL
 COST, FOCUS = 1.0, 2.0    # SC-DPO's lambda and gamma [ours]
 BATCH = 64                # pairs in a step of cost_model()
+
+
+def margin(winner, loser, winner_ref, loser_ref) -> torch.Tensor:
+    """Of errors [B], see dpo.metrics_of()."""
+    return (winner_ref - loser_ref) - (winner - loser)
 
 
 def duo(policy, reference, batch: Batch, schedule, beta: float):
@@ -40,13 +45,12 @@ def duo(policy, reference, batch: Batch, schedule, beta: float):
     out_w, out_l, out_T = policy(x_t, t, prompt).chunk(3)
     ref_w, ref_l, ref_T = reference(x_t, t, prompt).chunk(3)
 
-    winner, loser = mse(out_w, target_w), mse(out_l, target_l)
-    winner_ref, loser_ref = mse(ref_w, target_w), mse(ref_l, target_l)
-    gap, gap_ref = winner - loser, winner_ref - loser_ref
-    preference = -F.logsigmoid(-beta * (gap - gap_ref)).mean()
+    errors = (mse(out_w, target_w), mse(out_l, target_l),
+              mse(ref_w, target_w), mse(ref_l, target_l))
+    preference = -F.logsigmoid(beta * margin(*errors)).mean()
     drift = mse(out_T, ref_T).mean()
-    return preference + PRIOR * beta / 100 * drift, metrics_of(
-        winner, loser, winner_ref, loser_ref, preference=preference, drift=drift)
+    return (preference + PRIOR * beta / 100 * drift,
+            metrics_of(*errors, preference=preference, drift=drift))
 
 
 def winner_safe(winner: torch.Tensor, loser: torch.Tensor) -> torch.Tensor:
@@ -66,24 +70,24 @@ def winner_safe(winner: torch.Tensor, loser: torch.Tensor) -> torch.Tensor:
     return torch.where(overlap > 0, largest.clamp(max=1), 1.0)
 
 
-def sdpo(policy, reference, batch: Batch, schedule, beta: float):
-    """Diffusion-SDPO: the VALUE of the published loss; the losers' gradient times winner_safe()."""
+def asked(policy, reference, batch: Batch, schedule) -> list[tuple]:
+    """(output, target), both [B, C, H, W], at winner and loser under the unsafe prompt: of the
+    policy, and then of the reference."""
     x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)
     x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
-    x_t, t = torch.cat([x_w, x_l]), batch.t.repeat(2)
-    prompt = batch.unsafe.followed_by(batch.unsafe)
+    inputs = torch.cat([x_w, x_l]), batch.t.repeat(2), batch.unsafe.followed_by(batch.unsafe)
+    outputs = *policy(*inputs).chunk(2), *reference(*inputs).chunk(2)
+    return list(zip(outputs, (target_w, target_l) * 2))
 
-    out_w, out_l = policy(x_t, t, prompt).chunk(2)
-    ref_w, ref_l = reference(x_t, t, prompt).chunk(2)
 
-    winner, loser = mse(out_w, target_w), mse(out_l, target_l)
-    factor = winner_safe(out_w - target_w, out_l - target_l)
-    loser = loser.detach() + factor * (loser - loser.detach())
-    winner_ref, loser_ref = mse(ref_w, target_w), mse(ref_l, target_l)
-    gap, gap_ref = winner - loser, winner_ref - loser_ref
-    preference = -F.logsigmoid(-beta / 2 * (gap - gap_ref)).mean()
-    return preference, metrics_of(winner, loser, winner_ref, loser_ref, preference=preference,
-                                  factor=factor)
+def sdpo(policy, reference, batch: Batch, schedule, beta: float):
+    """Diffusion-SDPO: the VALUE of the published loss; the losers' gradient times winner_safe()."""
+    answers = asked(policy, reference, batch, schedule)
+    winner, loser, *errors_ref = [mse(*answer) for answer in answers]
+    factor = winner_safe(*(output - target for output, target in answers[:2]))
+    errors = winner, loser.detach() + factor * (loser - loser.detach()), *errors_ref
+    preference = -F.logsigmoid(beta / 2 * margin(*errors)).mean()
+    return preference, metrics_of(*errors, preference=preference, factor=factor)
 
 
 def cost_loss(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
@@ -105,14 +109,12 @@ def cost_model(pairs, steps: int = 300) -> nn.Module:
                              nn.Conv2d(32, 64, 3, padding=1), nn.SiLU(),
                              nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * 64, 1),
                              nn.Flatten(0))
-    optimizer = torch.optim.AdamW(cost.parameters(), 2e-3, weight_decay=1e-2)
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
+
+    def loss(step: int) -> torch.Tensor:
         chosen = torch.randint(len(pairs.winner), (BATCH,), generator=generator("cost", step))
-        optimizer.zero_grad()
-        cost_loss(cost(pairs.loser[chosen]), cost(pairs.winner[chosen])).backward()
-        optimizer.step()
-        rate.step()
+        return cost_loss(cost(pairs.loser[chosen]), cost(pairs.winner[chosen]))
+    optimizer = torch.optim.AdamW(cost.parameters(), 2e-3)
+    descend(loss, steps, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps))
     return cost.requires_grad_(False)
 
 
@@ -131,23 +133,13 @@ class SafetyConstrained:
         self.cost = cost_model(pairs)
 
     def __call__(self, policy, reference, batch: Batch, schedule, beta: float):
-        x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)
-        x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
-        x_t, t = torch.cat([x_w, x_l]), batch.t.repeat(2)
-        prompt = batch.unsafe.followed_by(batch.unsafe)
-
-        out_w, out_l = policy(x_t, t, prompt).chunk(2)
-        ref_w, ref_l = reference(x_t, t, prompt).chunk(2)
-
-        winner, loser = mse(out_w, target_w), mse(out_l, target_l)
-        winner_ref, loser_ref = mse(ref_w, target_w), mse(ref_l, target_l)
-        margin = (winner_ref - loser_ref) - (winner - loser)
+        errors = [mse(*answer) for answer in asked(policy, reference, batch, schedule)]
         cost = self.cost.to(batch.t.device)
         extra_cost = cost(batch.loser).sigmoid() - cost(batch.winner).sigmoid()
-        logit = beta / 2 * margin - COST * extra_cost
+        reward = beta / 2 * margin(*errors)
+        logit = reward - COST * extra_cost
         loss = -((-logit).sigmoid() ** FOCUS * F.logsigmoid(logit)).mean()
-        preference = -F.logsigmoid(beta / 2 * margin).mean()
-        return loss, metrics_of(winner, loser, winner_ref, loser_ref, preference=preference)
+        return loss, metrics_of(*errors, preference=-F.logsigmoid(reward).mean())
 
 
 sc_dpo = SafetyConstrained

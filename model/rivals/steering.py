@@ -1,5 +1,5 @@
 """Rivals that steer the sampling and change no weight: each a function
-prepare(sd, data, seed, knob) -> draw(prompts, seeds) -> uint8 images [B, S, S, 3].
+prepare(sd, data, seed, knob) -> generate(prompts, seeds) -> uint8 images [B, S, S, 3].
 
 What it is:  negative_prompt           what guidance subtracts
              safe_latent_diffusion     SLD (Schramowski et al. 2022, 2211.05105)
@@ -9,7 +9,7 @@ Needs:       the unwanted concepts' words; dual_latents also pairs of prompts, u
              training. Time at each step: none more for a negative prompt, a half more for SLD (a
              third prediction of the UNet), twice for two streams.
 
-draw_safely() and two_streams() work with any StableDiffusion (model/formats/README.md). Their
+generate_safely() and two_streams() work with any StableDiffusion (model/formats/README.md). Their
 defaults are the toy's: its steps and guidance, and as safety text the first two seen words of each
 category, 14 tokens, all that it can read.
 
@@ -82,39 +82,36 @@ def safety_guidance(preset: Preset, prompt, without, safety, momentum):
     return gamma, preset.memory * momentum + (1 - preset.memory) * gamma
 
 
-class SafePrediction:
-    """What sample() asks at each step of one batch: eps_0 + s_g (eps_p - eps_0 - gamma), gamma from
-    the end of the warm-up on."""
-
-    def __init__(self, sd, prompts: list[str], preset: Preset, safety: str, steps: int,
-                 guidance: float):
-        B = len(prompts)
-        self.sd, self.preset, self.step, self.momentum = sd, preset, 0, 0.0
-        self.warm_up, self.guidance = preset.warm_up * steps / 50, guidance
-        self.prompt = sd.embed_guided(prompts).followed_by(sd.embed([safety] * B))    # 3B
-
-    def __call__(self, x_t: torch.Tensor, t: int) -> torch.Tensor:
-        times = torch.full((3 * len(x_t),), t, device=self.sd.device)
-        output = self.sd.predict(x_t.repeat(3, 1, 1, 1), times, self.prompt).float()
-        without, prompt, safety = output.chunk(3)
-        gamma, self.momentum = safety_guidance(self.preset, prompt, without, safety, self.momentum)
-        warm = self.step >= self.warm_up
-        self.step += 1
-        return without + self.guidance * (prompt - without - gamma * warm)
-
-
 @torch.no_grad()
-def draw_safely(sd, prompts, seeds, preset: Preset, safety: str = SAFETY, steps: int = STEPS,
-                guidance: float = GUIDANCE) -> np.ndarray:
-    """SLD's images of prompts, uint8 [B, S, S, 3]. safety: what is unwanted, in words."""
-    predict = SafePrediction(sd, prompts, preset, safety, steps, guidance)
+def sampled(sd, predict, seeds, steps: int = STEPS) -> np.ndarray:
+    """The images uint8 [B, S, S, 3] that predict(x_t, t) leads to."""
     noise = sd.start_noise(seeds, sd.size).to(sd.device)
     return sd.decode(sample(predict, noise, sd.schedule, steps, SAMPLER))
 
 
+@torch.no_grad()
+def generate_safely(sd, prompts, seeds, preset: Preset, safety: str = SAFETY, steps: int = STEPS,
+                    guidance: float = GUIDANCE) -> np.ndarray:
+    """SLD's images of prompts, uint8 [B, S, S, 3]: of eps_0 + s_g (eps_p - eps_0 - gamma), gamma
+    from the end of the warm-up on. safety: what is unwanted, in words."""
+    states = sd.embed_guided(prompts).followed_by(sd.embed([safety] * len(prompts)))    # 3B
+    momentum, step = 0.0, 0
+
+    def predict(x_t: torch.Tensor, t: int) -> torch.Tensor:
+        nonlocal momentum, step
+        times = torch.full((3 * len(x_t),), t, device=sd.device)
+        output = sd.predict(x_t.repeat(3, 1, 1, 1), times, states).float()
+        without, prompt, unwanted = output.chunk(3)
+        gamma, momentum = safety_guidance(preset, prompt, without, unwanted, momentum)
+        warm = step >= preset.warm_up * steps / 50
+        step += 1
+        return without + guidance * (prompt - without - gamma * warm)
+    return sampled(sd, predict, seeds, steps)
+
+
 def safe_latent_diffusion(sd, data: Path, seed: int, knob: str):
     """knob: a published preset."""
-    return partial(draw_safely, sd, preset=PRESETS[knob])
+    return partial(generate_safely, sd, preset=PRESETS[knob])
 
 
 @torch.no_grad()

@@ -3,9 +3,10 @@ model.rivals.table`
 
 What it is:  the table of rivals: methods that steer the sampling (steering.py), that stand before
              and after it (guards.py), that edit weights (editing.py), and other losses (losses.py);
-             beside the base, Co-Merge and the joint LoRA. Each has one knob, what its paper leaves
-             to the user. It is chosen on the --tune seeds, where IP + damage is least, and reported
-             on the others; there also against prompts that avoid the words (attack.py).
+             beside the base, Co-Merge and the joint LoRA; and what fine-tuning leaves of the safety
+             (finetune.py). Each has one knob, what its paper leaves to the user. It is chosen on
+             the --tune seeds, where IP + damage is least, and reported on the others; there also
+             against prompts that avoid the words (attack.py).
 Needs:       the embedded toy; the folders of model/lab/experiments.py, or the time to make in them
              what is missing.
 Gives:       results/seed<k>/attack.jsonl and rivals/<method>-<knob>/, images and judge.json; and
@@ -24,11 +25,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import lora
 from model.data.prompt_files import read_requests
+from model.formats.fit import match
+from model.formats.lora_file import load as load_lora
 from model.judges.table import measure
 from model.lab.experiments import (SAFE, UNSAFE, Seed, best, figures, seeds_of, slug, table)
-from model.rivals import attack, editing, guards, steering
-from model.rivals.finetune import fuse
+from model.rivals import editing, guards, steering
+from model.rivals.attack import find_all
+from model.rivals.finetune import fine_tune, fuse, has_look
 from model.stable_diffusion import load
 from model.tools import processes
 from model.tools.command import PlainParser, natural, run
@@ -37,14 +42,13 @@ from model.tools.pictures import read_pictures, sheet, write_picture
 from model.toy import TOY, world
 from model.toy.toy_judge import ToyJudge
 
-COLUMNS = ("kept", *UNSAFE, *SAFE, "safe: change", "attack: IP", "preparation, s", "cost")
+COLUMNS = ("kept", *UNSAFE, *SAFE, "safe: change", "attack: IP", "look", "preparation, s", "cost")
 STRENGTHS = (0.35, 0.5, 0.7, 1, 1.4)    # of LoRAs: without preservation the best is below 1
 
 
 class Rival(NamedTuple):
-    """needs: in words. knobs: what is tried. prepare(sd, data, seed, knob) -> draw(prompts, seeds)
-    -> uint8 images [B, S, S, 3]; sd is the rival's own, and may be changed."""
-    needs: str
+    """knobs: what is tried. prepare(sd, data, seed, knob) -> generate(prompts, seeds) -> uint8
+    images [B, S, S, 3]; sd is the rival's own, and may be changed."""
     knobs: tuple
     prepare: Callable
 
@@ -66,26 +70,38 @@ LORAS = {"Co-Merge": lambda seed: seed.merge(seed.train(), "co-merge"),
 def trained(name: str, sd, data: Path, seed: int, knob: float):
     """As whole weights. knob: the LoRA's strength."""
     file = data.parent / LORAS[name](Seed(seed, data.parent))
-    fuse(sd.unet, attack.composed(sd.unet, [(file, knob)]))
+    factors = match(sd.unet, load_lora(file)[0], str(file))
+    fuse(sd.unet, lora.compose([factors], [knob]))
     return steering.plain(sd)
 
 
-WORDS, TEXTS = "the words", "the words, pairs of prompts; training of a small network"
-CLASSIFIER = "the words, pairs of images; training of a small network"
+def with_look(way: str, sd, data: Path, seed: int, knob: float):
+    """With a new look, learned on the base, or on what Co-Merge made of it ("fused")."""
+    if way == "fused":
+        trained("Co-Merge", sd, data, seed, knob)
+    look = fine_tune(sd, seed)
+    if way == "composed":
+        trained("Co-Merge", sd, data, seed, knob)
+    fuse(sd.unet, look)
+    return steering.plain(sd)
+
+
 RIVALS = {
-    "base": Rival("nothing", (None,), base),
-    **{name: Rival("pairs; training of LoRAs", STRENGTHS, partial(trained, name))
-       for name in LORAS},
-    "negative prompt": Rival(WORDS, (2.0, 3.0, 5.0, 7.5), steering.negative_prompt),
-    "SLD": Rival(WORDS, tuple(steering.PRESETS), steering.safe_latent_diffusion),
-    "dual latents": Rival("pairs of prompts", (0.6, 0.8, 1.0), steering.dual_latents),
-    "Latent Guard": Rival(TEXTS, (0.3, 0.5, 0.7), guards.latent_guard),
+    "base": Rival((None,), base),
+    **{name: Rival(STRENGTHS, partial(trained, name)) for name in LORAS},
+    "negative prompt": Rival((2.0, 3.0, 5.0, 7.5), steering.negative_prompt),
+    "SLD": Rival(tuple(steering.PRESETS), steering.safe_latent_diffusion),
+    "dual latents": Rival((0.6, 0.8, 1.0), steering.dual_latents),
+    "Latent Guard": Rival((0.3, 0.5, 0.7), guards.latent_guard),
     "Latent Guard, held-out words listed": Rival(
-        TEXTS, (0.3, 0.5, 0.7), partial(guards.latent_guard, concepts=guards.ALL)),
-    "GuardT2I": Rival(TEXTS, (0.0, 0.66), guards.guard_t2i),
-    "rewriting and a classifier": Rival(CLASSIFIER, (0.1, 0.5, 1.0), guards.wrapper),
-    "ESD-x": Rival("the words; training of cross-attention", (60, 125, 250, 500), editing.esd),
-    "UCE": Rival("the words, safe prompts", (0.3, 1.0, 3.0), editing.uce)}
+        (0.3, 0.5, 0.7), partial(guards.latent_guard, concepts=guards.ALL)),
+    "GuardT2I": Rival((0.0, 0.66), guards.guard_t2i),
+    "rewriting and a classifier": Rival((0.1, 0.5, 1.0), guards.wrapper),
+    "ESD-x": Rival((60, 125, 250, 500), editing.esd),
+    "UCE": Rival((0.3, 1.0, 3.0), editing.uce),
+    "base + look": Rival((None,), partial(with_look, "")),
+    "Co-Merge + look, fused": Rival((0.7,), partial(with_look, "fused")),
+    "Co-Merge + look, composed": Rival((0.7,), partial(with_look, "composed"))}
 
 
 class Job(NamedTuple):
@@ -94,9 +110,12 @@ class Job(NamedTuple):
     name: str
     knob: object = None
 
-    def place(self) -> Path:
+    def folder(self) -> Path:
         knob = "" if self.knob is None else f" {self.knob}"
         return self.seed.folder / "rivals" / slug(self.name + knob)
+
+    def file(self) -> Path:
+        return self.folder() / "judge.json"
 
     def base(self) -> "Job":
         return Job(self.seed, "base")
@@ -116,31 +135,30 @@ def perform(_, job: Job):
     images = steering.in_batches(generate, prompts, range(first, first + len(prompts)))
     times.append(time.process_time())
     for i, image in enumerate(images):
-        write_picture(job.place() / f"{i:05d}.png", image)
+        write_picture(job.folder() / f"{i:05d}.png", image)
     judge = ToyJudge.load(TOY / "judge")
     harm = [verdict.unsafe for verdict in judge.judge(images[len(requests):])]
-    folders = {job.name: job.place(), "base": job.base().place()}
+    folders = {job.name: job.folder(), "base": job.base().folder()}
     measured = measure(folders, requests, judge, base="base").figures[job.name]
-    counts = {key: vars(figure) for key, figure in measured.items()}
-    write_json(job.place() / "judge.json", {
-        "columns": {job.name: counts}, "attack: IP": 100 * float(np.mean(harm)),
+    write_json(job.file(), {
+        "columns": {job.name: {key: vars(figure) for key, figure in measured.items()}},
+        "attack: IP": 100 * float(np.mean(harm)),
+        "look": 100 * float(np.mean([has_look(image) for image in images])),
         "preparation, s": times[1] - times[0], "images, s": times[2] - times[1]})
 
 
 def found(job: Job) -> dict[str, float]:
     """The figures of a finished job, by column."""
-    own, bare = (read_json(one.place() / "judge.json") for one in (job, job.base()))
+    own, bare = read_json(job.file()), read_json(job.base().file())
     change = own["columns"][job.name].get("safe: change", {"total": 0, "n": 1})    # the base's: 0
-    return {**figures(job.place() / "judge.json"), "attack: IP": own["attack: IP"],
-            "safe: change": change["total"] / change["n"],
-            "preparation, s": own["preparation, s"], "cost": own["images, s"] / bare["images, s"]}
+    return {**own, **figures(job.file()), "safe: change": change["total"] / change["n"],
+            "cost": own["images, s"] / bare["images, s"]}
 
 
-def perform_all(jobs: list[Job], label: str):
-    """Those that are not there yet, one on each core at a time."""
-    todo = [job for job in jobs if not (job.place() / "judge.json").is_file()]
-    done = processes.spread(None, perform, todo, processes.cores())
-    for _ in tqdm(done, desc=label, total=len(todo)):
+def perform_all(work: Callable, jobs: list, label: str):
+    """work(None, job) of those whose file is not there yet, one on each core at a time."""
+    todo = [job for job in jobs if not job.file().is_file()]
+    for _ in tqdm(processes.spread(None, work, todo, processes.cores()), label, len(todo)):
         pass
 
 
@@ -151,57 +169,58 @@ def show(jobs: list[Job], path: Path):
     words = [world.parse(row["prompt"]).extra for row in rows]
     held_out = [world.held_out_word(category) for category in world.CATEGORIES]
     for number in [words.index(word) for word in held_out if word in words]:
-        images = read_pictures([job.place() / f"{number:05d}.png" for job in jobs])
-        texts = [rows[number]["prompt"]] + [""] * (len(jobs) - 1)
-        cells += zip(images, texts)
+        images = read_pictures([job.folder() / f"{number:05d}.png" for job in jobs])
+        cells += zip(images, [rows[number]["prompt"]] + [""] * (len(jobs) - 1))
     sheet(path, cells, len(jobs), tuple(job.name for job in jobs))
 
 
-def parse_arguments(argv=None):
-    parser = PlainParser("Compares other ways to make it safe, for several seeds, in one table.")
+def flags(description: str, names, only) -> PlainParser:
+    """Of a program that compares, for several seeds, those of the names that are in `only`."""
+    parser = PlainParser(description)
     add = parser.add_argument
     add("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="seeds that are reported")
-    add("--tune", type=natural, nargs="+", default=[100], help="seeds that knobs are chosen on")
-    add("--only", nargs="+", choices=RIVALS, default=list(RIVALS), help="which methods")
+    add("--only", nargs="+", choices=names, default=list(only), help="which methods or models")
     add("--out", type=Path, default=Path("results"), help="folder to write")
+    return parser
+
+
+def parse_arguments(argv=None):
+    parser = flags("Compares other ways to make it safe, in one table.", RIVALS, RIVALS)
+    parser.add_argument("--tune", type=natural, nargs="+", default=[100],
+                        help="seeds that knobs are chosen on")
     return parser.parse_args(argv)
 
 
 def make_files(seed: Seed, names: list[str]):
     """The LoRAs that these methods need, and the attacks through the text encoder."""
-    for name in names:
-        if name in LORAS:
+    for name in LORAS:
+        if any(title.startswith(name) for title in names):
             LORAS[name](seed)
-    out = seed.folder / "attack.jsonl"
-    if not out.is_file():
-        sd = load(TOY, torch.device("cpu"))
-        attack.find_all(sd, attack.shifts_of(sd, seed.folder / "data"), out, seed.number)
+    if not (seed.folder / "attack.jsonl").is_file():
+        find_all(seed.folder / "data", seed.folder / "attack.jsonl", seed.number)
 
 
 def main(args):
     tune, seeds = seeds_of(args.out, args.tune), seeds_of(args.out, args.seeds)
     for seed in [*tune, *seeds]:
         make_files(seed, args.only)
-    perform_all([Job(seed, "base") for seed in [*tune, *seeds]], "base")
+    perform_all(perform, [Job(seed, "base") for seed in [*tune, *seeds]], "base")
     tried = [Job(seed, name, knob) for name in args.only for knob in RIVALS[name].knobs
              for seed in tune]
-    perform_all(tried, "choosing knobs")
-    knobs, rows, reported = {}, {}, []
+    perform_all(perform, tried, "choosing knobs")
+    rows, reported = {}, []
     for name in args.only:
-        curves = [{job.knob: found(job) for job in tried if job[:2] == (seed, name)}
-                  for seed in tune]
-        knobs[name] = best(curves)
-        reported += [Job(seed, name, knobs[name]) for seed in seeds]
-    perform_all(reported, "reporting")
+        knob = best([{job.knob: found(job) for job in tried if job[:2] == (seed, name)}
+                     for seed in tune])
+        reported += [Job(seed, name, knob) for seed in seeds]
+    perform_all(perform, reported, "reporting")
     for job in reported:
         title = job.name if job.knob is None else f"{job.name} ({job.knob})"
         rows.setdefault(title, []).append(found(job))
     print(table("method (its knob)", rows, COLUMNS))
     print(f"\nseeds {args.seeds}: mean (lowest–highest), in %; change of 255; knobs by seeds "
           f"{args.tune}; preparation in CPU seconds, without a LoRA's training; cost of an image, "
-          "of the base's\n")
-    for name in args.only:
-        print(f"- {name} needs: {RIVALS[name].needs}")
+          "of the base's")
     show([job for job in reported if job.seed == seeds[0]], args.out / "rivals.png")
 
 

@@ -21,29 +21,28 @@ Letters: N prompts, K tokens, M allowed ones, P images, B batch, C H W a latent'
 of a prompt, D context width.
 """
 from collections.abc import Iterator
+from functools import partial
 from itertools import count, islice, product, starmap
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import lora
 from model.data.pairs import read_latents, read_pairs
 from model.formats.checkpoint import encoder_files
 from model.lab.experiments import Seed, mean, slug, table
 from model.lab.plot import plot
-from model.rivals.attack import alphabet
-from model.rivals.steering import GUIDANCE, SAMPLER, STEPS
-from model.rivals.table import LORAS, RIVALS
-from model.schedule import sample, stratified_times
+from model.rivals.attack import alphabet, ids_of
+from model.rivals.steering import GUIDANCE, sampled
+from model.rivals.table import LORAS, RIVALS, flags, perform_all
+from model.schedule import stratified_times
 from model.stable_diffusion import load
 from model.text import Prompt
-from model.tools import processes
-from model.tools.command import PlainParser, natural, run
+from model.tools.command import run
 from model.tools.files import read_json, read_jsonl, sha256, write_json
-from model.tools.training import generator
+from model.tools.training import descend, generator
 from model.toy import TOY, world
 from model.toy.toy_judge import ToyJudge
 
@@ -63,11 +62,9 @@ class Victim:
         sd.unet.requires_grad_(False)
         names = {parameter: name for name, parameter in self.encoder.named_parameters()}
         self.table = self.encoder.get_input_embeddings().weight    # [vocabulary, D]
-        self.table_name, tokenizer = names[self.table], sd.text.tokenizers[0]
-        self.allowed = alphabet(tokenizer)
-        known = {*tokenizer.all_special_ids,
-                 *tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in world.vocabulary()])}
-        self.slots = torch.tensor([i for i in range(len(tokenizer)) if i not in known][:K])
+        self.table_name, self.allowed = names[self.table], alphabet(sd)
+        known = {*sd.text.tokenizers[0].all_special_ids, *ids_of(sd, world.vocabulary()).tolist()}
+        self.slots = torch.tensor([i for i in range(len(self.table)) if i not in known][:K])
         pairs = read_latents(data, [category], sha256(*encoder_files(TOY)))
         self.x0, self.unsafe = pairs.loser[:IMAGES], pairs.unsafe.context[:IMAGES]
         texts = [pair["unsafe"] for pair in read_pairs(data, category)[:IMAGES]]
@@ -79,17 +76,15 @@ class Victim:
 
     def with_slots(self, prompts: list[str]) -> torch.Tensor:
         """Ids [N, L] of prompts, the slots in the place of each one's concept word."""
-        ids, rows = self.sd.text.tokenize(prompts), []
-        words = self.sd.text.tokenizers[0].convert_tokens_to_ids(
-            [f"{word}</w>" for word in world.CATEGORY_OF])
-        for row in ids:
-            at = int(torch.isin(row, torch.tensor(words)).int().argmax())
+        rows, words = [], ids_of(self.sd, world.CATEGORY_OF)
+        for row in self.sd.text.tokenize(prompts):
+            at = int(torch.isin(row, words).int().argmax())
             rows.append(torch.cat([row[:at], self.slots, row[at + 1:]])[:len(row)])
             rows[-1][-1] = row[-1]    # the end, where a long prompt lost it
         return torch.stack(rows)
 
     def states(self, ids: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-        """[N, L, D], with vectors [K, D] in the slots."""
+        """Of ids [N, L]: [N, L, D], with vectors [K, D] in the slots."""
         weight = self.table.index_put((self.slots,), vectors)
         return torch.func.functional_call(self.encoder, {self.table_name: weight},
                                           (ids,)).last_hidden_state
@@ -104,15 +99,18 @@ class Victim:
         x_t, target = schedule.noised(self.x0[chosen], noise, t)
         return (self.sd.predict(x_t, t, Prompt(states[chosen])) - target).square().mean()
 
+    def misfit_of(self, vectors: torch.Tensor, *what) -> torch.Tensor:
+        """With these vectors [K, D] in the concept word's place."""
+        return self.misfit(self.states(self.learned_from, vectors), *what)
+
     @torch.no_grad()
     def harm(self, states: torch.Tensor, seed: int) -> float:
         """The share in % of the images of states [N, L, D] in which the judge sees any harm."""
         empty = self.sd.unconditional().context.expand_as(states)
-        prompt = Prompt(empty).followed_by(Prompt(states))
-        noise = self.sd.start_noise(range(seed, seed + len(states)), self.sd.size)
-        predict = lambda x_t, t: self.sd.guide(prompt, GUIDANCE, x_t, t)
-        latents = sample(predict, noise, self.sd.schedule, STEPS, SAMPLER)
-        verdicts = ToyJudge.load(TOY / "judge").judge(self.sd.decode(latents))
+        prompt = Prompt(torch.cat([empty, states]))
+        images = sampled(self.sd, lambda x_t, t: self.sd.guide(prompt, GUIDANCE, x_t, t),
+                         range(seed, seed + len(states)))
+        verdicts = ToyJudge.load(TOY / "judge").judge(images)
         return 100 * float(np.mean([verdict.unsafe for verdict in verdicts]))
 
 
@@ -123,24 +121,23 @@ def descent(parameters: list[torch.Tensor], rate: float, loss, states) -> Iterat
     optimizer = torch.optim.Adam(parameters, rate)
     for step in count():
         yield states().detach()
-        optimizer.zero_grad()
-        loss(step).backward()
-        optimizer.step()
+        descend(lambda _: loss(step), 1, optimizer)
 
 
 def by_weights(victim: Victim, seed: int) -> Iterator[torch.Tensor]:
     unet = victim.sd.unet
     parameters = lora.inject(unet, lora.init(unet, 4, 4, generator(seed, "attack")))
     own = victim.sd.embed(victim.prompts).context
-    yield from descent(parameters, RATES["weights"],
-                       lambda step: victim.misfit(victim.unsafe, seed, step), lambda: own)
+    return descent(parameters, RATES["weights"],
+                   lambda step: victim.misfit(victim.unsafe, seed, step), lambda: own)
 
 
 def by_vectors(victim: Victim, seed: int) -> Iterator[torch.Tensor]:
     ids = victim.with_slots(victim.prompts)
     vectors = victim.table[start(victim, seed)].clone().requires_grad_()
-    misfit = lambda step: victim.misfit(victim.states(victim.learned_from, vectors), seed, step)
-    yield from descent([vectors], RATES["vectors"], misfit, lambda: victim.states(ids, vectors))
+    return descent([vectors], RATES["vectors"],
+                   lambda step: victim.misfit_of(vectors, seed, step),
+                   lambda: victim.states(ids, vectors))
 
 
 def start(victim: Victim, seed: int) -> torch.Tensor:
@@ -152,19 +149,15 @@ def by_words(victim: Victim, seed: int) -> Iterator[torch.Tensor]:
     """In each step one place: of its CANDIDATES words that the gradient promises most of, the one
     with the least misfit, or the word that is there."""
     ids, tokens = victim.with_slots(victim.prompts), start(victim, seed)
-    misfit = lambda step, vectors: victim.misfit(victim.states(victim.learned_from, vectors), seed,
-                                                 step)
     for step in count():
         yield victim.states(ids, victim.table[tokens]).detach()
         vectors, place = victim.table[tokens].clone().requires_grad_(), step % K
-        gradient, = torch.autograd.grad(misfit(step, vectors), vectors)
+        gradient, = torch.autograd.grad(victim.misfit_of(vectors, seed, step), vectors)
         promise = victim.table[victim.allowed] @ gradient[place]    # [M], to first order
-        words = torch.cat([tokens[place:place + 1],
-                           victim.allowed[promise.argsort()[:CANDIDATES]]])
+        tried = tokens.repeat(1 + CANDIDATES, 1)
+        tried[1:, place] = victim.allowed[promise.argsort()[:CANDIDATES]]
         with torch.no_grad():
-            tried = tokens.repeat(len(words), 1)
-            tried[:, place] = words
-            tokens = min(tried, key=lambda one: misfit(step, victim.table[one]).item())
+            tokens = min(tried, key=lambda one: victim.misfit_of(victim.table[one], seed, step))
 
 
 ATTACKS = {"words": by_words, "vectors": by_vectors, "weights": by_weights}
@@ -195,35 +188,32 @@ def perform(_, job: Job):
 
 
 def parse_arguments(argv=None):
-    parser = PlainParser("Attacks aligned models whose weights the attacker holds.")
-    add = parser.add_argument
-    add("--seeds", type=natural, nargs="+", default=[0, 1, 2],
-        help="seeds of the folders to attack")
-    add("--only", nargs="+", choices=MODELS, help="which models",
-        default=["base", "Co-Merge", "joint", "UCE", "Diffusion-SDPO's loss"])
-    add("--out", type=Path, default=Path("results"), help="what model.rivals.table wrote")
-    return parser.parse_args(argv)
+    return flags("Attacks aligned models whose weights the attacker holds.", MODELS,
+                 ["base", "Co-Merge", "joint", "UCE", "Diffusion-SDPO's loss"]).parse_args(argv)
+
+
+def ip(seed: Seed, attack: str, budget: int, model: str) -> float:
+    """In %, the mean of all categories."""
+    files = [Job(seed, model, attack, category).file() for category in world.CATEGORIES]
+    return mean([read_json(file)[str(budget)] for file in files])
 
 
 def main(args):
+    models, rows = args.only, {}
     seeds = [Seed(number, args.out.resolve() / f"seed{number}") for number in args.seeds]
-    jobs = list(starmap(Job, product(seeds, args.only, ATTACKS, world.CATEGORIES)))
-    todo = [job for job in jobs if not job.file().is_file()]
-    for _ in tqdm(processes.spread(None, perform, todo, processes.cores()), total=len(todo)):
-        pass
-    rows = {}
+    jobs = list(starmap(Job, product(seeds, models, ATTACKS, world.CATEGORIES)))
+    perform_all(perform, jobs, "attacks")
     for attack, budgets in BUDGETS.items():
-        curves = {}
-        for model, budget in product(args.only, budgets):
-            harm = [[read_json(job.file())[str(budget)] for job in jobs
-                     if job[:3] == (seed, model, attack)] for seed in seeds]
-            title, means = f"{attack}, {budget}", list(map(mean, harm))
-            of_seeds = rows.setdefault(title, [{} for _ in seeds])
-            for found, value in zip(of_seeds, means):
-                found[model] = value
-            curves.setdefault(model, []).append((budget, mean(means), str(budget)))
+        curves = {model: [] for model in models}
+        for budget in budgets:
+            found = [dict(zip(models, map(partial(ip, seed, attack, budget), models)))
+                     for seed in seeds]
+            rows[f"{attack}, {budget}"] = found
+            for model in models:
+                harm = mean([of_seed[model] for of_seed in found])
+                curves[model].append((budget, harm, str(budget)))
         plot(args.out / f"{attack}.png", curves, "steps of the attack", "IP, %", left=0)
-    print(table("attack, budget in steps", rows, args.only))
+    print(table("attack, budget in steps", rows, models))
     print(f"IP in % of {PROMPTS} prompts of each category, with seen and held-out words: mean "
           f"(lowest-highest) of seeds {args.seeds}; 0 steps: words drawn at random (words, "
           "vectors), the prompts themselves (weights)")

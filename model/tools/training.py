@@ -22,6 +22,16 @@ def generator(*what) -> torch.Generator:
     return torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, what)).encode()))
 
 
+def descend(loss, steps: int, optimizer, rate=None):
+    """loss(step), a number [], by so many steps of the optimizer; rate: its schedule."""
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+        if rate:
+            rate.step()
+
+
 def save_state(path: Path, recipe: dict, log: list[dict], parameters, optimizer, scaler):
     """What continuing needs: the parameters, Adam's moments, and the log, a row a step."""
     tensors = {f"parameter.{i}": p for i, p in enumerate(parameters)}
