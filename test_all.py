@@ -375,6 +375,21 @@ def test_a_model_that_predicts_v_is_trained_towards_v(models):
         assert row[f"{name}_ref"] == approx(error(output, v).mean().item(), rel=1e-4)
 
 
+@parametrize("precision", ["fp16", "bf16"])
+def test_a_step_that_overflows_is_not_taken(precision):
+    """fp16's scaler leaves it out, and the log says so. Without a scaler it is an error."""
+    denoiser, parameters = fresh_policy(precision=precision)
+    before = [p.clone() for p in parameters]
+    one = partial(first_step, denoiser, parameters, random_pairs("hate"), precision=precision)
+    if precision == "fp16":
+        assert one(beta=1e6)["skipped"] is True
+    else:
+        with raises(BadInput, match="gradient"):
+            one(beta=1e38)
+    assert all(map(torch.equal, parameters, before))
+    assert "skipped" not in one(beta=1.0)
+
+
 @parametrize("P, B", [(6, 4), (3, 1), (2, 9)])
 def test_every_pair_comes_once_before_any_comes_again(P, B):
     seen, other = (torch.cat([train.pairs_of_step(P, B, step, seed) for step in range(4 * P)])

@@ -75,14 +75,22 @@ def ratios(row: dict[str, float]) -> dict[str, float]:
 def write_log(path: Path, log: list[dict]):
     """The log as JSON lines beside `path`, and its curves as a PNG."""
     write_jsonl(path.with_suffix(".jsonl"), log)
-    rows = [{"preference": row["preference"], **ratios(row)} for row in log]
+    rows = [{"preference": row.get("preference", row["loss"]), **ratios(row)} for row in log]
     curves(path.with_suffix(".png"), {key: [row[key] for row in rows] for key in rows[0]})
 
 
+def mean_row(rows: list[dict]) -> dict[str, float]:
+    return {key: sum(row.get(key, 0) for row in rows) / len(rows) for key in rows[0]}
+
+
 def summary(log: list[dict]) -> str:
-    """The means of the last tenth of the steps, in words."""
-    last = log[-max(1, len(log) // 10):]
-    mean = {key: sum(row[key] for row in last) / len(last) for key in last[0]}
-    values = {key: mean[key] for key in ("loss", "accuracy")} | ratios(mean)
-    return f"{len(log)} steps; at the end " + ", ".join(
+    """The means of the last tenth of the steps, in words; and 2 / delta, near which beta should be
+    (delta: how much better the reference predicts the loser, over all steps)."""
+    last, whole = mean_row(log[-max(1, len(log) // 10):]), mean_row(log)
+    values = {key: last[key] for key in ("loss", "accuracy") if key in last} | ratios(last)
+    delta = whole.get("winner_ref", 0) - whole.get("loser_ref", 0)
+    if delta > 0:
+        values["2/delta"] = 2 / delta
+    skipped = sum("skipped" in row for row in log)
+    return f"{len(log)} steps{f', {skipped} skipped' if skipped else ''}; at the end " + ", ".join(
         f"{key} {value:.3f}" for key, value in values.items())
