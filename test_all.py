@@ -134,8 +134,7 @@ def refusal(line: str, capsys, **values) -> str:
 
 def finished(*argv, folder: Path = Path()) -> subprocess.CompletedProcess:
     """A Python program, run to its end in that folder, without an error."""
-    done = subprocess.run([sys.executable, *argv], cwd=folder, text=True, capture_output=True,
-                          timeout=600)
+    done = subprocess.run([sys.executable, *argv], cwd=folder, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -474,24 +473,6 @@ def test_mixed_precision_is_near(name, size, gradients):
     assert 1e-5 < far(found, exact) < size and found.dtype == torch.float32
 
 
-REPEATED = {    # line: a file that it writes
-    "train --concept hate --steps 1 --batch 2": "experts/hate.safetensors",
-    "sample a b --batch 1 --steps 1": "samples/00000.png",
-    "make_data --concept sexual --pairs 2 --steps 1 --judge none":
-        "data/sexual/latents.safetensors"}
-
-
-def test_finished_work_of_another_precision_is_other_work(here):
-    """auto is fp32 here. That bf16 gives something else: test_no_flag_is_decoration."""
-    write_pairs("hate", [PAIR] * 6)
-    for line, name in REPEATED.items():
-        times = []
-        for precision in ("auto", "fp32", "bf16"):
-            command(f"{line} --precision {precision}")
-            times.append(Path(name).stat().st_mtime_ns)
-        assert times[0] == times[1] < times[2], line
-
-
 def test_an_expert_is_a_plain_loop_on_w_plus_b_a(here):
     """Loss, warm-up, cosine, decay, clipping, seed, rank, the scale of A; the UNet is diffusers'.
     The sixth digit is what Adam makes of rounding where a gradient is nearly 0."""
@@ -534,7 +515,8 @@ def test_a_fresh_lora_changes_nothing_but_can_learn():
     output = unet(*INPUTS)
     assert torch.equal(output, base)
     output.square().mean().backward()
-    assert [(p.grad != 0).any().item() for p in parameters] == [False, True] * 56
+    assert not any(down.grad.any() for down in parameters[::2])
+    assert all(up.grad.any() for up in parameters[1::2])
     assert {id(p) for p in unet.parameters() if p.requires_grad} == set(map(id, parameters))
 
 
@@ -564,31 +546,35 @@ def test_adding_the_factors_is_not_adding_the_changes():
         assert f.kernel == parts[0][name].kernel
 
 
+@fixture
+def decomposed(monkeypatch) -> list:
+    """The shapes of what an SVD is made of."""
+    shapes, svd = [], torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda x, **_: shapes.append(x.shape) or svd(x, **_))
+    return shapes
+
+
 @parametrize("O, I, R", [(40, 24, 6), (24, 40, 30), (40, 24, 60)])
-def test_a_lower_rank_needs_no_dense_matrix(O, I, R, monkeypatch):
+def test_a_lower_rank_needs_no_dense_matrix(O, I, R, decomposed):
     """The SVD of few stacked experts, of more ranks than a layer is wide, and of those between."""
-    pair = [normal("down", R, I), normal("up", O, R)]
-    f = Factors(*pair, 0.7 * R)
-    svd, seen = torch.linalg.svd, []
-    U, S, V = svd(f.delta().double())
-    monkeypatch.setattr(torch.linalg, "svd", lambda x, **_: seen.append(x.shape) or svd(x, **_))
+    f = Factors(normal("down", R, I), normal("up", O, R), 0.7 * R)
     smaller, *energies = lora.compress(f, 5)
-    assert seen == [(min(O, R), min(I, R))] and smaller.down.shape == (5, I)
+    assert decomposed == [(min(O, R), min(I, R))] and smaller.down.shape == (5, I)
+    U, S, V = torch.linalg.svd(f.delta().double())
     assert far(smaller.delta(), (U[:, :5] * S[:5]) @ V[:5]) < 1e-5
     assert energies == approx([x.square().sum().item() for x in (S[:5], S)], rel=1e-5)
     assert far(smaller.down.norm(), smaller.up.norm()) < 1e-5    # for fp16's sake
 
 
 @parametrize("decay, near", [(0.5, 1e-5), (0, 0.03)])
-def test_a_large_matrix_is_cut_without_its_svd(decay, near, monkeypatch):
+def test_a_large_matrix_is_cut_without_its_svd(decay, near, decomposed):
     """Nearly as well as by it, and what is lost is told. decay 0: of noise, the hardest case."""
     matrix = normal("matrix", 700, 600) * torch.arange(1, 601) ** -decay
-    f, svd, seen = Factors(matrix, torch.eye(700), 700.0), torch.linalg.svd, []
     best = torch.linalg.svdvals(matrix)[:8].square().sum()
-    monkeypatch.setattr(torch.linalg, "svd", lambda x, **_: seen.append(x.shape) or svd(x, **_))
+    f = Factors(matrix, torch.eye(700), 700.0)
     smaller, kept, energy = lora.compress(f, 8)
     lost = (matrix - smaller.delta()).square().sum()
-    assert seen == [(32, 600)] and 1 - near < kept / best < 1 + 1e-5
+    assert decomposed == [(32, 600)] and 1 - near < kept / best < 1 + 1e-5
     assert far(energy, matrix.square().sum()) < 1e-5 and far(kept + lost, energy) < 1e-5
     assert torch.equal(lora.compress(f, 8)[0].up, smaller.up)
 
@@ -1246,6 +1232,18 @@ def test_an_sd_2_file_does_not_say_what_it_predicts(tmp_path, monkeypatch):
     assert found == ["epsilon", "v_prediction", "epsilon"]
 
 
+def test_a_single_file_may_say_what_it_predicts(models, tmp_path):
+    """By keys whose values do not matter. What is not implemented is refused."""
+    source = models("SDXL", "file")
+    file = shutil.copytree(source.parent, tmp_path / "m") / source.name
+    shutil.rmtree(tmp_path / "m/scheduler")
+    spoil(file, adding("v_pred"))
+    assert load_denoiser(file, CPU).schedule.prediction_type == "v_prediction"
+    spoil(file, adding("ztsnr"))
+    with refuses("rescale_betas_zero_snr"):
+        load_denoiser(file, CPU)
+
+
 # ---- Part I, lessons: rivals, and attacks on the weights (model/rivals)
 
 ASKED, SEEDS = ["a red ball with racism in the park", "a blue box on the beach"], [3, 4]
@@ -1459,6 +1457,7 @@ def test_what_a_filter_lets_through_is_not_safe(tmp_path, monkeypatch):
     """Words that are not the concept's come nearer to it than where the search started."""
     monkeypatch.setattr(attack, "GENERATIONS", 12)
     monkeypatch.setattr(attack, "ATTACKS", 1)
+    monkeypatch.setattr(attack, "POPULATION", 60)
     for category in world.CATEGORIES:
         rows = [{**PAIR, "unsafe": unsafe, "safe": safe}
                 for unsafe, safe in world.training_pairs(category, 2, 0)]
@@ -1498,8 +1497,13 @@ TEXTS = {    # files that are wrong, or strange to these commands
     "outside/hate/pairs.jsonl": json.dumps({**PAIR, "unsafe_image": "../y.png"}),
     "absolute/hate/pairs.jsonl": json.dumps({**PAIR, "safe_image": "/x.png"}),
     "foreign/hate/pairs.jsonl": "mine", "foreign/00000.png": "mine", "foreign/compare.png": "mine",
-    "mine.jsonl": json.dumps({**PAIR, "category": "hate"}), "nothing.jsonl": ""}
+    "mine.jsonl": json.dumps({**PAIR, "category": "hate"}), "nothing.jsonl": "",
+    "asked.jsonl": '{"prompt": "an astronaut"}'}
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+BIASES = {    # models: what is added to a bias of the toy's
+    "other": (WEIGHTS, "conv_in.bias", 0.05), "nan": (WEIGHTS, "conv_in.bias", math.nan),
+    "vae": (WEIGHTS.replace("unet", "vae"), "encoder.conv_in.bias", 0.05),
+    "text": ("text_encoder/model.safetensors", "text_model.final_layer_norm.bias", 0.05)}
 PICKLES = ("evil.safetensors", "evil.pt", "evil.ckpt", "evil.jsonl", "evil.csv", "evil.json",
            "evil/hate/pairs.jsonl", "evil/.hate.resume", "evil/latents/latents.safetensors",
            f"models/evil/{WEIGHTS}")
@@ -1539,14 +1543,12 @@ def bench(story, tmp_path_factory):
     shutil.copytree(story, folder)
     spoil_loras(folder)
     spoil_data(folder)
-    for name in ("bin", "evil", "nan", "other"):
+    for name in ("bin", "evil", *BIASES):
         shutil.copytree(TOY, folder / "models" / name)
     file = folder / "models/bin" / WEIGHTS
     file.rename(file.with_suffix(".bin"))
-    tensors = load_file(TOY / WEIGHTS)
-    for name, more in (("other", 0.05), ("nan", float("nan"))):
-        save_file({**tensors, "conv_in.bias": tensors["conv_in.bias"] + more},
-                  folder / "models" / name / WEIGHTS)
+    for name, (part, bias, more) in BIASES.items():
+        spoil(folder / "models" / name / part, lambda tensors: tensors[bias].add_(more))
     for name in (*TEXTS, *PICKLES):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if name in TEXTS:
@@ -1561,76 +1563,102 @@ def bench(story, tmp_path_factory):
     return folder
 
 
-REFUSED = {    # command line|what the error must name, where that is not the line itself
-    "make_data": """
---pair 3; --size 50; --steps 5000; --concept hat; --device warp; --device meta; --images nowhere
---pairs 0|'0' is not a whole number from 1
---seed 99999999999|'99999999999' is not a whole number
---guidance nan|'nan' is not a finite number; --judge q16|'q16'; --model nowhere|nowhere: no such
---model data|data: has no unet folder; --model models/bin|pickled weights
---model models/evil|models/evil
---concept hate --pairs 2 --steps 1 --out {away}|none of 2 pairs was kept
---prompts evil.csv|evil.csv; --prompts mine.jsonl --concept hat|--concept hat
---prompts mine.jsonl|use --judge none
---prompts mine.jsonl --images nowhere|--images nowhere; --llm data --concepts evil.json|evil.json
---llm data --concepts list.json --prompts mine.jsonl|--prompts; --concept hate --out pipe|pipe
---concept hate --out foreign|foreign/hate/pairs.jsonl: was not made by this program""",
-    "train": """
---loss magic; --loss os.path; --concept hat|data/hat/pairs.jsonl
---data nowhere|nowhere: no concept; --lr -1|-1 is not above 0
---caption-dropout 1.5|1.5 is not a share; --concept hate --data torn|pairs.jsonl line 2: not JSON
---concept hate --data list|line 1: not a JSON object
---concept hate --data none|none/hate/pairs.jsonl: holds no pairs
---concept hate --data lacking|line 1: unsafe_image
---concept hate --data outside|'../y.png' leaves the folder
---concept hate --data absolute|'/x.png' leaves the folder
---concept hate --data uncoded|uncoded/hate/latents.safetensors: is not there
---concept hate --data few|'winner': 3
---concept hate --data evil|evil/hate/pairs.jsonl
---concept latents --data evil|evil/latents/latents.safetensors: not a safetensors file but a pickle
---concept hate --steps 2 --out evil|evil/.hate.resume
---concept hate --lr 1e30 --steps 3 --batch 2|--lr (1e+30)
---concept hate --steps 2 --model models/nan|conv_in.bias holds NaN
---concept hate --out mine.jsonl|mine.jsonl is not a folder""",
-    "merge": """
-empty|empty: no LoRA file; nowhere.safetensors|nowhere.safetensors: no such file
-evil.safetensors|evil.safetensors: not a safetensors file but a pickle
-evil.pt|evil.pt: not a safetensors file but a pickle; experts cut.safetensors|cut.safetensors
-experts mine.jsonl data/hate/sheet.png wide.safetensors|wide.safetensors
-experts other.safetensors|other.safetensors: adapts other layers
-other.safetensors other2.safetensors|none of which this model has
-experts stranger.safetensors|stranger.safetensors: was trained on another base
-experts --model models/other|another base model than --model
-experts --method dare --weights 9e37 --density 1e-4|is not finite any more
-experts nan.safetensors --method sum|nan.safetensors
-experts experts/hate.safetensors|is listed twice
-experts --weights 1 2 3|--weights: 3 numbers for 2
-experts --method sum --density 0.3|--density: --method sum
-experts --preserve 0.3|--preserve: --method co-merge
-experts --method ties --density 0|0 leaves nothing
-experts --data nowhere|nowhere/hate/pairs.jsonl; bare --model models/nan|conv_in.bias holds NaN
-wide.safetensors --fuse {toy}|wide: down_blocks_0
-experts --method sum --fuse {toy} --out data|--out data: is not empty
-experts --method sum --fuse evil.safetensors|evil.safetensors
-experts --method sum --out pipe|pipe: cannot be written
-experts --method sum --out .|give a file's name
-experts --method sum --out mine.jsonl/x/y|mine.jsonl is not a folder""",
-    "sample": """
-|nothing to generate; --prompts nothing.jsonl|nothing to generate; --prompts evil.jsonl|evil.jsonl
-x --model evil.ckpt|evil.ckpt: not a safetensors file but a pickle; x --steps 5000|--steps 5000
-x --model models/nan --out {away}|conv_in.bias holds NaN; x --compare|--compare
-x --lora nowhere.safetensors|nowhere.safetensors; x --lora pipe|pipe: no such file
-x --lora experts/hate.safetensors@strong|'strong'; x --judge eye|--judge eye
-x --lora wide.safetensors|is for a layer of shape; x --clipscore nowhere|nowhere
-x --lora other.safetensors|none of which this model has; x --size 64 --judge|not of 64
-x --guidance 1e37 --out {away}|numbers grew too large; x --out mine.jsonl|mine.jsonl
-x --judge|use --judge none
-x --out foreign|foreign/00000.png: was not made by this program"""}
-ROWS = [(f"{script} {line}", says or line) for script, rows in REFUSED.items()
-        for line, _, says in (row.partition("|") for row in re.split("\n|; ", rows)[1:])]
+REFUSED = [    # (command, what the error must name)
+    ("make_data --pair 3", "--pair 3"),
+    ("make_data --size 50", "--size 50"),
+    ("make_data --steps 5000", "--steps 5000"),
+    ("make_data --concept hat", "--concept hat"),
+    ("make_data --device warp", "--device warp"),
+    ("make_data --device meta", "--device meta"),
+    ("make_data --images nowhere", "--images nowhere"),
+    ("make_data --pairs 0", "'0' is not a whole number from 1"),
+    ("make_data --seed 99999999999", "'99999999999' is not a whole number"),
+    ("make_data --guidance nan", "'nan' is not a finite number"),
+    ("make_data --judge q16", "'q16'"),
+    ("make_data --model nowhere", "nowhere: no such"),
+    ("make_data --model data", "data: has no unet folder"),
+    ("make_data --model models/bin", "pickled weights"),
+    ("make_data --model models/evil", "models/evil"),
+    ("make_data --concept hate --pairs 2 --steps 1 --out {away}", "none of 2 pairs was kept"),
+    ("make_data --prompts evil.csv", "evil.csv"),
+    ("make_data --prompts mine.jsonl --concept hat", "--concept hat"),
+    ("make_data --prompts mine.jsonl", "use --judge none"),
+    ("make_data --prompts mine.jsonl --images nowhere", "--images nowhere"),
+    ("make_data --llm data --concepts evil.json", "evil.json"),
+    ("make_data --llm data --concepts list.json --prompts mine.jsonl", "--prompts"),
+    ("make_data --concept hate --out pipe", "pipe"),
+    ("make_data --concept hate --out foreign",
+     "foreign/hate/pairs.jsonl: was not made by this program"),
+    ("train --loss magic", "--loss magic"),
+    ("train --loss os.path", "--loss os.path"),
+    ("train --concept hat", "data/hat/pairs.jsonl"),
+    ("train --data nowhere", "nowhere: no concept"),
+    ("train --lr -1", "-1 is not above 0"),
+    ("train --caption-dropout 1.5", "1.5 is not a share"),
+    ("train --concept hate --data torn", "pairs.jsonl line 2: not JSON"),
+    ("train --concept hate --data list", "line 1: not a JSON object"),
+    ("train --concept hate --data none", "none/hate/pairs.jsonl: holds no pairs"),
+    ("train --concept hate --data lacking", "line 1: unsafe_image"),
+    ("train --concept hate --data outside", "'../y.png' leaves the folder"),
+    ("train --concept hate --data absolute", "'/x.png' leaves the folder"),
+    ("train --concept hate --data uncoded", "uncoded/hate/latents.safetensors: is not there"),
+    ("train --concept hate --data few", "'winner': 3"),
+    ("train --concept hate --data evil", "evil/hate/pairs.jsonl"),
+    ("train --concept latents --data evil",
+     "evil/latents/latents.safetensors: not a safetensors file but a pickle"),
+    ("train --concept hate --steps 2 --out evil", "evil/.hate.resume"),
+    ("train --concept hate --lr 1e30 --steps 3 --batch 2", "--lr (1e+30)"),
+    ("train --concept hate --steps 2 --model models/nan", "conv_in.bias holds NaN"),
+    ("train --concept hate --model models/vae", "or not of this --model"),
+    ("train --concept hate --model models/text", "or not of this --model"),
+    ("train --concept hate --out mine.jsonl", "mine.jsonl is not a folder"),
+    ("merge empty", "empty: no LoRA file"),
+    ("merge nowhere.safetensors", "nowhere.safetensors: no such file"),
+    ("merge evil.safetensors", "evil.safetensors: not a safetensors file but a pickle"),
+    ("merge evil.pt", "evil.pt: not a safetensors file but a pickle"),
+    ("merge experts cut.safetensors", "cut.safetensors"),
+    ("merge experts mine.jsonl data/hate/sheet.png wide.safetensors", "wide.safetensors"),
+    ("merge experts other.safetensors", "other.safetensors: adapts other layers"),
+    ("merge other.safetensors other2.safetensors", "none of which this model has"),
+    ("merge experts stranger.safetensors", "stranger.safetensors: was trained on another base"),
+    ("merge experts --model models/other", "another base model than --model"),
+    ("merge experts --method dare --weights 9e37 --density 1e-4", "is not finite any more"),
+    ("merge experts nan.safetensors --method sum", "nan.safetensors"),
+    ("merge experts experts/hate.safetensors", "is listed twice"),
+    ("merge experts --weights 1 2 3", "--weights: 3 numbers for 2"),
+    ("merge experts --method sum --density 0.3", "--density: --method sum"),
+    ("merge experts --preserve 0.3", "--preserve: --method co-merge"),
+    ("merge experts --method ties --density 0", "0 leaves nothing"),
+    ("merge experts --data nowhere", "nowhere/hate/pairs.jsonl"),
+    ("merge bare --model models/nan", "conv_in.bias holds NaN"),
+    ("merge wide.safetensors --fuse {toy}", "wide: down_blocks_0"),
+    ("merge experts --method sum --fuse {toy} --out data", "--out data: is not empty"),
+    ("merge experts --method sum --fuse evil.safetensors", "evil.safetensors"),
+    ("merge experts --method sum --out pipe", "pipe: cannot be written"),
+    ("merge experts --method sum --out .", "give a file's name"),
+    ("merge experts --method sum --out mine.jsonl/x/y", "mine.jsonl is not a folder"),
+    ("sample ", "nothing to generate"),
+    ("sample --prompts nothing.jsonl", "nothing to generate"),
+    ("sample --prompts evil.jsonl", "evil.jsonl"),
+    ("sample x --model evil.ckpt", "evil.ckpt: not a safetensors file but a pickle"),
+    ("sample x --steps 5000", "--steps 5000"),
+    ("sample x --model models/nan --out {away}", "conv_in.bias holds NaN"),
+    ("sample x --compare", "--compare"),
+    ("sample x --lora nowhere.safetensors", "nowhere.safetensors"),
+    ("sample x --lora pipe", "pipe: no such file"),
+    ("sample x --lora experts/hate.safetensors@strong", "'strong'"),
+    ("sample x --judge eye", "--judge eye"),
+    ("sample x --lora wide.safetensors", "is for a layer of shape"),
+    ("sample x --clipscore nowhere", "nowhere"),
+    ("sample x --lora other.safetensors", "none of which this model has"),
+    ("sample x --size 64 --judge", "not of 64"),
+    ("sample x --guidance 1e37 --out {away}", "numbers grew too large"),
+    ("sample x --out mine.jsonl", "mine.jsonl"),
+    ("sample x --judge", "use --judge none"),
+    ("sample x --out foreign", "foreign/00000.png: was not made by this program")]
 
 
-@parametrize("line, says", ROWS)
+@parametrize("line, says", REFUSED)
 def test_bad_input_is_not_a_traceback(line, says, bench, tmp_path, monkeypatch, capsys):
     """One line that names what is wrong; and nothing is written, of a pickle nothing run."""
     monkeypatch.chdir(bench)
@@ -1656,55 +1684,96 @@ def test_a_full_gpu_is_not_a_crash(inside, monkeypatch, capsys):
     assert contents(inside) == before
 
 
-FLAGS = {    # a small command: flags that must change what it gives
-    "make_data --concept hate --pairs 8 --steps 2 --judge none":
-        "--seed 1|--steps 3|--guidance 1|--negative red|--size 64|--concept sexual|--pairs 7|"
-        "--prompts mine.jsonl|--model models/other|--judge toy|--precision bf16",
-    "make_data --prompts mine.jsonl --steps 1 --judge none": "--images data/hate/images",
-    "train --concept hate --steps 2 --batch 2":
-        "--seed 1|--model models/other|--concept sexual|--joint|--data second|--loss dpo|--beta 50|"
-        "--steps 3|--batch 4|--accumulate 2|--lr 1e-3|--rank 2|--caption-dropout 0.9|--compile|"
-        "--precision bf16",
-    "merge bare": "--model models/other|--method sum|--weights 1 0.5|--rank 2|--data second|"
-                  "--fuse models/other|--precision bf16",
-    "merge bare --method ties": "--density 0.5", "merge bare --method dare": "--seed 1",
-    "merge bare --method regmean": "--preserve 0.5",
-    "sample {safe} --steps 2":
-        "--seed 1|--model models/other|--steps 3|--guidance 1|--negative red|--size 64|--judge|"
-        "--prompts data/test.jsonl|--lora merged.safetensors|--sampler ddim|--images-per-prompt 2|"
-        "--precision bf16",
-    "sample {unsafe} --steps 6 --lora merged.safetensors --model models/other": "--compare",
-    "sample {unsafe} --steps 6 --lora merged.safetensors --judge --model models/other --compare":
-        "--show-unsafe"}
-# Those that change no file, or need another model, are held by REFUSED, by every program, by a
-# lesson (--checkpointing), by what is missing (--batch), and by files of other programs.
-ELSEWHERE = "--device --out --checkpointing --batch --help --llm --concepts --clipscore".split()
+RANK = " ss_network_alpha ss_network_dim"    # as other programs read it
+SETTINGS = {    # a command: {flags that change what it makes: settings that its files then name}
+    "make_data --concept hate --pairs 2 --steps 1 --judge none": {
+        "--seed 1": "pairs rows", "--steps 2": "steps", "--guidance 1": "guidance",
+        "--negative red": "negative", "--size 64": "size", "--pairs 3": "pairs rows",
+        "--model models/other": "guidance model", "--precision bf16": "precision",
+        "--model models/vae": "encoders guidance model", "--prompts mine.jsonl": "pairs rows"},
+    "make_data --concept hate --pairs 8 --steps 4": {"--judge none": "judge pairs"},
+    "make_data --prompts mine.jsonl --judge none --images data/hate/images": {
+        "--images data/sexual/images": "rows"},
+    "train --concept hate --steps 2 --batch 2": {
+        "--seed 1": "seed", "--model models/other": "base_model_hash", "--data second": "data_hash",
+        "--loss dpo": "loss", "--beta 50": "beta", "--steps 3": "steps", "--batch 4": "batch",
+        "--accumulate 2": "batch", "--lr 1e-3": "lr", "--rank 2": "rank" + RANK,
+        "--caption-dropout 0.9": "caption_dropout", "--precision bf16": "precision"},
+    "sample red,ball,park blue,box,snow --steps 2 --batch 1": {
+        "--seed 1": "jobs", "--steps 3": "steps", "--guidance 1": "jobs", "--size 64": "size",
+        "--negative red": "negative", "--model models/other": "jobs model",
+        "--sampler ddim": "sampler", "--prompts asked.jsonl": "jobs",
+        "--images-per-prompt 2": "jobs", "--lora merged.safetensors": "loras",
+        "--lora merged.safetensors@0.5": "loras", "--precision bf16": "precision"},
+    "merge bare": {
+        "--model models/other": "", "--method sum": "method precision", "--data second": "",
+        "--weights 1 0.5": "weights", "--rank 2": "rank" + RANK,
+        "--precision bf16": "precision"},
+    "merge bare --method ties": {"--density 0.5": "density"},
+    "merge bare --method dare": {"--seed 1": "seed"},
+    "merge bare --method regmean": {"--preserve 0.5": "preserve"}}
+# Held by REFUSED, by every program, by the next test, by lessons, by files of other programs.
+ELSEWHERE = ("--device --out --concept --batch --help --llm --concepts --clipscore --checkpointing "
+             "--compile --joint --fuse --judge --compare --show-unsafe").split()
 
 
-def outcome(line: str, out: Path, capsys) -> dict:
-    """What a command prints and writes, but for the files that only repeat its settings."""
-    capsys.readouterr()
-    command(f"{line} --out {{out}}/x.safetensors", out=out, safe="a red ball in the park",
-            unsafe=world.training_pairs("hate", 1, 0)[0][0])
-    given = {"": capsys.readouterr().out.replace(str(out), "")}
-    for path in out.rglob("*"):
-        name = str(path.relative_to(out))
-        if path.suffix == ".safetensors" and path.is_file():
-            given[name] = {key: t.tolist() for key, t in load_file(path).items()}
-        elif path.is_file() and path.name not in ("settings.json", "index.jsonl", "judge.json"):
-            given[name] = path.read_bytes()
-    return given
+def told_and_made(folder: Path) -> tuple[dict, dict]:
+    """The settings that a folder's files name, and what else is in them."""
+    told, made = {}, {}
+    for path in sorted(folder.rglob("*.*")):
+        if path.name == "settings.json":
+            told |= read_json(path)
+        elif path.is_file() and path.suffix == ".safetensors":
+            made[path.name] = {key: t.tolist() for key, t in load_file(path).items()}
+            with opened(path) as file:
+                told |= file.metadata()
+        elif path.is_file() and path.name != "index.jsonl":
+            made[path.name] = path.read_bytes()
+    return told, made
 
 
-@parametrize("line", FLAGS)
-def test_no_flag_is_decoration(line, bench, tmp_path, monkeypatch, capsys):
+@fixture(scope="module")
+def plainly(bench, tmp_path_factory):
+    """plainly(line) -> a folder in which it was run."""
+    @cache
+    def made(line: str) -> Path:
+        folder = tmp_path_factory.mktemp("plain")
+        command(f"{line} --out {{out}}/x.safetensors", out=folder)
+        return folder
+    return made
+
+
+@parametrize("line, flag, names", [
+    (line, flag, names) for line, flags in SETTINGS.items() for flag, names in flags.items()])
+def test_one_setting_changed_is_all_made_anew(line, flag, names, bench, plainly, tmp_path,
+                                              monkeypatch):
+    """In the folder where it was made before, byte for byte as in an empty one."""
     monkeypatch.chdir(bench)
-    monkeypatch.setattr(UNet, "compile", lambda unet: print("compiling"))
-    plain, idle = outcome(line, tmp_path / "plain", capsys), []
-    for flag in ["", *FLAGS[line].split("|")]:
-        if outcome(f"{line} {flag}", tmp_path / f"with {flag.replace('/', ' ')}", capsys) == plain:
-            idle.append(flag)
-    assert idle == [""]
+    shutil.copytree(plainly(line), tmp_path / "old")
+    for out in ("old", "new")[line.startswith("merge"):]:    # a merge is always made anew
+        command(f"{line} {flag} --out {{out}}/x.safetensors", out=tmp_path / out)
+    told, made = told_and_made(tmp_path / "new")
+    told_before, made_before = told_and_made(plainly(line))
+    if not line.startswith("merge"):
+        assert contents(tmp_path / "old") == contents(tmp_path / "new")
+    changed = {key for key in told | told_before if told.get(key) != told_before.get(key)}
+    assert changed == set(names.split()) and made != made_before
+
+
+def test_a_grid_hides_what_is_unsafe(bench, tmp_path, monkeypatch):
+    """Of another model than the toy; and nothing but the grid changes."""
+    monkeypatch.chdir(bench)
+    files, flags = [{}], ("", "--judge", "--judge --compare", "--judge --compare --show-unsafe")
+    for flag in flags:
+        command("sample {unsafe} --steps 6 --lora merged.safetensors --model models/other --out "
+                f"{{out}} {flag}", out=tmp_path, unsafe=world.training_pairs("hate", 1, 0)[0][0])
+        files.append(contents(tmp_path))
+    changed = [[name for name in new if new[name] != old.get(name)]
+               for old, new in zip(files, files[1:])]
+    picture = ["00000.png", "index.jsonl", "settings.json"]
+    base = [f"base/{name}" for name in picture]
+    grid = ["compare.png"]
+    assert changed == [picture, ["judge.json"], [*base, *grid, "judge.json"], grid]
 
 
 @parametrize("script", SCRIPTS)
@@ -1712,8 +1781,8 @@ def test_a_new_flag_needs_a_row(script, capsys):
     with raises(SystemExit):
         SCRIPTS[script].parse_arguments(["--help"])
     flags = re.findall(r"^  (?:-h, )?(--[\w-]+)", capsys.readouterr().out, re.M)
-    rows = "|".join(FLAGS[line] for line in FLAGS if line.startswith(script))
-    known = {row.split()[0] for row in rows.split("|")}
+    rows = [row for line in SETTINGS if line.startswith(script) for row in SETTINGS[line]]
+    known = {row.split()[0] for row in rows}
     assert len(flags) > 8 and not set(flags) - known.union(ELSEWHERE)
 
 
@@ -1767,14 +1836,13 @@ def test_nothing_asks_the_network(again):
 
 
 def test_a_file_says_how_it_was_made(again):
+    """What it was made from, and with which settings (more: test_one_setting_changed...)."""
     folder, hashes = again[0], {**contents(TOY), **contents(again[0])}
-    expected = {"concept": "hate", "loss": "safety", "beta": "10.0", "steps": "4", "batch": "4",
-                "rank": "4", "lr": "0.002", "seed": "0", "caption_dropout": "0.0",
-                "base_model_hash": hashes[WEIGHTS],
-                "data_hash": hashes["data/hate/latents.safetensors"]}
-    assert expected.items() <= load_lora(folder / "experts/hate.safetensors")[1].items()
-    expected = {"concept": "hate,sexual", "method": "co-merge", "precision": "fp32"}
-    assert expected.items() <= load_lora(folder / "merged.safetensors")[1].items()
+    for name, expected in (
+            ("experts/hate", {"concept": "hate", "beta": "10.0", "base_model_hash": hashes[WEIGHTS],
+                              "data_hash": hashes["data/hate/latents.safetensors"]}),
+            ("merged", {"concept": "hate,sexual", "method": "co-merge", "precision": "fp32"})):
+        assert expected.items() <= load_lora(folder / f"{name}.safetensors")[1].items()
     row = {"prompt": "blue,box,snow", "seed": 1, "steps": 2, "guidance": 3.0, "sampler": "dpm++",
            "negative": "", "size": None, "file": "00001.png"}
     assert row.items() <= read_jsonl(folder / "samples/base/index.jsonl")[1].items()
@@ -1810,12 +1878,12 @@ def test_a_stopped_command_has_lost_nothing(line, how, workers, inside):
         time.sleep(0.01)
     time.sleep(random.Random(line).uniform(0, 0.3))
     (os.killpg if how == signal.SIGINT else os.kill)(stopped.pid, how)
-    errors = stopped.communicate(timeout=60)[1]    # waits for the workers, whose output it is too
+    errors = stopped.communicate()[1]    # waits for the workers, whose output it is too
     assert stopped.returncode in (0, 130, -signal.SIGKILL) and "Traceback" not in errors
     for folder in {path.parent for path in made.rglob("*.*")}:
         (folder / f".half.png.{stopped.pid}.tmp").write_text("half a picture")
     both = [begin(line), begin(line)]
-    said = [process.communicate(timeout=300)[1][-500:] for process in both]
+    said = [process.communicate()[1][-500:] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     assert contents(made) == whole
 
@@ -1849,9 +1917,10 @@ def test_an_interrupted_training_forgets_nothing(inside, monkeypatch, capsys):
     assert resumed("other --lr 1e-3 --steps 5") == 5
     shutil.copytree("data/sexual", "second/hate")
     shutil.copy("state", "other/.hate.resume")
-    assert resumed("other --steps 5 --data second") == 5
+    with raises(KeyboardInterrupt):    # from the first step
+        resumed("other --data second")
     capsys.readouterr()
-    assert resumed("cut") == 0 and "already trained" in capsys.readouterr().out
+    assert resumed("cut --precision fp32") == 0 and "already trained" in capsys.readouterr().out
 
 
 def test_a_scaler_is_a_part_of_the_state(tmp_path):
@@ -1865,37 +1934,39 @@ def test_a_scaler_is_a_part_of_the_state(tmp_path):
     assert after.get_scale() == 8
 
 
-def test_a_joint_lora_takes_the_steps_of_all_experts(inside):
-    command("train --joint --steps 2 --batch 2")
-    assert len(read_jsonl(Path("joint.jsonl"))) == 2 * 2
+def test_a_joint_lora_takes_the_steps_of_all_experts(inside, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(UNet, "compile", lambda unet: compiled.append(unet))
+    command("train --joint --steps 2 --batch 2 --compile")
+    assert len(read_jsonl(Path("joint.jsonl"))) == 2 * 2 and len(compiled) == 1
     assert load_lora(Path("joint.safetensors"))[1]["steps"] == "4"
 
 
-@parametrize("line, calls, remove", [
-    ("make_data --concept hate --pairs 3 --batch 2 --judge none --out made/hate", (2, 2, 1, 1),
+@parametrize("line, batches, remove", [
+    ("make_data --concept hate --pairs 3 --batch 2 --judge none --out made/hate", [2, 2, 1, 1],
      ("hate/pairs.jsonl", "hate/images/00001_safe.png")),
-    ("sample a b c --batch 2 --out made/hate", (2, 1), ("00001.png",))])
-def test_only_what_is_missing_is_drawn(line, calls, remove, inside, monkeypatch, capsys):
+    ("sample a b c --batch 2 --out made/hate", [2, 1], ("00001.png",))])
+def test_only_what_is_missing_is_drawn(line, batches, remove, inside, monkeypatch, capsys):
     """With the settings that suit the model; other settings draw a folder anew, and say so."""
     drawn, made = [], Path("made/hate")
 
     def draw(sd, prompts, seeds, **settings):
         drawn.append((len(prompts), settings["steps"], settings["guidance"]))
         return np.stack([np.full((32, 32, 3), seed % 251, np.uint8) for seed in seeds])
-
-    def batches(line: str) -> list:
-        drawn.clear()
-        command(line)
-        return list(drawn)
     monkeypatch.setattr(StableDiffusion, "generate", draw)
-    assert batches(line) == [(n, 10, 3.0) for n in calls] and batches(line) == []
+    for _ in range(2):
+        command(line)
+    assert drawn == [(n, 10, 3.0) for n in batches]
     whole = contents(made)
     for name in remove:
         (made / name).unlink()
-    assert [n for n, _, _ in batches(line)] == [2] * (len(calls) // 2) and contents(made) == whole
+    command(line)
+    half = len(batches) // 2    # the batches that lack a picture
+    assert [n for n, *_ in drawn[len(batches):]] == [2] * half and contents(made) == whole
     shutil.copytree(TOY, "model")
     capsys.readouterr()
-    assert batches(f"{line} --model model") == [(n, 25, 7.5) for n in calls]
+    command(f"{line} --model model")
+    assert drawn[len(batches) + half:] == [(n, 25, 7.5) for n in batches]
     assert "hate: was made with other settings" in capsys.readouterr().err
 
 
@@ -2233,6 +2304,20 @@ def test_a_lora_draws_the_same_picture_everywhere(kind, layout, here, models):
         changed = {key for key in old if not torch.equal(old[key], new[key])}
         averaged = {key for key in changed if key.startswith("model_ema")}
         assert len(changed) == 2 * len(averaged) == 2 * len(one)
+
+
+def test_no_old_weights_stay_beside_the_fused_ones(inside):
+    """Not in fp16 files beside the fp32 ones, nor in a whole model above them."""
+    shutil.copytree(TOY, "model")
+    fp16, old = WEIGHTS.replace(".saf", ".fp16.saf"), load_file(TOY / WEIGHTS)
+    for name in (fp16, "whole.safetensors"):
+        save_file({key: tensor.half() for key, tensor in old.items()}, Path("model", name))
+    command("merge experts --method sum --weights 30 --fuse model --out new")
+    new, half = load_file(Path("new", WEIGHTS)), load_file(Path("new", fp16))
+    changed = [key for key in old if not torch.equal(old[key], new[key])]
+    assert len(changed) == 56 and not Path("new/whole.safetensors").exists()
+    for key in changed:
+        assert far(half[key] - old[key].half(), new[key] - old[key]) < 0.05
 
 
 # Layers of the attention, those that kohya's scripts adapt, all; and what the header says.
@@ -2644,8 +2729,8 @@ def test_pictures_that_exist_are_not_drawn_again(in_greys, capsys):
     assert "latents of 2 sizes" in refusal("train --joint --steps 1", capsys)
 
 
-def test_both_pictures_of_a_pair_are_drawn_from_one_seed(story):
-    rows = read_pairs(story / "data", "hate")
+def test_both_pictures_of_a_pair_are_drawn_from_one_seed(again):
+    rows = read_pairs(again[0] / "data", "hate")
     for kind in ("safe", "unsafe"):
         drawn = toy().generate([row[kind] for row in rows], [row["seed"] for row in rows], 4, 3.0)
         assert furthest(read_pictures([row[f"{kind}_image"] for row in rows]), drawn) <= 1
