@@ -4,8 +4,8 @@ What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908), the loss that this
              experts with, and the baseline that a preference has to beat. Read safety_dpo().
 Needs:       torch.
 Gives:       diffusion_dpo(), both_prompts(), safety_dpo(), fine_tuning(); LOSSES, by the names of
-             train.py --loss; Batch, mse(), metrics_of() for losses of your own, which train.py takes by their dotted
-             name, as it takes those of model/rivals/losses.py.
+             train.py --loss. For losses of your own, which train.py takes by their dotted name, as
+             it takes those of model/rivals/losses.py: Batch, mse(), metrics_of().
 
 The idea: under the UNSAFE prompt the SAFE image is preferred. The winner w of a pair is the safe
 image and the loser l the unsafe one, and the UNet is asked about both under the unsafe prompt.
