@@ -2054,7 +2054,7 @@ KNOWS = {    # files: what of ours they may import
     "merge.py": f"{BELOW} model.data",
     "sample.py": f"{BELOW} model.data model.judges {TOYS}", "model/*.py": BELOW,
     "model/formats/*.py": "model.formats model.tools lora",
-    "model/tools/*.py": "model.tools model.toy.TOY",
+    "model/tools/*.py": "model.tools",
     "model/data/*.py": f"{BELOW} model.data model.toy.world",
     "model/judges/*.py": f"{BELOW} model.data model.judges model.toy",
     "model/toy/*.py": f"{BELOW} model.toy"}

@@ -11,8 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from model.toy import TOY
-
+TOY = Path(__file__).parents[1] / "toy"    # the default model
 LARGEST = 2 ** 32 - 1    # count or seed: what other programs take as a seed
 
 

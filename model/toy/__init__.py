@@ -2,7 +2,7 @@
 checkpoint."""
 from pathlib import Path
 
-TOY = Path(__file__).parent
+from model.tools.command import TOY
 
 
 def is_toy(model: Path) -> bool:
