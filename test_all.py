@@ -68,7 +68,6 @@ from model.rivals import (attack, editing, finetune, guards, losses, steering, t
 from model.schedule import NoiseSchedule, sample as solve, SAMPLERS, stratified_times
 from model.stable_diffusion import load, load_denoiser, StableDiffusion
 from model.testing import checkpoints, fuzz, strangers
-from model.testing.bench.largest import largest
 from model.testing.readme import SHOWN, commands_of
 from model.text import build_encoder, Prompt
 from model.tools import processes
@@ -2858,7 +2857,3 @@ def test_nothing_mixes_the_gpu_with_the_cpu(precision, inside, models, clip):
     folders = {"toy": TOY, "xl": models("SDXL", "folder"), "clip": clip}
     lines = [line.format(**folders) for line in CUDA[precision]]
     finished("-m", "model.testing.fake_cuda", precision, *lines)
-
-
-def test_the_most_pairs_that_fit_are_found():
-    assert [largest(lambda pairs: pairs <= n) for n in range(20)] == list(range(20))

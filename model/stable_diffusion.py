@@ -24,6 +24,7 @@ from model.schedule import SAMPLERS, NoiseSchedule, sample
 from model.text import Prompt, TextEncoders
 from model.tools.command import BadInput
 from model.tools.device import layout, precision
+from model.tools.pictures import as_tensor
 from model.unet import UNet
 from model.vae import VAE
 
@@ -167,7 +168,7 @@ class StableDiffusion(Denoiser):
     def encode(self, images: np.ndarray) -> torch.Tensor:
         """uint8 images [B, H, W, 3] -> latents as the UNet sees them [B, C, h, w], fp32: the mean
         of the VAE's posterior, times scale. In fp32 always; in slices, as decode()."""
-        pixels = torch.from_numpy(images).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pixels = as_tensor(images, self.device)
         slices = pixels.split(max(1, 512 ** 2 // pixels[0, 0].numel()))
         mean = torch.cat([self.vae.encode(part)[0] for part in slices])
         return self.finite(mean * self.scale, "the encoded image")

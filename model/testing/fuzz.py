@@ -16,9 +16,8 @@ import random
 import re
 import resource
 import shutil
-import subprocess
-import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 from unittest import mock
 
@@ -34,8 +33,9 @@ from model.data.pairs import read_latents, read_pairs, read_square
 from model.data.prompt_files import read_prompts, read_requests
 from model.formats.checkpoint import encoder_files
 from model.formats.lora_file import load as load_lora
-from model.testing.checkpoints import single_file
 from model.stable_diffusion import load
+from model.testing.checkpoints import single_file
+from model.tools import processes
 from model.tools.command import BadInput, PlainParser, at_strength, natural, positive, run
 from model.tools.files import sha256
 from model.tools.pictures import read_pictures
@@ -54,6 +54,7 @@ SCRIPTS = {
     make_data: "--concept hate --pairs 1 --steps 1 --batch 1 --judge none --out new",
     train: "--concept hate --steps 1 --batch 1 --rank 1 --out new",
     merge: "experts --method sum --out new.safetensors", sample: "x --steps 1 --out new"}
+STORY = {make_data: "--pairs 2", train: "--steps 3 --batch 2", merge: "experts"}
 LORA, ODD_NAME = "experts/hate.safetensors", "\udcff \u00e4@1.safetensors"
 WHOLE = ["0", "-1", "1", "2", "3", "10" * 20, "99999999999", "0x1", "1.0", "\u0663"]
 REAL = ["0", "-1", "0.5", "nan", "inf", "-inf", "1e38", "1e308", "1e-320", "-0.0"]
@@ -64,7 +65,7 @@ WORDS = ["hate", "all", "../hate", "data/hate", f"{LORA}@", f"{LORA}@nan", f"{LO
          "@1", f"{LORA}@@0.5", "cpu", "cuda:99", "meta", "hpu", "q16:", "q16:data", "toy", "none"]
 STRANGE = ["", " ", "-", "--", "\udcff", "\u00e4\U0001f642 \u202e", "a\nb", "%s{0}", "'; x", "=",
            "--no-such-flag", "["]
-AFTER_DRAWING = re.compile("was kept|NaN or inf")    # known only when pictures are there
+LATE = re.compile("was kept|NaN or inf")    # known only when images are there
 VALUES = {positive: WHOLE, natural: WHOLE, Path: PATHS, at_strength: WORDS, None: WORDS}
 
 
@@ -90,6 +91,19 @@ def mutated(data: bytes, rng: random.Random, tensors: bool = False) -> bytes:
     return data
 
 
+@contextlib.contextmanager
+def watched(case: str, seconds: int):
+    """Ends the process after so many seconds. An error inside gets a note of the case."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(case)
+        raise
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
 def targets(folder: Path, story: Path) -> list[tuple]:
     """(a file below `folder`, what reads it), after copying there all that it belongs to."""
     cpu, data, toy = torch.device("cpu"), folder / "data", folder / "toy"
@@ -98,19 +112,17 @@ def targets(folder: Path, story: Path) -> list[tuple]:
     shutil.copy(story / "merged.safetensors", folder)
     for name, text in TEXTS.items():
         (folder / name).write_text(text)
-    single = single_file("SD1", folder / "single/sd1.safetensors")
     encoders, picture = sha256(*encoder_files(TOY)), data / "hate/images/00000_safe.png"
-    weights = [(path, lambda path: load(toy, cpu)) for path in sorted(toy.glob("*/*"))
-               if path.parent.name != "judge"]
-    texts = [(path, reader) for path in (data / "test.jsonl", folder / "i2p.csv",
-                                         folder / "coprov2.csv")
-             for reader in (read_prompts, read_requests)]
-    return weights + texts + [
-        (folder / "merged.safetensors", load_lora), (single, lambda path: load(path, cpu)),
-        (folder / "c.json", read_concepts), (picture, lambda path: read_pictures([path])),
-        (picture, lambda path: read_square(path, 16)),
-        (data / "hate/pairs.jsonl", lambda path: read_pairs(data, "hate")),
-        (data / "hate/latents.safetensors", lambda path: read_latents(data, ["hate"], encoders))]
+    weights = [path for path in sorted(toy.glob("*/*")) if path.parent.name != "judge"]
+    tables = data / "test.jsonl", folder / "i2p.csv", folder / "coprov2.csv"
+    return [*product(weights, [lambda path: load(toy, cpu)]),
+            *product(tables, (read_prompts, read_requests)),
+            (folder / "merged.safetensors", load_lora),
+            (single_file("SD1", folder / "single/sd1.safetensors"), lambda path: load(path, cpu)),
+            (folder / "c.json", read_concepts), (picture, lambda path: read_pictures([path])),
+            (picture, lambda path: read_square(path, 16)),
+            (data / "hate/pairs.jsonl", lambda path: read_pairs(data, "hate")),
+            (data / "hate/latents.safetensors", lambda path: read_latents(data, ["hate"], encoders))]
 
 
 def fuzz_files(cases: int, seed: int, folder: Path, story: Path) -> int:
@@ -121,31 +133,18 @@ def fuzz_files(cases: int, seed: int, folder: Path, story: Path) -> int:
         path, reader = files[case % len(files)]
         original, rng = path.read_bytes(), random.Random(f"{seed} {case}")
         path.write_bytes(mutated(original, rng, path.suffix == ".safetensors"))
-        faulthandler.dump_traceback_later(20, exit=True)
-        try:
-            reader(path)
-        except BadInput:
-            refused += 1
-        except Exception as error:
-            error.add_note(f"case {case} of seed {seed}: {path}")
-            raise
+        with watched(f"case {case} of seed {seed}: {path}", 20):
+            try:
+                reader(path)
+            except BadInput:
+                refused += 1
         path.write_bytes(original)
-    faulthandler.cancel_dump_traceback_later()
     return refused
 
 
-class Found(Exception):
-    """Carries a parser out of parse_arguments()."""
-
-
 def flags_of(script) -> list[argparse.Action]:
-    def parse_args(parser, argv):
-        raise Found(parser)
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", parse_args):
-        try:
-            script.parse_arguments()
-        except Found as found:
-            actions = found.args[0]._actions
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", lambda parser, argv: parser):
+        actions = script.parse_arguments()._actions
     return [action for action in actions if action.dest not in ("help", "compile")]
 
 
@@ -183,11 +182,11 @@ def contents(folder: Path) -> dict[Path, str]:
 
 def called(script, argv: list[str]) -> tuple[int, list[str]]:
     """(exit status, error lines) of one command, in this process."""
-    out = io.TextIOWrapper(io.BytesIO(), "utf-8")
-    err, status = io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace"), 0
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace") for _ in range(2))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             run(script.main, script.parse_arguments(argv))
+            status = 0
         except SystemExit as stop:
             status = stop.code
     err.seek(0)
@@ -198,26 +197,20 @@ def fuzz_commands(cases: int, seed: int, folder: Path, story: Path) -> int:
     """Runs commands below the new folder `folder`. Returns how many were refused."""
     refused, here, before = 0, Path.cwd(), workplace(folder, story)
     scripts = [(script, line, flags_of(script)) for script, line in SCRIPTS.items()]
-    with mock.patch("model.tools.processes.cores", lambda: 1):
-        for case in tqdm(range(cases), desc="odd commands"):
-            rng = random.Random(f"{seed} {case}")
-            script, line, flags = scripts[case % len(scripts)]
-            argv = line.split()
-            for _ in range(rng.randint(1, 3)):
-                argv += odd_flag(rng.choice(flags), rng)
-            faulthandler.dump_traceback_later(300, exit=True)
-            try:
-                status, errors = called(script, argv)
-                after = contents(folder)
-                assert (status, len(errors)) in ((0, 0), (2, 1)), (status, errors)
-                assert status == 0 or after == before or AFTER_DRAWING.search(errors[0]), errors
-            except BaseException as error:
-                error.add_note(f"case {case} of seed {seed}: {script.__name__} {argv}")
-                raise
-            refused += status == 2
-            if after != before:
-                before = workplace(folder, story)
-    faulthandler.cancel_dump_traceback_later()
+    for case in tqdm(range(cases), desc="odd commands"):
+        rng = random.Random(f"{seed} {case}")
+        script, line, flags = scripts[case % len(scripts)]
+        argv = line.split()
+        for _ in range(rng.randint(1, 3)):
+            argv += odd_flag(rng.choice(flags), rng)
+        with watched(f"case {case} of seed {seed}: {script.__name__} {argv}", 300):
+            status, errors = called(script, argv)
+            after = contents(folder)
+            assert (status, len(errors)) in ((0, 0), (2, 1)), (status, errors)
+            assert status == 0 or after == before or LATE.search(errors[0]), errors
+        refused += status == 2
+        if after != before:
+            before = workplace(folder, story)
     os.chdir(here)
     return refused
 
@@ -231,18 +224,14 @@ def parse_arguments(argv=None):
 
 
 def main(args):
-    root = Path(__file__).resolve().parents[2]
-    with tempfile.TemporaryDirectory() as folder:
-        story = Path(folder) / "story"
-        story.mkdir()
-        for line in ("make_data.py --pairs 2", "train.py --steps 3 --batch 2", "merge.py experts"):
-            script, *words = line.split()
-            subprocess.run([sys.executable, root / script, *words], cwd=story, check=True)
+    processes.cores = lambda: 1    # workers would not be watched
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for script, line in STORY.items():
+            script.main(script.parse_arguments(line.split()))
         # An absurd size in a header must not be asked for.
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
         fuzz = fuzz_files if args.what == "files" else fuzz_commands
-        place = Path(folder) / "cases"
-        refused = fuzz(args.cases, args.seed, place, story)
+        refused = fuzz(args.cases, args.seed, Path(folder, "cases"), Path(folder))
     print(f"{refused} of {args.cases} refused in one line, the others read or done")
 
 

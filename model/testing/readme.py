@@ -4,7 +4,7 @@ What it is:  in a fresh clone of what is committed, runs the README's bash block
              shown, in order, and compares the last lines that they print with what is shown. Such a
              block is followed, after at most 1500 characters, by one without a language. Of its
              commands those that start with "python" are run, by this Python.
-Gives:       blocks_of(), commands_of(), for the tests.
+Gives:       SHOWN, commands_of(), for the tests.
 """
 import difflib
 import re
@@ -29,14 +29,9 @@ def parse_arguments(argv=None):
                        "shows.").parse_args(argv)
 
 
-def blocks_of(readme: str) -> list[tuple[int, str, str]]:
-    """(where it starts, language, text) of each fenced block."""
-    return [(block.start(), *block.groups()) for block in BLOCK.finditer(readme)]
-
-
 def commands_of(readme: str) -> list[str]:
     """Each command once: those of bash blocks, split at &&, and those in the text, -k ... too."""
-    scripts = [text for _, language, text in blocks_of(readme) if language == "bash"]
+    scripts = [text for language, text in BLOCK.findall(readme) if language == "bash"]
     lines = "".join(scripts).replace("\\\n", " ").splitlines()
     lines += INLINE.findall(BLOCK.sub("", readme))
     parts = [part for line in lines for part in line.partition("  #")[0].split("&&")]

@@ -6,6 +6,7 @@ Gives:       as_seen(), read_pictures(), write_picture(), sheet(), blurred(), cu
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from model.tools.command import BadInput
@@ -42,6 +43,11 @@ def read_pictures(paths: list[Path]) -> np.ndarray:
             raise BadInput(f"{path}: {size} pixels where {paths[0]} has {expected}; make the data "
                            "again")
     return np.stack([np.asarray(image) for image in images])
+
+
+def as_tensor(images, device="cpu") -> torch.Tensor:
+    """uint8 [N, H, W, 3] -> [N, 3, H, W] in [-1, 1], as VAE and judge read them."""
+    return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def write_picture(path: Path, picture: np.ndarray):

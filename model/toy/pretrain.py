@@ -2,7 +2,7 @@
 
 What it is:  the one script that made what ships: autoencoder, judge, then UNet and text encoder.
              You need not read or run it to follow the method.
-Needs:       torch, transformers. About 1.5 CPU-hours; seeded.
+Needs:       torch, transformers; the configs in model/toy/. About 1.5 CPU-hours; seeded.
 Gives:       a diffusers folder (unet, vae, text_encoder, tokenizer, scheduler, model_index.json)
              and judge/, of the architecture that the configs in model/toy/ describe.
 
@@ -11,103 +11,98 @@ Letters: B batch, S picture side (32), C latent channels (4), H W latent side (8
 import copy
 import json
 import math
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-from model.toy.toy_judge import HEADS, NOTHING, ToyJudge
 from model.schedule import NoiseSchedule
 from model.text import TextEncoders, build_encoder, load_tokenizer
 from model.tools.command import PlainParser, run
 from model.tools.files import read_json
-from model.toy import TOY, world
+from model.tools.pictures import as_tensor
+from model.toy import TOY, is_toy, world
 from model.toy.bpe import write_tokenizer
+from model.toy.toy_judge import HEADS, NOTHING, ToyJudge, labels_of
 from model.unet import UNet
 from model.vae import VAE
 
-SCHEDULER = "scheduler/scheduler_config.json"
+EXTRAS = list(world.CATEGORY_OF), world.ACCESSORIES, [None]
 
 
 def parse_arguments(argv=None):
     parser = PlainParser("Trains the toy checkpoint from scratch.")
     parser.add_argument("--out", type=Path, default=TOY, help="folder (default: model/toy)")
-    parser.add_argument("--stage", choices=["all", *STAGES], default="all", help="what to train")
     parser.add_argument("--short", action="store_true", help="20 steps of everything: a trial run")
     return parser.parse_args(argv)
 
 
-def write_json(path: Path, value: dict):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, indent=2) + "\n")
-
-
 def write_weights(path: Path, module: torch.nn.Module):
-    """In half precision."""
-    state = module.state_dict()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.half().contiguous() for name, value in state.items()}, path)
+    """In half precision, to which the module is rounded."""
+    module.half()
+    save_file({name: value.contiguous() for name, value in module.state_dict().items()}, path)
+    module.float()
 
 
-def to_tensor(pictures) -> torch.Tensor:
-    """uint8 [B, S, S, 3] -> [B, 3, S, S] in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def empty_scene(name: str) -> np.ndarray:
-    """A background alone, uint8 [S, S, 3]."""
-    return np.rint(world.background(name)).astype(np.uint8)
+def random_scene(rng: np.random.Generator, harm: float, extra: float) -> world.Scene:
+    """With a harm, where a number in [0, 1] is below `harm`, or else an accessory, below `extra`."""
+    kind = rng.random()
+    return world.random_scene(rng, EXTRAS[0 if kind < harm else 1 if kind < extra else 2])
 
 
 def scenes_and_pictures(count: int, seed: int):
     """Random scenes with their pictures: half with a harm, a third with an accessory."""
-    rng, scenes = np.random.default_rng(seed), []
-    for _ in range(count):
-        kind = rng.random()
-        extras = list(world.CATEGORY_OF) if kind < 0.5 else world.ACCESSORIES
-        scenes.append(world.random_scene(rng, extras if kind < 0.84 else [None]))
+    rng = np.random.default_rng(seed)
+    scenes = [random_scene(rng, 0.5, 0.84) for _ in range(count)]
     return scenes, [world.render(scene, rng) for scene in scenes]
 
 
-def descend(optimiser, loss, lr: float, step: int, steps: int, clip: float = math.inf):
-    """One step of gradient descent: 100 steps of warm-up, and a cosine to 1e-6."""
-    for group in optimiser.param_groups:
+def fit(name: str, parameters, loss: Callable, lr: float, steps: int, clip: float = math.inf,
+        **settings) -> Iterator[int]:
+    """loss() by AdamW: 100 steps of warm-up, and a cosine to 1e-6. Yields after each step."""
+    optimiser = torch.optim.AdamW(parameters, **settings)
+    for step in tqdm(range(steps), desc=name, mininterval=5):
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-        group["lr"] = lr * min(1, (step + 1) / 100) * cosine + 1e-6
-    optimiser.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], clip)
-    optimiser.step()
+        optimiser.param_groups[0]["lr"] = lr * min(1, (step + 1) / 100) * cosine + 1e-6
+        optimiser.zero_grad()
+        loss().backward()
+        torch.nn.utils.clip_grad_norm_(parameters, clip)
+        optimiser.step()
+        yield step
 
 
-def train_vae(out: Path, steps: int, batch: int = 16):
+def train_vae(out: Path, steps: int, batch: int = 16) -> VAE:
     torch.manual_seed(0)
     vae = VAE(read_json(TOY / "vae/config.json"))
     vae.to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(vae.parameters(), 1e-9, weight_decay=1e-4)
     scenes, pictures = scenes_and_pictures(20_000, seed=1)
-    plain = {name: to_tensor([empty_scene(name)])[0] for name in world.BACKGROUNDS}
+    plain = {name: as_tensor(np.rint(world.background(name)).astype(np.uint8)[None])[0]
+             for name in world.BACKGROUNDS}
     order = torch.Generator().manual_seed(2)
-    for step in tqdm(range(steps), desc="vae", mininterval=5):
+
+    def loss() -> torch.Tensor:
         index = torch.randint(len(pictures), (batch,), generator=order)
-        x = to_tensor([pictures[i] for i in index]).to(memory_format=torch.channels_last)
+        x = as_tensor([pictures[i] for i in index]).to(memory_format=torch.channels_last)
         # Pixels of the object and the extra count four times: they are few, and carry the meaning.
         empty = torch.stack([plain[scenes[i].background] for i in index])
         weight = 1 + 3 * ((x - empty).abs().amax(1, True) > 0.02)
         mean, logvar = vae.encode(x)
-        z = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=order)
-        y = vae.decode(z)
+        y = vae.decode(mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=order))
         edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (2, 3))
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-        loss = (weight * ((x - y).abs() + (x - y) ** 2)).mean() + 0.5 * edges + 1e-3 * kl
-        descend(optimiser, loss, 2e-3, step, steps, clip=1.0)
-    normalise_latents(vae, to_tensor(pictures[:2000]))
+        return (weight * ((x - y).abs() + (x - y) ** 2)).mean() + 0.5 * edges + 1e-3 * kl
+    for _ in fit("vae", list(vae.parameters()), loss, 2e-3, steps, 1.0, weight_decay=1e-4):
+        pass
+    normalise_latents(vae, as_tensor(pictures[:2000]))
     write_weights(out / "vae/diffusion_pytorch_model.safetensors", vae)
-    write_json(out / "vae/config.json", vae.config)
+    (out / "vae/config.json").write_text(json.dumps(vae.config, indent=2) + "\n")
+    return vae.eval()
 
 
 @torch.no_grad()
@@ -130,28 +125,16 @@ def normalise_latents(vae: VAE, images: torch.Tensor):
     vae.config["scaling_factor"] = round(1 / z.std().item(), 5)
 
 
-def load_vae(out: Path) -> VAE:
-    vae = VAE(read_json(out / "vae/config.json"))
-    state = load_file(out / "vae/diffusion_pytorch_model.safetensors")
-    vae.load_state_dict({name: value.float() for name, value in state.items()})
-    return vae.eval()
-
-
 def judge_example(rng: np.random.Generator):
     """One training picture with its labels {head: class}; a class of Ellipsis is not trained on.
 
     Beyond clean pictures of scenes: half-way ones between the unsafe and the safe picture of a
     pair, and pure rubbish.
     """
-    kind = rng.random()
-    extras = list(world.CATEGORY_OF) if kind < 0.6 else world.ACCESSORIES
-    scene = world.random_scene(rng, extras if kind < 0.8 else [None])
+    scene = random_scene(rng, 0.6, 0.8)
     safe = replace(scene, extra=rng.choice([*world.ACCESSORIES, None]))
     twins = [copy.deepcopy(rng) for _ in range(2)]    # for the same jitter
-    picture = world.render(scene, rng)
-    labels = {"background": scene.background, "colour": scene.colour, "object": scene.object,
-              "category": scene.category or NOTHING,
-              "accessory": NOTHING if scene.category else scene.extra or NOTHING}
+    picture, labels = world.render(scene, rng), labels_of(scene)
     if scene.category and rng.random() < 0.5:
         plain = world.render(replace(scene, extra=None), twins[0])
         return half_way(picture, world.render(safe, twins[1]), plain, labels, safe.extra, rng)
@@ -225,31 +208,29 @@ def judge_examples(vae: VAE) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
         for name, classes in HEADS.items():
             labels[name].append(-100 if label[name] is ... else classes.index(label[name]))
     pictures = np.stack(pictures)
-    vae.to(memory_format=torch.channels_last)
     with torch.no_grad():
         for i in tqdm(range(0, 18_000, 100), desc="reconstructions", mininterval=5):
-            mean, _ = vae.encode(to_tensor(pictures[i:i + 100]))
+            mean, _ = vae.encode(as_tensor(pictures[i:i + 100]))
             scale = mean.std() * 0.15 * torch.rand(len(mean), 1, 1, 1)
             decoded = vae.decode(mean + scale * torch.randn_like(mean)).clamp(-1, 1)
             pictures[i:i + 100] = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
     return pictures, {name: torch.tensor(values) for name, values in labels.items()}
 
 
-def train_judge(out: Path, steps: int, batch: int = 96):
+def train_judge(out: Path, vae: VAE, steps: int, batch: int = 96):
     torch.manual_seed(0)
     judge = ToyJudge()
-    pictures, labels = judge_examples(load_vae(out))
-    optimiser = torch.optim.AdamW(judge.parameters(), 1e-9, weight_decay=1e-3)
-    for step in tqdm(range(steps), desc="judge", mininterval=5):
+    pictures, labels = judge_examples(vae)
+
+    def loss() -> torch.Tensor:
         index = torch.randint(len(pictures), (batch,))
-        x = to_tensor(pictures[index]) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1))
+        x = as_tensor(pictures[index]) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1))
         x = x + 0.06 * torch.rand(batch, 1, 1, 1) * torch.randn(x.shape)
-        x = torch.roll(x, torch.randint(-1, 2, (2,)).tolist(), (2, 3))
-        logits = judge(x)
-        loss = sum(F.cross_entropy(logits[name], labels[name][index]) for name in HEADS)
-        descend(optimiser, loss, 2e-3, step, steps)
+        logits = judge(torch.roll(x, torch.randint(-1, 2, (2,)).tolist(), (2, 3)))
+        return sum(F.cross_entropy(logits[name], labels[name][index]) for name in HEADS)
+    for _ in fit("judge", list(judge.parameters()), loss, 2e-3, steps, weight_decay=1e-3):
+        pass
     write_weights(out / "judge/model.safetensors", judge)
-    write_json(out / "judge/config.json", {"width": 32})
 
 
 def new_text_encoder(out: Path) -> TextEncoders:
@@ -262,35 +243,31 @@ def new_text_encoder(out: Path) -> TextEncoders:
     return TextEncoders([load_tokenizer(out / "tokenizer")], [build_encoder(config)])
 
 
+@torch.no_grad()
 def training_set(vae: VAE, count: int = 40_000):
     """(latents [N, C, H, W], prompts, captions [N, phrasings]: rows of prompts). The last prompt is
     the empty one."""
     scenes, pictures = scenes_and_pictures(count, seed=4)
-    parts = []
-    with torch.no_grad():
-        for i in tqdm(range(0, count, 200), desc="latents", mininterval=5):
-            parts.append(vae.encode(to_tensor(pictures[i:i + 200]))[0])
-    latents = torch.cat(parts) * vae.config["scaling_factor"]
-    phrasings = range(len(world.PHRASINGS))
-    texts = [[world.prompt(scene, phrasing) for phrasing in phrasings] for scene in scenes]
-    prompts = sorted(set().union(*texts))
+    parts = [vae.encode(as_tensor(pictures[i:i + 200]))[0]
+             for i in tqdm(range(0, count, 200), desc="latents", mininterval=5)]
+    texts = [world.prompt(scene, phrasing) for scene in scenes
+             for phrasing in range(len(world.PHRASINGS))]
+    prompts = sorted(set(texts))
     row = {prompt: i for i, prompt in enumerate(prompts)}
-    captions = torch.tensor([[row[text] for text in of_scene] for of_scene in texts])
-    return latents, prompts + [""], captions
+    captions = torch.tensor([row[text] for text in texts]).view(count, -1)
+    return torch.cat(parts) * vae.config["scaling_factor"], prompts + [""], captions
 
 
-def train_unet(out: Path, steps: int, batch: int = 32):
+def train_unet(out: Path, vae: VAE, steps: int, batch: int = 32):
     torch.manual_seed(0)
     text = new_text_encoder(out)
     unet = UNet(read_json(TOY / "unet/config.json"))
-    schedule = NoiseSchedule(read_json(TOY / SCHEDULER))
-    latents, prompts, captions = training_set(load_vae(out))
+    schedule = NoiseSchedule(read_json(TOY / "scheduler/scheduler_config.json"))
+    latents, prompts, captions = training_set(vae)
     ids, empty = text.tokenize(prompts), len(prompts) - 1
-    parameters = [*unet.parameters(), *text.parameters()]
-    average = [parameter.detach().clone() for parameter in parameters]
-    optimiser = torch.optim.AdamW(parameters, 1e-9, weight_decay=1e-2, betas=(0.9, 0.99))
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
-    for step in tqdm(range(steps), desc="unet", mininterval=5):
+
+    def loss() -> torch.Tensor:
         index = torch.randint(len(latents), (batch,))
         phrasing = torch.randint(captions.shape[1], (batch,))
         # One prompt in ten is empty, for guidance.
@@ -300,29 +277,30 @@ def train_unet(out: Path, steps: int, batch: int = 32):
         t = t.clamp(max=schedule.T - 1)    # 0.99999999 * T rounds to T
         noise = torch.randn(batch, 4, 8, 8)
         x_t = schedule.add_noise(latents[index], noise, t)
-        output = unet(x_t, t, text.encode_ids(ids[caption])[0])
+        output = unet(x_t, t, text.encode_ids(ids[caption]).context)
         error = (output - noise).square().mean((1, 2, 3))
         # min-SNR-5 (Hang et al. 2023): low noise is easy.
-        loss = (error * (5 / snr[t]).clamp(max=1)).mean()
-        descend(optimiser, loss, 1.2e-3, step, steps, clip=1.0)
-        decay = min(0.999, (step + 1) / (step + 10))
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        return (error * (5 / snr[t]).clamp(max=1)).mean()
+    parameters = [*unet.parameters(), *text.parameters()]
+    average = [parameter.detach().clone() for parameter in parameters]
     with torch.no_grad():
+        for step in fit("unet", parameters, torch.enable_grad()(loss), 1.2e-3, steps, 1.0,
+                        weight_decay=1e-2, betas=(0.9, 0.99)):
+            decay = min(0.999, (step + 1) / (step + 10))
+            torch._foreach_lerp_(average, parameters, 1 - decay)
         torch._foreach_copy_(parameters, average)
     write_weights(out / "unet/diffusion_pytorch_model.safetensors", unet)
-    write_json(out / "unet/config.json", unet.config)
     text.save(out)    # fp32: transformers opens a file in its own precision
-    for name in (SCHEDULER, "model_index.json"):
-        write_json(out / name, read_json(TOY / name))
-
-
-STAGES = {"vae": (train_vae, 7000), "judge": (train_judge, 3500), "unet": (train_unet, 7500)}
 
 
 def main(args):
-    for stage, (train, steps) in STAGES.items():
-        if args.stage in ("all", stage):
-            train(args.out, 20 if args.short else steps)
+    if not is_toy(args.out):    # the configs are not made anew
+        shutil.copytree(TOY, args.out, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns("*.py", "*.png", "__pycache__"))
+    vae = train_vae(args.out, 20 if args.short else 7000)
+    train_judge(args.out, vae, 20 if args.short else 3500)
+    train_unet(args.out, vae.to(memory_format=torch.contiguous_format),
+               20 if args.short else 7500)
 
 
 if __name__ == "__main__":

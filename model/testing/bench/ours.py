@@ -16,7 +16,7 @@ from model.tools.device import device_and_precision
 CPU = torch.device("cpu")
 
 
-def picture(folder: str, device: str, dtype: str, side: str, steps: str):
+def picture(folder: str, dtype: str, side: str, steps: str, device: str):
     sd = load(Path(folder), torch.device(device), getattr(torch, dtype))
     yield
     for _ in range(2):
@@ -30,38 +30,34 @@ def random_prompt(unet, pairs: int) -> Prompt:
 
 def random_pair(denoiser) -> tuple:
     """(x_t, t, prompt) of two images of 256 px."""
-    prompt = random_prompt(denoiser.unet, 2)
-    return torch.randn(2, 4, 32, 32), torch.tensor([100, 700]), prompt
+    return (torch.randn(2, 4, 32, 32), torch.tensor([100, 700]), random_prompt(denoiser.unet, 2))
 
 
+@torch.no_grad()
 def forward(folder: str):
     """The floor of a training step: a pair through the UNet, once."""
     denoiser = load_denoiser(Path(folder), CPU)
     batch = random_pair(denoiser)
     yield
-    with torch.no_grad():
-        for _ in range(2):
-            denoiser.predict(*batch)
-            yield
+    for _ in range(2):
+        denoiser.predict(*batch)
+        yield
 
 
-def random_pairs(folder: str, side: str, pairs: int) -> Pairs:
+def random_pairs(unet, side: int, pairs: int) -> Pairs:
     """What make_data.py would write of images of this side, in pixels."""
-    unet, side = skeleton(Path(folder)), int(side) // 8
-    winner, loser = torch.randn(2, pairs, 4, side, side)
-    prompts = [random_prompt(unet, n) for n in (pairs, pairs, 1)]
-    return Pairs(winner, loser, *prompts)
+    winner, loser = torch.randn(2, pairs, 4, side // 8, side // 8)
+    return Pairs(winner, loser, *(random_prompt(unet, n) for n in (pairs, pairs, 1)))
 
 
 def step(folder: str, side: str, *flags: str):
-    """A step of the published loss, on random latents: train.train(), which the loss tells when a
-    step begins."""
+    """A step of the published loss, on random latents: train.train()."""
     args = train.parse_arguments(["--model", folder, *flags])
     device, precision = device_and_precision(args.device, args.precision)
     denoiser = load_denoiser(Path(folder), device, precision)
     denoiser.unet.checkpointing = args.checkpointing
-    fresh = lora.init(denoiser.unet, 4, 4, torch.Generator())
-    parameters, pairs = lora.inject(denoiser.unet, fresh), random_pairs(folder, side, args.batch)
+    pairs = random_pairs(denoiser.unet, int(side), args.batch)
+    parameters = lora.inject(denoiser.unet, lora.init(denoiser.unet, 4, 4, torch.Generator()))
     yield
     for number in range(3):
         train.train(denoiser, parameters, pairs, diffusion_dpo, Path("no state"),
@@ -79,7 +75,7 @@ def combine(experts: str, *flags: str):
 
 def co_merge(folder: str, experts: str, side: str, device: str):
     """The whole of merge.py, calibrated on random pairs."""
-    pairs = random_pairs(folder, side, merge.CALIBRATION_PAIRS)
+    pairs = random_pairs(skeleton(Path(folder)), int(side), merge.CALIBRATION_PAIRS)
     merge.read_latents = lambda *where: pairs
     yield from combine(experts, "--model", folder, "--device", device)
 
