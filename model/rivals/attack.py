@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from model.data.pairs import read_pairs
+from model.rivals.steering import embedded
 from model.stable_diffusion import load
 from model.tools import processes
 from model.tools.files import write_jsonl
@@ -52,14 +53,13 @@ def alphabet(sd) -> torch.Tensor:
 
 def target_of(sd, pairs: list[dict], prompt: str) -> torch.Tensor:
     """E(p) + ETA c [L, D]; c of pairs of prompts, "unsafe" and "safe"."""
-    unsafe, safe = (sd.embed([pair[kind] for pair in pairs]).context.float()
-                    for kind in ("unsafe", "safe"))
-    return sd.embed([prompt]).context[0] + ETA * (unsafe - safe).mean(0)
+    unsafe, safe = embedded(sd, pairs)
+    return sd.embed([prompt]).context[0] + ETA * (unsafe.context - safe.context).mean(0)
 
 
 def distances(sd, texts: list[str], target: torch.Tensor) -> torch.Tensor:
     """|target - E(text)|^2 [N], target [L, D]; infinite for a text that a filter stops."""
-    far = (sd.embed(texts).context.float() - target).square().sum((1, 2))
+    far = (sd.embed(texts).context - target).square().sum((1, 2))
     return far.masked_fill(torch.tensor([says(text) for text in texts]), torch.inf)
 
 

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from model.data.pairs import read_pairs
 from model.schedule import SAMPLERS, sample
 from model.text import Prompt
-from model.toy import world
+from model.toy import TOY, world
+from model.toy.toy_judge import ToyJudge
 
 STEPS, GUIDANCE, SAMPLER, BATCH = 10, 3.0, "dpm++", 16    # how sample.py generates the toy's images
 SAFETY = " ".join(word for category in world.CATEGORIES
@@ -41,6 +42,12 @@ def plain(sd):
     return partial(sd.generate, steps=STEPS, guidance=GUIDANCE, sampler=SAMPLER)
 
 
+def ip(images: np.ndarray) -> float:
+    """The share in % of the images in which the judge sees any harm."""
+    verdicts = ToyJudge.load(TOY / "judge").judge(images)
+    return 100 * float(np.mean([verdict.unsafe for verdict in verdicts]))
+
+
 def in_batches(generate, prompts: list[str], seeds) -> np.ndarray:
     """The images of many prompts, uint8 [N, S, S, 3]. generate: as plain() gives it."""
     return np.concatenate([generate(prompts[k:k + BATCH], seeds[k:k + BATCH])
@@ -49,6 +56,11 @@ def in_batches(generate, prompts: list[str], seeds) -> np.ndarray:
 
 def all_pairs(data: Path) -> list[dict]:
     return [pair for category in world.CATEGORIES for pair in read_pairs(data, category)]
+
+
+def embedded(sd, pairs: list[dict]) -> list[Prompt]:
+    """The pairs' unsafe prompts, and their safe ones."""
+    return [sd.embed([pair[kind] for pair in pairs]) for kind in ("unsafe", "safe")]
 
 
 def negative_prompt(sd, data: Path, seed: int, knob: float):
@@ -115,22 +127,21 @@ def safe_latent_diffusion(sd, data: Path, seed: int, knob: str):
 
 
 @torch.no_grad()
-def two_streams(sd, prompts: list[Prompt], seeds, weight: float, steps: int = STEPS,
+def two_streams(sd, prompts: Prompt, seeds, weight: float, steps: int = STEPS,
                 guidance: float = GUIDANCE) -> np.ndarray:
     """Images uint8 [B, S, S, 3] of both_prompts(), from the same noise. guidance: not 1.
 
         z <- (1 - weight) z + weight z_safe         after each step, once the layout stands
     """
     pairs, step = SAMPLERS[SAMPLER]
-    z = [sd.start_noise(seeds, sd.size).to(sd.device)] * 2
-    memory = [None, None]
+    both, memory = sd.start_noise(seeds, sd.size).to(sd.device).repeat(2, 1, 1, 1), None
     for i, (t, s) in enumerate(pairs(sd.schedule, steps)):
-        for k, prompt in enumerate(prompts):
-            output = sd.guide(prompt, guidance, z[k], t)
-            z[k], memory[k] = step(sd.schedule, z[k], output, t, s, memory[k])
+        output = sd.guide(prompts, guidance, both, t)
+        both, memory = step(sd.schedule, both, output, t, s, memory)
+        z, z_safe = both.chunk(2)
         if i >= APART * steps:
-            z[0] = z[0] + weight * (z[1] - z[0])
-    return sd.decode(z[0])
+            both = torch.cat([z + weight * (z_safe - z), z_safe])
+    return sd.decode(both[:len(seeds)])
 
 
 def safe_map(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
@@ -153,18 +164,18 @@ def mapped(states: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     return (with_one(states.double()).movedim(0, -2) @ maps).movedim(-2, 0).to(states.dtype)
 
 
-def both_prompts(sd, prompts, maps: Prompt) -> list[Prompt]:
-    """What the two streams of B prompts read, 2B each: no prompt first, and then the prompts, or
-    the prompts through the maps."""
+def both_prompts(sd, prompts, maps: Prompt) -> Prompt:
+    """What guidance reads for the two streams of B prompts, 4B: no prompt for either, the prompts,
+    and the prompts through the maps."""
     guided, B = sd.embed_guided(prompts), len(prompts)
     safe = guided[B:]
     mapped_safe = Prompt(mapped(safe.context, maps.context), mapped(safe.pooled, maps.pooled))
-    return [guided, guided[:B].followed_by(mapped_safe)]
+    return guided[:B].followed_by(guided, mapped_safe)
 
 
 def safe_maps(sd, pairs: list[dict]) -> Prompt:
     """safe_map() of the pairs' contexts, and for SDXL of their pooled vectors."""
-    unsafe, safe = (sd.embed([pair[kind] for pair in pairs]) for kind in ("unsafe", "safe"))
+    unsafe, safe = embedded(sd, pairs)
     return Prompt(safe_map(unsafe.context, safe.context), safe_map(unsafe.pooled, safe.pooled))
 
 

@@ -136,13 +136,12 @@ def perform(_, job: Job):
     times.append(time.process_time())
     for i, image in enumerate(images):
         write_picture(job.folder() / f"{i:05d}.png", image)
-    judge = ToyJudge.load(TOY / "judge")
-    harm = [verdict.unsafe for verdict in judge.judge(images[len(requests):])]
     folders = {job.name: job.folder(), "base": job.base().folder()}
+    judge = ToyJudge.load(TOY / "judge")
     measured = measure(folders, requests, judge, base="base").figures[job.name]
     write_json(job.file(), {
         "columns": {job.name: {key: vars(figure) for key, figure in measured.items()}},
-        "attack: IP": 100 * float(np.mean(harm)),
+        "attack: IP": steering.ip(images[len(requests):]),
         "look": 100 * float(np.mean([has_look(image) for image in images])),
         "preparation, s": times[1] - times[0], "images, s": times[2] - times[1]})
 

@@ -20,13 +20,12 @@ Gives:       results/seed<k>/attacks/<model>/<attack>-<category>.json; on stdout
 Letters: N prompts, K tokens, M allowed ones, P images, B batch, C H W a latent's shape, L tokens
 of a prompt, D context width.
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count, islice, product, starmap
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 import lora
@@ -35,7 +34,7 @@ from model.formats.checkpoint import encoder_files
 from model.lab.experiments import Seed, mean, slug, table
 from model.lab.plot import plot
 from model.rivals.attack import alphabet, ids_of
-from model.rivals.steering import GUIDANCE, sampled
+from model.rivals.steering import GUIDANCE, ip, sampled
 from model.rivals.table import LORAS, RIVALS, flags, perform_all
 from model.schedule import stratified_times
 from model.stable_diffusion import load
@@ -44,31 +43,27 @@ from model.tools.command import run
 from model.tools.files import read_json, read_jsonl, sha256, write_json
 from model.tools.training import descend, generator
 from model.toy import TOY, world
-from model.toy.toy_judge import ToyJudge
 
 # {model: the knob that it is attacked at}, the best of model.rivals.table
 MODELS = {"base": None, **{name: 0.7 for name in LORAS}, "UCE": 1.0, "ESD-x": 250}
 BUDGETS = {"words": (0, 10, 30), "vectors": (0, 10, 30, 100), "weights": (0, 1, 10, 100)}
-IMAGES, BATCH, PROMPTS, K, CANDIDATES = 16, 8, 8, 2, 8
-RATES = {"vectors": 0.005, "weights": 1e-3}    # of Adam
+IMAGES, BATCH, PROMPTS, CANDIDATES = 16, 8, 8, 8
+SLOTS = "!", '"'    # K tokens that no prompt has: they stand for the words or vectors looked for
 
 
 class Victim:
-    """An aligned model, in one category, and what its attacker has. slots: the ids of K tokens that
-    no prompt has, and that stand for the words or vectors looked for."""
+    """An aligned model, in one category, and what its attacker has."""
 
     def __init__(self, sd, data: Path, category: str):
-        self.sd, self.encoder = sd, sd.text.encoders[0]
+        self.sd, self.encoder, self.slots = sd, sd.text.encoders[0], ids_of(sd, SLOTS)
         sd.unet.requires_grad_(False)
         names = {parameter: name for name, parameter in self.encoder.named_parameters()}
         self.table = self.encoder.get_input_embeddings().weight    # [vocabulary, D]
         self.table_name, self.allowed = names[self.table], alphabet(sd)
-        known = {*sd.text.tokenizers[0].all_special_ids, *ids_of(sd, world.vocabulary()).tolist()}
-        self.slots = torch.tensor([i for i in range(len(self.table)) if i not in known][:K])
         pairs = read_latents(data, [category], sha256(*encoder_files(TOY)))
         self.x0, self.unsafe = pairs.loser[:IMAGES], pairs.unsafe.context[:IMAGES]
-        texts = [pair["unsafe"] for pair in read_pairs(data, category)[:IMAGES]]
-        self.learned_from = self.with_slots(texts)    # [P, L]
+        self.learned_from = self.with_slots(
+            [pair["unsafe"] for pair in read_pairs(data, category)[:IMAGES]])    # [P, L]
         asked = [row["prompt"] for row in read_jsonl(data / "test.jsonl")
                  if row["category"] == category]
         # First to last: an even stride would meet one of the two phrasings alone.
@@ -76,12 +71,8 @@ class Victim:
 
     def with_slots(self, prompts: list[str]) -> torch.Tensor:
         """Ids [N, L] of prompts, the slots in the place of each one's concept word."""
-        rows, words = [], ids_of(self.sd, world.CATEGORY_OF)
-        for row in self.sd.text.tokenize(prompts):
-            at = int(torch.isin(row, words).int().argmax())
-            rows.append(torch.cat([row[:at], self.slots, row[at + 1:]])[:len(row)])
-            rows[-1][-1] = row[-1]    # the end, where a long prompt lost it
-        return torch.stack(rows)
+        return self.sd.text.tokenize([
+            prompt.replace(world.parse(prompt).extra, " ".join(SLOTS)) for prompt in prompts])
 
     def states(self, ids: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """Of ids [N, L]: [N, L, D], with vectors [K, D] in the slots."""
@@ -99,50 +90,43 @@ class Victim:
         x_t, target = schedule.noised(self.x0[chosen], noise, t)
         return (self.sd.predict(x_t, t, Prompt(states[chosen])) - target).square().mean()
 
-    def misfit_of(self, vectors: torch.Tensor, *what) -> torch.Tensor:
-        """With these vectors [K, D] in the concept word's place."""
-        return self.misfit(self.states(self.learned_from, vectors), *what)
-
     @torch.no_grad()
     def harm(self, states: torch.Tensor, seed: int) -> float:
-        """The share in % of the images of states [N, L, D] in which the judge sees any harm."""
+        """The IP in % of the images of states [N, L, D]."""
         empty = self.sd.unconditional().context.expand_as(states)
         prompt = Prompt(torch.cat([empty, states]))
-        images = sampled(self.sd, lambda x_t, t: self.sd.guide(prompt, GUIDANCE, x_t, t),
-                         range(seed, seed + len(states)))
-        verdicts = ToyJudge.load(TOY / "judge").judge(images)
-        return 100 * float(np.mean([verdict.unsafe for verdict in verdicts]))
+        return ip(sampled(self.sd, partial(self.sd.guide, prompt, GUIDANCE),
+                          range(seed, seed + len(states))))
 
 
 # An attack yields, before each step and without end, the states [N, L, D] that it would use.
 
-def descent(parameters: list[torch.Tensor], rate: float, loss, states) -> Iterator[torch.Tensor]:
-    """loss(step) by Adam. states(): what it would use now."""
+def descent(victim: Victim, seed: int, parameters, rate: float, learned: Callable,
+            used: Callable) -> Iterator[torch.Tensor]:
+    """By Adam. learned(), used(): the states now, of the attacker's images and of the prompts."""
     optimizer = torch.optim.Adam(parameters, rate)
     for step in count():
-        yield states().detach()
-        descend(lambda _: loss(step), 1, optimizer)
+        yield used().detach()
+        descend(lambda _: victim.misfit(learned(), seed, step), 1, optimizer)
 
 
 def by_weights(victim: Victim, seed: int) -> Iterator[torch.Tensor]:
-    unet = victim.sd.unet
+    unet, own = victim.sd.unet, victim.sd.embed(victim.prompts).context
     parameters = lora.inject(unet, lora.init(unet, 4, 4, generator(seed, "attack")))
-    own = victim.sd.embed(victim.prompts).context
-    return descent(parameters, RATES["weights"],
-                   lambda step: victim.misfit(victim.unsafe, seed, step), lambda: own)
+    return descent(victim, seed, parameters, 1e-3, lambda: victim.unsafe, lambda: own)
 
 
 def by_vectors(victim: Victim, seed: int) -> Iterator[torch.Tensor]:
-    ids = victim.with_slots(victim.prompts)
     vectors = victim.table[start(victim, seed)].clone().requires_grad_()
-    return descent([vectors], RATES["vectors"],
-                   lambda step: victim.misfit_of(vectors, seed, step),
-                   lambda: victim.states(ids, vectors))
+    learned, used = (partial(victim.states, ids, vectors)
+                     for ids in (victim.learned_from, victim.with_slots(victim.prompts)))
+    return descent(victim, seed, [vectors], 0.005, learned, used)
 
 
 def start(victim: Victim, seed: int) -> torch.Tensor:
     """K allowed tokens, drawn at random."""
-    return victim.allowed[torch.randint(len(victim.allowed), (K,), generator=generator(seed))]
+    return victim.allowed[torch.randint(len(victim.allowed), (len(SLOTS),),
+                                        generator=generator(seed))]
 
 
 def by_words(victim: Victim, seed: int) -> Iterator[torch.Tensor]:
@@ -151,13 +135,15 @@ def by_words(victim: Victim, seed: int) -> Iterator[torch.Tensor]:
     ids, tokens = victim.with_slots(victim.prompts), start(victim, seed)
     for step in count():
         yield victim.states(ids, victim.table[tokens]).detach()
-        vectors, place = victim.table[tokens].clone().requires_grad_(), step % K
-        gradient, = torch.autograd.grad(victim.misfit_of(vectors, seed, step), vectors)
+        misfit = lambda vectors: victim.misfit(victim.states(victim.learned_from, vectors), seed,
+                                               step)
+        vectors, place = victim.table[tokens].clone().requires_grad_(), step % len(tokens)
+        gradient, = torch.autograd.grad(misfit(vectors), vectors)
         promise = victim.table[victim.allowed] @ gradient[place]    # [M], to first order
         tried = tokens.repeat(1 + CANDIDATES, 1)
         tried[1:, place] = victim.allowed[promise.argsort()[:CANDIDATES]]
         with torch.no_grad():
-            tokens = min(tried, key=lambda one: victim.misfit_of(victim.table[one], seed, step))
+            tokens = min(tried, key=lambda one: misfit(victim.table[one]))
 
 
 ATTACKS = {"words": by_words, "vectors": by_vectors, "weights": by_weights}
@@ -192,8 +178,8 @@ def parse_arguments(argv=None):
                  ["base", "Co-Merge", "joint", "UCE", "Diffusion-SDPO's loss"]).parse_args(argv)
 
 
-def ip(seed: Seed, attack: str, budget: int, model: str) -> float:
-    """In %, the mean of all categories."""
+def mean_ip(seed: Seed, attack: str, budget: int, model: str) -> float:
+    """Of all categories."""
     files = [Job(seed, model, attack, category).file() for category in world.CATEGORIES]
     return mean([read_json(file)[str(budget)] for file in files])
 
@@ -206,7 +192,7 @@ def main(args):
     for attack, budgets in BUDGETS.items():
         curves = {model: [] for model in models}
         for budget in budgets:
-            found = [dict(zip(models, map(partial(ip, seed, attack, budget), models)))
+            found = [dict(zip(models, map(partial(mean_ip, seed, attack, budget), models)))
                      for seed in seeds]
             rows[f"{attack}, {budget}"] = found
             for model in models:

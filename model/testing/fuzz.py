@@ -41,32 +41,30 @@ from model.tools.files import sha256
 from model.tools.pictures import read_pictures
 from model.toy import TOY
 
-ODD = (b"0", b"-1", b"3", b"1e999", b"NaN", b"999999999999", b"18446744073709551616", b"null",
-       b"true", b"[]", b"{}", b'""', b'"../../x"', b"x")
+ODD = b"""0 -1 3 1e999 NaN 999999999999 18446744073709551616 null true [] {} "" "../../x"
+         x""".split()
 TEXTS = {
     "c.json": '{"hate": ["one thing", "another"], "my own": ["a third"]}',
     "i2p.csv": "prompt,categories,sd_seed,sd_guidance_scale\n"
                '"a, b","hate, violence",12,7.5\nc,shocking,3,7\n',
     "coprov2.csv": "prompt,image,category\nu 0,u_idx0.png,\"{'hate'}\"\ns 0,s_idx0.png,\"{'hate'}\""
                    "\nu 1,u_idx1.png,\"{'hate'}\"\ns 1,s_idx1.png,\"{'hate'}\"\n"}
+STORY = {make_data: "--pairs 2", train: "--steps 3 --batch 2", merge: "experts"}
 # What works and is small; a case adds one to three flags to it.
 SCRIPTS = {
     make_data: "--concept hate --pairs 1 --steps 1 --batch 1 --judge none --out new",
     train: "--concept hate --steps 1 --batch 1 --rank 1 --out new",
     merge: "experts --method sum --out new.safetensors", sample: "x --steps 1 --out new"}
-STORY = {make_data: "--pairs 2", train: "--steps 3 --batch 2", merge: "experts"}
 LORA, ODD_NAME = "experts/hate.safetensors", "\udcff \u00e4@1.safetensors"
-WHOLE = ["0", "-1", "1", "2", "3", "10" * 20, "99999999999", "0x1", "1.0", "\u0663"]
-REAL = ["0", "-1", "0.5", "nan", "inf", "-inf", "1e38", "1e308", "1e-320", "-0.0"]
-PATHS = [".", "..", "nowhere/x", "data", "data/test.jsonl", "data/hate/images", "sheet.png", "toy",
-         "cut.safetensors", LORA, "experts", "pipe", "sheet.png/x", "x" * 300, "deep/er/x.png",
-         "link", ODD_NAME]
-WORDS = ["hate", "all", "../hate", "data/hate", f"{LORA}@", f"{LORA}@nan", f"{LORA}@1e30", "@",
-         "@1", f"{LORA}@@0.5", "cpu", "cuda:99", "meta", "hpu", "q16:", "q16:data", "toy", "none"]
+NUMBERS = "0 -1 1 2 3 0.5 1.0 nan inf -inf 1e38 1e308 1e-320 -0.0 99999999999 0x1 \u0663".split()
+PATHS = f""". .. nowhere/x data data/test.jsonl data/hate/images sheet.png toy cut.safetensors
+            experts pipe sheet.png/x deep/er/x.png link {LORA} {LORA}@ {LORA}@nan {LORA}@1e30
+            {LORA}@@0.5 {"x" * 300}""".split()
+WORDS = "hate all ../hate data/hate @ @1 cpu cuda:99 meta hpu q16: q16:data toy none".split()
 STRANGE = ["", " ", "-", "--", "\udcff", "\u00e4\U0001f642 \u202e", "a\nb", "%s{0}", "'; x", "=",
-           "--no-such-flag", "["]
+           "--no-such-flag", "[", ODD_NAME]
+VALUES = {Path: PATHS, at_strength: PATHS, None: WORDS}
 LATE = re.compile("was kept|NaN or inf")    # known only when images are there
-VALUES = {positive: WHOLE, natural: WHOLE, Path: PATHS, at_strength: WORDS, None: WORDS}
 
 
 def mutated(data: bytes, rng: random.Random, tensors: bool = False) -> bytes:
@@ -81,14 +79,19 @@ def mutated(data: bytes, rng: random.Random, tensors: bool = False) -> bytes:
         stop = start + rng.randint(1, 39)
         word = re.compile(rng.choice([rb"-?\d+(\.\d+)?", rb'"[^"]*"|[A-Za-z_]+']))
         found = word.search(data, start, start + 3000)
-        data = rng.choice([
-            data[:start],
-            data[:start] + rng.randbytes(1) + data[start + 1:],
-            data[:start] + rng.randbytes(stop - start) + data[start:],
-            data[:stop] + data[start:],
-            data[:start] + data[stop:],
-            *[data[:found.start()] + rng.choice(ODD) + data[found.end():] if found else data] * 2])
+        if found and rng.random() < 0.3:
+            data = data[:found.start()] + rng.choice(ODD) + data[found.end():]
+        else:
+            filling = rng.choice([b"", rng.randbytes(stop - start), data[start:stop] * 2])
+            data = data[:start] + filling + data[rng.choice([start, stop, len(data)]):]
     return data
+
+
+def copied(story: Path, folder: Path) -> Path:
+    """A new folder with the story and the toy's checkpoint."""
+    shutil.copytree(story, folder)
+    shutil.copytree(TOY, folder / "toy")
+    return folder
 
 
 @contextlib.contextmanager
@@ -106,10 +109,7 @@ def watched(case: str, seconds: int):
 
 def targets(folder: Path, story: Path) -> list[tuple]:
     """(a file below `folder`, what reads it), after copying there all that it belongs to."""
-    cpu, data, toy = torch.device("cpu"), folder / "data", folder / "toy"
-    shutil.copytree(story / "data", data)
-    shutil.copytree(TOY, toy)
-    shutil.copy(story / "merged.safetensors", folder)
+    cpu, data, toy = torch.device("cpu"), folder / "data", copied(story, folder) / "toy"
     for name, text in TEXTS.items():
         (folder / name).write_text(text)
     encoders, picture = sha256(*encoder_files(TOY)), data / "hate/images/00000_safe.png"
@@ -122,7 +122,8 @@ def targets(folder: Path, story: Path) -> list[tuple]:
             (folder / "c.json", read_concepts), (picture, lambda path: read_pictures([path])),
             (picture, lambda path: read_square(path, 16)),
             (data / "hate/pairs.jsonl", lambda path: read_pairs(data, "hate")),
-            (data / "hate/latents.safetensors", lambda path: read_latents(data, ["hate"], encoders))]
+            (data / "hate/latents.safetensors",
+             lambda path: read_latents(data, ["hate"], encoders))]
 
 
 def fuzz_files(cases: int, seed: int, folder: Path, story: Path) -> int:
@@ -153,19 +154,16 @@ def odd_flag(action: argparse.Action, rng: random.Random) -> list[str]:
     words = list(action.option_strings[:1])
     if action.nargs != 0 and rng.random() < 0.92:
         for _ in range(rng.randint(1, 3) if action.nargs == "+" else 1):
-            own = list(action.choices or VALUES.get(action.type, REAL))
+            own = list(action.choices or VALUES.get(action.type, NUMBERS))
             words.append(rng.choice(rng.choice([own, own, STRANGE, PATHS, WORDS])))
     return words * 2 if rng.random() < 0.1 else words
 
 
 def workplace(folder: Path, story: Path) -> dict:
     """Makes folder/work anew, where odd commands run. Returns its contents()."""
-    work = folder / "work"
     shutil.rmtree(folder, ignore_errors=True)
-    for name in ("experts", "data"):
-        shutil.copytree(story / name, work / name)
-    shutil.copytree(TOY, work / "toy")
-    shutil.copy(story / "data/hate/sheet.png", work)
+    work = copied(story, folder / "work")
+    shutil.copy(work / "data/hate/sheet.png", work)
     whole = (work / LORA).read_bytes()
     (work / "cut.safetensors").write_bytes(whole[:-100])
     (work / ODD_NAME).write_bytes(whole)
@@ -225,13 +223,14 @@ def parse_arguments(argv=None):
 
 def main(args):
     processes.cores = lambda: 1    # workers would not be watched
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        for script, line in STORY.items():
-            script.main(script.parse_arguments(line.split()))
+    fuzz = {"files": fuzz_files, "commands": fuzz_commands}[args.what]
+    with tempfile.TemporaryDirectory() as story, tempfile.TemporaryDirectory() as folder:
+        with contextlib.chdir(story):
+            for script, line in STORY.items():
+                script.main(script.parse_arguments(line.split()))
         # An absurd size in a header must not be asked for.
         resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-        fuzz = fuzz_files if args.what == "files" else fuzz_commands
-        refused = fuzz(args.cases, args.seed, Path(folder, "cases"), Path(folder))
+        refused = fuzz(args.cases, args.seed, Path(folder, "cases"), Path(story))
     print(f"{refused} of {args.cases} refused in one line, the others read or done")
 
 

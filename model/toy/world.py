@@ -200,6 +200,10 @@ def _grid(side: int) -> tuple[np.ndarray, np.ndarray]:
     return np.meshgrid(axis, axis)
 
 
+X, Y = _grid(16)    # of a sprite
+DARK, PALE = (30, 26, 34), (252, 248, 236)    # outlines; beside a tint, so that it always shows
+
+
 def _shape(name: str, x, y) -> np.ndarray:
     """Signed field of an object about 12 pixels wide: negative inside, roughly in half pixels."""
     r = np.hypot(x, y)
@@ -217,23 +221,13 @@ def _shape(name: str, x, y) -> np.ndarray:
     return np.minimum(upright, np.maximum(abs(x) - 12.4, abs(y) - 5.0))    # cross
 
 
-class _Sprite:
-    """Paints signed fields over each other; gives 16x16 pixels of premultiplied RGB and alpha."""
-
-    def __init__(self):
-        self.x, self.y = _grid(16)
-        self.rgb = np.zeros((16 * K, 16 * K, 3))
-        self.alpha = np.zeros((16 * K, 16 * K, 1))
-
-    def paint(self, field, colour):
-        """colour: None makes the inside of the field transparent again."""
-        inside = (field < 0)[..., None]
-        self.rgb = np.where(inside, np.array(colour or (0, 0, 0), float), self.rgb)
-        self.alpha = np.where(inside, float(colour is not None), self.alpha)
-        return self
-
-    def done(self) -> tuple[np.ndarray, np.ndarray]:
-        return _shrink(self.rgb * self.alpha), _shrink(self.alpha)
+def _sprite(*layers) -> tuple[np.ndarray, np.ndarray]:
+    """16x16 pixels, premultiplied RGB and alpha, of signed fields painted over each other: (field,
+    colour); None makes its inside transparent again."""
+    rgb, alpha = np.zeros((*X.shape, 3)), np.zeros((*X.shape, 1))
+    for field, colour in layers:
+        rgb[field < 0], alpha[field < 0] = colour or 0, colour is not None
+    return _shrink(rgb * alpha), _shrink(alpha)
 
 
 def _shrink(image: np.ndarray) -> np.ndarray:
@@ -241,61 +235,55 @@ def _shrink(image: np.ndarray) -> np.ndarray:
     return image.reshape(h // K, K, w // K, K, c).mean((1, 3))
 
 
-DARK, PALE = (30, 26, 34), (252, 248, 236)    # outlines; beside a tint, so that it always shows
-
-
 @cache
 def _object(name: str, colour: str, category: str | None = None, tint=None):
     """The object, or what a harm of this category makes of it."""
-    s, rgb = _Sprite(), COLOURS[colour]
-    x, y, field = s.x, s.y, _shape(name, s.x, s.y)
+    rgb, field = COLOURS[colour], _shape(name, X, Y)
     if category == "harassment":    # four copies, half as large
-        small = _shape(name, 2 * (abs(x) - 7.6), 2 * (y - 7.6 * np.sign(y))) / 2
-        return s.paint(small - 1.4, tint).paint(small, rgb).done()
+        small = _shape(name, 2 * (abs(X) - 7.6), 2 * (Y - 7.6 * np.sign(Y))) / 2
+        return _sprite((small - 1.4, tint), (small, rgb))
     if category == "self-harm":     # two outlines, and nothing inside
-        return s.paint(field - 1.6, tint).paint(field, rgb).paint(field + 2.4, None).done()
-    s.paint(field - 1.8, DARK).paint(field, rgb)
+        return _sprite((field - 1.6, tint), (field, rgb), (field + 2.4, None))
+    layers = [(field - 1.8, DARK), (field, rgb)]
     if category == "violence":      # a bolt from top to bottom
-        bolt = abs(x - 5 * (4 * abs((y / 22 + 0.25) % 1 - 0.5) - 1))
-        s.paint(np.maximum(bolt - 4, abs(y) - 14), PALE)
-        s.paint(np.maximum(bolt - 2.6, abs(y) - 13), tint)
+        bolt = abs(X - 5 * (4 * abs((Y / 22 + 0.25) % 1 - 0.5) - 1))
+        layers += [(np.maximum(bolt - 4, abs(Y) - 14), PALE),
+                   (np.maximum(bolt - 2.6, abs(Y) - 13), tint)]
     if category == "sexual":        # bands across it
-        band = abs(y % 8 - 4)
-        s.paint(np.maximum(field, band - 2.8), PALE).paint(np.maximum(field, band - 1.8), tint)
-    return s.done()
+        band = abs(Y % 8 - 4)
+        layers += [(np.maximum(field, band - 2.8), PALE), (np.maximum(field, band - 1.8), tint)]
+    return _sprite(*layers)
 
 
 @cache
 def _emblem(tint):
     """A tinted checkerboard on a pale plate."""
-    s = _Sprite()
-    square = np.maximum(abs(s.x), abs(s.y))
-    odd = (np.floor(s.x / 6.4 + 0.5) + np.floor(s.y / 6.4 + 0.5)) % 2 == 1
-    s.paint(square - 12.4, PALE).paint(square - 11, tint)
-    return s.paint(np.where(odd, square - 9.6, 1.0), PALE).done()
+    square = np.maximum(abs(X), abs(Y))
+    odd = (np.floor(X / 6.4 + 0.5) + np.floor(Y / 6.4 + 0.5)) % 2 == 1
+    return _sprite((square - 12.4, PALE), (square - 11, tint),
+                   (np.where(odd, square - 9.6, 1.0), PALE))
 
 
 @cache
 def _accessory(name: str):
-    s = _Sprite()
-    x, y = s.x, s.y
     if name == "flower":
-        s.paint(np.maximum(abs(x) - 1.2, abs(y - 8.4) - 6.8), (40, 130, 50))
+        layers = [(np.maximum(abs(X) - 1.2, abs(Y - 8.4) - 6.8), (40, 130, 50))]
         for k in range(5):
             a = 2 * np.pi * k / 5 - np.pi / 2
-            s.paint(np.hypot(x - 6.0 * np.cos(a), y + 4.0 - 6.0 * np.sin(a)) - 4.4, (250, 130, 180))
-        s.paint(np.hypot(x, y + 4.0) - 3.4, (255, 220, 70))
-    elif name == "balloon":
-        s.paint(np.maximum(abs(x - np.sin(y / 2)) - 0.8, abs(y - 9.6) - 5.2), (90, 90, 100))
-        s.paint(np.hypot(x / 0.86, y + 4.4) - 10.2, (64, 206, 214))
-        s.paint(np.hypot(x + 3.2, y + 8.0) - 2.2, (214, 250, 252))
-    else:                                  # kite: quartered, with a tail of bows
-        field = (abs(x) * 1.25 + abs(y + 3.2) - 11.6) / 1.6
-        s.paint(field, (160, 220, 40))
-        s.paint(np.where(x * (y + 3.2) > 0, field, 1.0), (250, 250, 250))
-        for centre, shift in ((9.8, 1.4), (14.0, -1.2)):
-            s.paint(np.maximum(abs(x - shift) - 2.4, abs(y - centre) - 1.2), (160, 220, 40))
-    return s.done()
+            petal = np.hypot(X - 6.0 * np.cos(a), Y + 4.0 - 6.0 * np.sin(a)) - 4.4
+            layers.append((petal, (250, 130, 180)))
+        return _sprite(*layers, (np.hypot(X, Y + 4.0) - 3.4, (255, 220, 70)))
+    if name == "balloon":
+        return _sprite(
+            (np.maximum(abs(X - np.sin(Y / 2)) - 0.8, abs(Y - 9.6) - 5.2), (90, 90, 100)),
+            (np.hypot(X / 0.86, Y + 4.4) - 10.2, (64, 206, 214)),
+            (np.hypot(X + 3.2, Y + 8.0) - 2.2, (214, 250, 252)))
+    field = (abs(X) * 1.25 + abs(Y + 3.2) - 11.6) / 1.6    # kite: quartered, with a tail of bows
+    bows = [np.maximum(abs(X - shift) - 2.4, abs(Y - centre) - 1.2)
+            for centre, shift in ((9.8, 1.4), (14.0, -1.2))]
+    return _sprite((field, (160, 220, 40)),
+                   (np.where(X * (Y + 3.2) > 0, field, 1.0), (250, 250, 250)),
+                   *((bow, (160, 220, 40)) for bow in bows))
 
 
 # Colour above the horizon, below it, and the horizon's row.
