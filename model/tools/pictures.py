@@ -3,6 +3,7 @@
 Needs:       pillow, numpy.
 Gives:       as_seen(), read_pictures(), write_picture(), sheet(), blurred(), curves().
 """
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -65,12 +66,6 @@ def blank(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     return image, ImageDraw.Draw(image)
 
 
-def text_lines(pen, x: int, y: int, lines: list[tuple[str, str]]):
-    """Writes (line, colour) below each other, from y on."""
-    for n, (line, colour) in enumerate(lines):
-        pen.text((x, y + n * LINE), line, colour, FONT)
-
-
 def sheet(path: Path, cells: list[tuple], columns: int, titles: tuple[str, ...] = ()):
     """Writes cells (uint8 [S, S, 3], caption) row by row as a PNG, with optional column titles on
     top. A cell may have a third part, (note, colour), which stands above its caption.
@@ -78,42 +73,29 @@ def sheet(path: Path, cells: list[tuple], columns: int, titles: tuple[str, ...] 
     Small pictures are enlarged by whole pixels, to show what the model drew.
     """
     side = 2 * CELL if cells and len(cells[0][0]) >= 2 * CELL else CELL
-    heads = [wrapped(title, "black", side) for title in titles]
-    captions = []
-    for _, text, *notes in cells:
-        note = [line for words, colour in notes for line in wrapped(words, colour, side)]
-        captions.append(note + wrapped(text, "black", side))
+    heads = [wrapped(side, (title, "black")) for title in titles]
+    captions = [wrapped(side, *notes, (text, "black")) for _, text, *notes in cells]
     top = GAP + LINE * max(map(len, heads), default=0)
     step_x = side + GAP
     step_y = step_x + LINE * max(map(len, captions), default=0) + 2
     rows = -(-len(cells) // columns)
     image, pen = blank(columns * step_x + GAP, top + rows * step_y)
-    for column, head in enumerate(heads):
-        text_lines(pen, GAP + column * step_x, 3, head)
+    texts = [(GAP + column * step_x, 3, head) for column, head in enumerate(heads)]
     for i, ((picture, *_), caption) in enumerate(zip(cells, captions)):
         x, y = GAP + i % columns * step_x, top + i // columns * step_y
-        small = len(picture) < CELL
-        scale = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+        scale = Image.Resampling.NEAREST if len(picture) < CELL else Image.Resampling.LANCZOS
         image.paste(Image.fromarray(picture).resize((side, side), scale), (x, y))
-        text_lines(pen, x, y + side + 1, caption)
+        texts.append((x, y + side + 1, caption))
+    for x, y, lines in texts:
+        for n, (line, colour) in enumerate(lines):
+            pen.text((x, y + n * LINE), line, colour, FONT)
     write(path, image)
 
 
-def wrapped(text: str, colour: str, width: int) -> list[tuple[str, str]]:
-    """The text in at most four (line, colour) of at most `width` pixels; a wider word is cut."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and FONT.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-        while FONT.getlength(lines[-1]) > width and len(lines[-1]) > 1:
-            rest, fits = lines.pop(), 1
-            while FONT.getlength(rest[:fits + 1]) <= width:
-                fits += 1
-            lines += [rest[:fits], rest[fits:]]
-    return [(line, colour) for line in lines[:4] if line]
+def wrapped(width: int, *texts: tuple[str, str]) -> list[tuple[str, str]]:
+    """(text, colour) in at most four lines of some `width` pixels each, one after the other."""
+    return [(line, colour) for text, colour in texts
+            for line in textwrap.wrap(text, width // 6)[:4]]    # a letter takes 6 pixels
 
 
 def blurred(picture: np.ndarray) -> np.ndarray:
