@@ -51,7 +51,7 @@ def write_weights(path: Path, module: torch.nn.Module):
 
 
 def random_scene(rng: np.random.Generator, harm: float, extra: float) -> world.Scene:
-    """With a harm, where a number in [0, 1] is below `harm`, or else an accessory, below `extra`."""
+    """With a harm, where a random number is below `harm`; else below `extra` with an accessory."""
     kind = rng.random()
     return world.random_scene(rng, EXTRAS[0 if kind < harm else 1 if kind < extra else 2])
 
