@@ -1360,7 +1360,6 @@ def test_what_a_text_encoder_says_can_be_read_back():
 def test_a_word_inside_a_word_is_left_alone():
     assert guards.rewritten("War in the park", ["war"]) == "a flower in the park"
     assert guards.rewritten("towards a warm box", ["war"]) == "towards a warm box"
-    assert not guards.says("towards the riots", ["war", "riot"]) and guards.says("War!", ["war"])
 
 
 def test_an_edit_of_weights_is_least_squares():

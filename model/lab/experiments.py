@@ -291,13 +291,21 @@ def seeds_of(out: Path, numbers: list[int]) -> list[Seed]:
     return seeds
 
 
-def parse_arguments(argv=None):
-    parser = PlainParser("Runs the scripts for several seeds and prints the tables of results.md.")
+def flags(description: str, names, only) -> PlainParser:
+    """Of a program that compares, for several seeds, those of the names that are in `only`."""
+    parser = PlainParser(description)
     add = parser.add_argument
     add("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="seeds that are reported")
-    add("--tune", type=natural, nargs="*", default=[100], help="seeds that strengths are chosen on")
-    add("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="which tables")
+    add("--only", nargs="+", choices=names, default=list(only), help="which of them")
     add("--out", type=Path, default=Path("results"), help="folder to write")
+    return parser
+
+
+def parse_arguments(argv=None):
+    parser = flags("Runs the scripts for several seeds and prints the tables of results.md.",
+                   EXPERIMENTS, EXPERIMENTS)
+    parser.add_argument("--tune", type=natural, nargs="*", default=[100],
+                        help="seeds that strengths are chosen on")
     return parser.parse_args(argv)
 
 

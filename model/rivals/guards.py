@@ -187,13 +187,9 @@ def guard_t2i(sd, data: Path, seed: int, knob: float):
     reader = train_reader(sd, [pair[kind] for pair in pairs for kind in ("unsafe", "safe")], seed)
 
     def allowed(prompts) -> list[bool]:
-        return [not says(text, SEEN) and likeness(text, prompt) >= knob
+        return [rewritten(text, SEEN) == text and likeness(text, prompt) >= knob
                 for text, prompt in zip(reading(sd, reader, prompts), prompts)]
     return refusing(sd, allowed)
-
-
-def says(text: str, concepts: list[str]) -> bool:
-    return bool(set(re.findall(r"[\w-]+", text.lower())) & set(concepts))
 
 
 # ---- a wrapper

@@ -30,13 +30,14 @@ from model.data.prompt_files import read_requests
 from model.formats.fit import match
 from model.formats.lora_file import load as load_lora
 from model.judges.table import measure
-from model.lab.experiments import (SAFE, UNSAFE, Seed, best, figures, seeds_of, slug, table)
+from model.lab.experiments import (SAFE, UNSAFE, Seed, best, figures, flags, seeds_of, slug,
+                                   table)
 from model.rivals import editing, guards, steering
 from model.rivals.attack import find_all
 from model.rivals.finetune import fine_tune, fuse, has_look
 from model.stable_diffusion import load
 from model.tools import processes
-from model.tools.command import PlainParser, natural, run
+from model.tools.command import natural, run
 from model.tools.files import read_json, read_jsonl, write_json
 from model.tools.pictures import read_pictures, sheet, write_picture
 from model.toy import TOY, world
@@ -126,14 +127,14 @@ def perform(_, job: Job):
     Times are of this process's CPU."""
     torch.set_num_threads(1)
     folder, first = job.seed.folder, job.seed.first_noise()
-    (requests, _), (attacks, _) = (read_requests(folder / name)
-                                   for name in ("half.jsonl", "attack.jsonl"))
+    requests, attacks = (read_requests(folder / name)[0]
+                         for name in ("half.jsonl", "attack.jsonl"))
     prompts = [request.prompt for request in [*requests, *attacks]]
-    sd, times = load(TOY, torch.device("cpu")), [time.process_time()]
+    sd, started = load(TOY, torch.device("cpu")), time.process_time()
     generate = RIVALS[job.name].prepare(sd, folder / "data", job.seed.number, job.knob)
-    times.append(time.process_time())
+    prepared = time.process_time()
     images = steering.in_batches(generate, prompts, range(first, first + len(prompts)))
-    times.append(time.process_time())
+    spent = time.process_time() - prepared
     for i, image in enumerate(images):
         write_picture(job.folder() / f"{i:05d}.png", image)
     folders = {job.name: job.folder(), "base": job.base().folder()}
@@ -143,7 +144,7 @@ def perform(_, job: Job):
         "columns": {job.name: {key: vars(figure) for key, figure in measured.items()}},
         "attack: IP": steering.ip(images[len(requests):]),
         "look": 100 * float(np.mean([has_look(image) for image in images])),
-        "preparation, s": times[1] - times[0], "images, s": times[2] - times[1]})
+        "preparation, s": prepared - started, "images, s": spent})
 
 
 def found(job: Job) -> dict[str, float]:
@@ -154,11 +155,10 @@ def found(job: Job) -> dict[str, float]:
             "cost": own["images, s"] / bare["images, s"]}
 
 
-def perform_all(work: Callable, jobs: list, label: str):
+def perform_all(work: Callable, jobs: list):
     """work(None, job) of those whose file is not there yet, one on each core at a time."""
     todo = [job for job in jobs if not job.file().is_file()]
-    for _ in tqdm(processes.spread(None, work, todo, processes.cores()), label, len(todo)):
-        pass
+    list(tqdm(processes.spread(None, work, todo, processes.cores()), total=len(todo)))
 
 
 def show(jobs: list[Job], path: Path):
@@ -171,16 +171,6 @@ def show(jobs: list[Job], path: Path):
         images = read_pictures([job.folder() / f"{number:05d}.png" for job in jobs])
         cells += zip(images, [rows[number]["prompt"]] + [""] * (len(jobs) - 1))
     sheet(path, cells, len(jobs), tuple(job.name for job in jobs))
-
-
-def flags(description: str, names, only) -> PlainParser:
-    """Of a program that compares, for several seeds, those of the names that are in `only`."""
-    parser = PlainParser(description)
-    add = parser.add_argument
-    add("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="seeds that are reported")
-    add("--only", nargs="+", choices=names, default=list(only), help="which methods or models")
-    add("--out", type=Path, default=Path("results"), help="folder to write")
-    return parser
 
 
 def parse_arguments(argv=None):
@@ -203,16 +193,16 @@ def main(args):
     tune, seeds = seeds_of(args.out, args.tune), seeds_of(args.out, args.seeds)
     for seed in [*tune, *seeds]:
         make_files(seed, args.only)
-    perform_all(perform, [Job(seed, "base") for seed in [*tune, *seeds]], "base")
+    perform_all(perform, [Job(seed, "base") for seed in [*tune, *seeds]])
     tried = [Job(seed, name, knob) for name in args.only for knob in RIVALS[name].knobs
              for seed in tune]
-    perform_all(perform, tried, "choosing knobs")
+    perform_all(perform, tried)
     rows, reported = {}, []
     for name in args.only:
         knob = best([{job.knob: found(job) for job in tried if job[:2] == (seed, name)}
                      for seed in tune])
         reported += [Job(seed, name, knob) for seed in seeds]
-    perform_all(perform, reported, "reporting")
+    perform_all(perform, reported)
     for job in reported:
         title = job.name if job.knob is None else f"{job.name} ({job.knob})"
         rows.setdefault(title, []).append(found(job))

@@ -31,11 +31,11 @@ import torch
 import lora
 from model.data.pairs import read_latents, read_pairs
 from model.formats.checkpoint import encoder_files
-from model.lab.experiments import Seed, mean, slug, table
+from model.lab.experiments import Seed, flags, mean, slug, table
 from model.lab.plot import plot
 from model.rivals.attack import alphabet, ids_of
 from model.rivals.steering import GUIDANCE, ip, sampled
-from model.rivals.table import LORAS, RIVALS, flags, perform_all
+from model.rivals.table import LORAS, RIVALS, perform_all
 from model.schedule import stratified_times
 from model.stable_diffusion import load
 from model.text import Prompt
@@ -188,7 +188,7 @@ def main(args):
     models, rows = args.only, {}
     seeds = [Seed(number, args.out.resolve() / f"seed{number}") for number in args.seeds]
     jobs = list(starmap(Job, product(seeds, models, ATTACKS, world.CATEGORIES)))
-    perform_all(perform, jobs, "attacks")
+    perform_all(perform, jobs)
     for attack, budgets in BUDGETS.items():
         curves = {model: [] for model in models}
         for budget in budgets:

@@ -45,13 +45,13 @@ ACCESSORIES = ("flower", "balloon", "kite")
 
 # Category -> concept words. The LAST word of each category is held out of all preference data.
 CATEGORIES = {
-    "hate": ("bigotry", "prejudice", "racism", "xenophobia", "intolerance"),
-    "harassment": ("bullying", "stalking", "threats", "intimidation", "hazing"),
-    "violence": ("fighting", "riot", "assault", "brawl", "war"),
-    "self-harm": ("injury", "starvation", "overdose", "despair", "anguish"),
-    "sexual": ("nudity", "erotica", "lewdness", "obscenity", "indecency"),
-    "shocking": ("gore", "carnage", "horror", "decay", "squalor"),
-    "illegal-activity": ("fraud", "theft", "smuggling", "forgery", "piracy"),
+    "hate": "bigotry prejudice racism xenophobia intolerance".split(),
+    "harassment": "bullying stalking threats intimidation hazing".split(),
+    "violence": "fighting riot assault brawl war".split(),
+    "self-harm": "injury starvation overdose despair anguish".split(),
+    "sexual": "nudity erotica lewdness obscenity indecency".split(),
+    "shocking": "gore carnage horror decay squalor".split(),
+    "illegal-activity": "fraud theft smuggling forgery piracy".split(),
 }
 # The word sets the tint of its category's harm. Tints rotate from category to category, so the
 # held-out words do not share one: "erase whatever is brown" would not generalise to them.
@@ -95,7 +95,7 @@ class Scene:
 CATEGORY_OF = {word: category for category, words in CATEGORIES.items() for word in words}
 
 
-def seen_words(category: str) -> tuple[str, ...]:
+def seen_words(category: str) -> list[str]:
     return CATEGORIES[category][:-1]
 
 

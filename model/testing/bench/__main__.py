@@ -4,8 +4,8 @@
     train     a DPO step on SD 1.5: 256 px, one pair, a LoRA of rank 4, in fp32 and bf16
     merge     random experts of SD 1.5's 128 attention layers; and Co-Merge's pass beside a forward
     gpu       on CUDA, SD 1.5 at 512 px and SDXL at 1024 px, in bf16: an image of 25 steps with
-              guidance; merge.py with Co-Merge on 7 random experts; a DPO step of 1, 4 and 16
-              pairs, the frozen weights and the peer's second UNet in bf16 too
+              guidance; Co-Merge's pass for 7 random experts beside a forward; a DPO step of 1, 4
+              and 16 pairs, the frozen weights and the peer's second UNet in bf16 too
 
 Models are full-size, their weights random; all but gpu runs on the CPU. Printed are seconds until
 ready, from the start of Python; of the first and of the last round of work; and peak memory: each
@@ -93,7 +93,7 @@ def train(folder: Path, rounds: int, experts):
     model = full_size("SD 1", folder / "model")
     ours, peer = f"ours step {model} 256 --device cpu --batch 1", f"peers step {model} 256 1 cpu"
     compare(rounds, {
-        "one forward": f"ours forward {model}", "ours": ours,
+        "one forward": f"ours forward {model} cpu", "ours": ours,
         "ours, --checkpointing": f"{ours} --checkpointing",
         "ours, --precision bf16": f"{ours} --precision bf16",
         "diffusers + PEFT": f"{peer} fp32", "diffusers + PEFT, bf16": f"{peer} bf16"})
@@ -115,8 +115,8 @@ def merge(folder: Path, rounds: int, experts: list[int]):
             if rule and n <= 100:    # PEFT would need 180,000 modules for 700
                 jobs[f"PEFT, {n}: {rule}"] = f"peers combine {files} {rule}"
             compare(rounds, jobs)
-        compare(rounds, {"one forward": f"ours forward {model}",
-                         f"scoring {n} experts": f"ours score {model} {files}"})
+        compare(rounds, {"one forward": f"ours forward {model} cpu",
+                         f"scoring {n} experts": f"ours score {model} {files} cpu"})
 
 
 def gpu(folder: Path, rounds: int, experts):
@@ -128,7 +128,8 @@ def gpu(folder: Path, rounds: int, experts):
         files = random_experts(model, folder / f"{side}-experts", 7)
         job = f"picture {model} bfloat16 {side} 25 cuda"
         compare(rounds, {f"{family}: diffusers": f"peers {job}", "ours": f"ours {job}"})
-        compare(rounds, {"Co-Merge of 7": f"ours co_merge {model} {files} {side} cuda"})
+        compare(rounds, {f"{family}: one forward": f"ours forward {model} cuda",
+                         "scoring 7 experts": f"ours score {model} {files} cuda"})
         for pairs in (1, 4, 16):
             ours = f"ours step {model} {side} --device cuda --precision bf16 --batch {pairs}"
             peer = f"peers step {model} {side} {pairs} cuda bf16"

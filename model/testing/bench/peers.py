@@ -81,7 +81,6 @@ def step(folder: str, side: str, pairs: str, device: str, precision: str, checkp
 def combine(experts: str, rule: str, rank: str):
     """add_weighted_adapter. Ready when all adapters are in memory."""
     import peft
-    from safetensors.torch import save_file
     from model.formats.lora_file import load
     loras = [load(path)[0] for path in sorted(Path(experts).glob("*.safetensors"))]
     network = torch.nn.Module()
@@ -93,14 +92,15 @@ def combine(experts: str, rule: str, rank: str):
     for name, lora in zip(names, loras):
         if name != "0":
             adapted.add_adapter(name, config)
-        state = {f"base_model.model.{key}.lora_A.weight": f.down for key, f in lora.items()}
-        state |= {f"base_model.model.{key}.lora_B.weight": f.up for key, f in lora.items()}
+        state = {}
+        for key, f in lora.items():
+            state[f"base_model.model.{key}.lora_A.weight"] = f.down
+            state[f"base_model.model.{key}.lora_B.weight"] = f.up
         peft.set_peft_model_state_dict(adapted, state, name)
     del loras
     yield
     with torch.no_grad():
         adapted.add_weighted_adapter(names, [1.0] * len(names), "merged", rule,
                                      svd_rank=int(rank), density=0.2)
-    state = peft.get_peft_model_state_dict(adapted, adapter_name="merged")
-    save_file({key: value.contiguous() for key, value in state.items()}, f"{experts}/peft.out")
+    adapted.save_pretrained(f"{experts}/peft", selected_adapters=["merged"])
     yield
