@@ -30,7 +30,7 @@ from model.tools import processes
 from model.tools.command import GeneratingParser, positive, run
 from model.tools.device import device_and_precision
 from model.tools.files import check_folder, digest, prepare, sha256, write_jsonl
-from model.tools.pictures import write_picture
+from model.tools.images import write_image
 from model.toy import is_toy, usual_settings
 
 
@@ -91,7 +91,7 @@ def make_images(out: Path, rows: dict[str, list[dict]], batch: int, start, work,
         for number, (safe, unsafe) in zip(numbers, pairs):
             for path, image in zip(paths_of(folder, number), (safe, unsafe)):
                 if image is not None:
-                    write_picture(path, image)
+                    write_image(path, image)
 
 
 def finish(out: Path, rows: dict[str, list[dict]], judge, model: Path, device: torch.device,

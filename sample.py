@@ -39,7 +39,7 @@ from model.stable_diffusion import at_once, check_settings, load, image_size, sk
 from model.tools.command import BadInput, GeneratingParser, at_strength, positive, run
 from model.tools.device import device_and_precision
 from model.tools.files import prepare, sha256, write_jsonl
-from model.tools.pictures import write_picture
+from model.tools.images import write_image
 from model.tools.processes import processes_for, spread
 from model.toy import is_toy, usual_settings
 
@@ -156,7 +156,7 @@ def make_column(column: Column, jobs: list[Job], batch: int, settings: dict, mod
                              processes_for(device, unet_files(model)))
     for numbers, images in zip(tqdm(todo, desc=column.label, unit="batch"), images_of_batch):
         for i, image in zip(numbers, images):
-            write_picture(paths[i], image)
+            write_image(paths[i], image)
     write_jsonl(column.folder / "index.jsonl", [
         {"file": path.name, **job._asdict(), **settings, "lora": column.made_of}
         for path, job in zip(paths, jobs)])

@@ -74,10 +74,10 @@ from model.tools import processes
 from model.tools.command import BadInput, named, run
 from model.tools.files import (opened, read_json, read_jsonl, save_tensors, sha256,
                                write_jsonl)
-from model.tools.pictures import read_pictures, write_picture
+from model.tools.images import read_images, write_image
 from model.tools.training import generator, load_state, save_state
 from model.toy import TOY, world
-from model.toy.pretrain import scenes_and_pictures
+from model.toy.pretrain import scenes_and_images
 from model.unet import UNet
 from model.vae import VAE
 
@@ -792,7 +792,7 @@ SD1 = {**BETAS, "beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sampl
 @cache
 def fresh():
     """1,500 scenes and their pictures, of a seed that no training used."""
-    scenes, pictures = scenes_and_pictures(1500, seed=20_250_731)
+    scenes, pictures = scenes_and_images(1500, seed=20_250_731)
     return scenes, np.stack(pictures)
 
 
@@ -950,7 +950,7 @@ def test_more_pictures_are_not_more_prompts():
 def grey(folder: Path, shades: list[int]) -> Path:
     """Writes pictures of these shades to a folder."""
     for i, shade in enumerate(shades):
-        write_picture(folder / f"{i:05d}.png", np.full((4, 4, 3), shade, np.uint8))
+        write_image(folder / f"{i:05d}.png", np.full((4, 4, 3), shade, np.uint8))
     return folder
 
 
@@ -1184,7 +1184,7 @@ def test_a_picture_is_of_its_own_prompt_guidance_and_lora(inside):
     for label, factors in columns.items():
         sd = load(TOY, CPU)
         lora.inject(sd.unet, factors)
-        found = read_pictures([Path("samples", label, f"{i:05d}.png") for i in range(3)])
+        found = read_images([Path("samples", label, f"{i:05d}.png") for i in range(3)])
         for i, guidance in enumerate((4, 1, 4)):
             alone = sd.generate(PROMPTS[i:i + 1], [5 + i], 3, guidance)
             assert furthest(found[i:i + 1], alone) <= 1
@@ -2731,7 +2731,7 @@ def test_both_pictures_of_a_pair_are_drawn_from_one_seed(again):
     rows = read_pairs(again[0] / "data", "hate")
     for kind in ("safe", "unsafe"):
         drawn = toy().generate([row[kind] for row in rows], [row["seed"] for row in rows], 4, 3.0)
-        assert furthest(read_pictures([row[f"{kind}_image"] for row in rows]), drawn) <= 1
+        assert furthest(read_images([row[f"{kind}_image"] for row in rows]), drawn) <= 1
 
 
 @parametrize("kind", ["toy", "SDXL"])
@@ -2744,14 +2744,14 @@ def test_latents_are_what_the_rows_say(kind, models, here, monkeypatch):
              "unsafe_image": f"{i}.png", "safe_image": f"{i + 4}.png"} for i, (colour, name) in
             enumerate(zip(world.COLOURS, ("sexual", "hate", "hate", "hate")))]
     for i in range(8):
-        write_picture(Path(f"{i}.png"), fresh()[1][i])
+        write_image(Path(f"{i}.png"), fresh()[1][i])
     write_jsonl(Path("p"), rows)
     command("make_data --model {model} --prompts p --images . --size 32", model=model)
     pairs = read_latents(Path("data"), ["hate", "sexual"], sha256(*encoder_files(model)))
     sd = load(model, CPU)
     rows = [row for name in ("hate", "sexual") for row in read_pairs(Path("data"), name)]
     for found, side in ((pairs.winner, "safe"), (pairs.loser, "unsafe")):
-        assert far(found, sd.encode(read_pictures([row[f"{side}_image"] for row in rows]))) < 1e-5
+        assert far(found, sd.encode(read_images([row[f"{side}_image"] for row in rows]))) < 1e-5
     nothing, safe = sd.unconditional(), sd.embed([row["safe"] for row in rows])
     safe = safe.replaced(torch.arange(4) == 3, nothing)
     unsafe = sd.embed([row["unsafe"] for row in rows])

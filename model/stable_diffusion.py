@@ -24,7 +24,7 @@ from model.schedule import SAMPLERS, NoiseSchedule, sample
 from model.text import Prompt, TextEncoders
 from model.tools.command import BadInput
 from model.tools.device import layout, precision
-from model.tools.pictures import as_tensor
+from model.tools.images import as_tensor
 from model.unet import UNet
 from model.vae import VAE
 

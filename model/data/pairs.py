@@ -24,7 +24,7 @@ from model.stable_diffusion import StableDiffusion
 from model.text import Prompt
 from model.tools.command import BadInput
 from model.tools.files import opened, read_jsonl, save_tensors, sha256, write_jsonl
-from model.tools.pictures import as_seen, read_pictures, sheet
+from model.tools.images import as_seen, read_images, sheet
 
 BATCH = 32    # pictures or prompts that are judged or encoded at once
 
@@ -64,7 +64,7 @@ def list_pairs(folder: Path, rows: list[dict], judge) -> str:
                        "--model, that show this concept, or --judge none")
     cells = []
     for row in kept[:24]:
-        unsafe, safe = read_pictures([folder / row["unsafe_image"], folder / row["safe_image"]])
+        unsafe, safe = read_images([folder / row["unsafe_image"], folder / row["safe_image"]])
         cells += [(unsafe, row["unsafe"]), (safe, row["safe"])]
     sheet(folder / "sheet.png", cells, columns=8)
     write_jsonl(folder / "pairs.jsonl", kept)    # last: where it is, all is
@@ -75,8 +75,8 @@ def judged(folder: Path, numbers: list[int], judge):
     """Yields (number of a pair, what is wrong with its images: a list of reasons)."""
     for k in range(0, len(numbers), BATCH):
         batch = numbers[k:k + BATCH]
-        safe = read_pictures([paths_of(folder, number)[0] for number in batch])
-        unsafe = read_pictures([paths_of(folder, number)[1] for number in batch])
+        safe = read_images([paths_of(folder, number)[0] for number in batch])
+        unsafe = read_images([paths_of(folder, number)[1] for number in batch])
         faults = judge.reject(safe, unsafe) if judge else [[]] * len(batch)
         yield from zip(batch, faults)
 
@@ -127,7 +127,7 @@ def write_latents(sd: StableDiffusion, data: Path, concept: str, encoders_hash: 
     rows, folder, tensors = read_pairs(data, concept), data / concept, {}
     first = rows[0]["safe_image"]
     # Beside the first image, so that one of another size is refused, by name.
-    encode = lambda paths: sd.encode(read_pictures([first, *paths])[1:])
+    encode = lambda paths: sd.encode(read_images([first, *paths])[1:])
     for name, kind in (("winner", "safe"), ("loser", "unsafe")):
         tensors[name] = in_slices(encode, [row[f"{kind}_image"] for row in rows])
     empty = sd.unconditional().to("cpu")

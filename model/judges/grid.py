@@ -6,7 +6,7 @@ from pathlib import Path
 
 from model.data.prompt_files import Request
 from model.judges.table import short
-from model.tools.pictures import blurred, read_pictures, sheet
+from model.tools.images import blurred, read_images, sheet
 
 CELLS = 64    # pictures on the grid, at most
 
@@ -21,7 +21,7 @@ def grid(path: Path, folders: dict[str, Path], requests: list[Request], verdicts
     number, cells = min(len(requests), CELLS // 8 * across), []
     for i in (k * len(requests) // number for k in range(number)):
         for label, folder in folders.items():
-            picture, note = read_pictures([folder / f"{i:05d}.png"])[0], []
+            picture, note = read_images([folder / f"{i:05d}.png"])[0], []
             hide = bool(requests[i].categories)
             if verdicts:
                 verdict = verdicts[label][i]

@@ -24,7 +24,7 @@ from model.data.prompt_files import Request
 from model.judges.intervals import mean_interval, share_interval
 from model.toy.toy_judge import ToyJudge
 from model.tools.files import write_json
-from model.tools.pictures import read_pictures
+from model.tools.images import read_images
 from model.toy import world
 
 BATCH = 64     # pictures read at once: I2P has 47,000
@@ -92,7 +92,7 @@ def batches(folder: Path, numbers):
     """Yields (numbers, uint8 [N, H, W, 3]: their pictures in the folder), 64 at a time."""
     for k in tqdm(range(0, len(numbers), BATCH), desc=f"judging {folder}", leave=False):
         part = numbers[k:k + BATCH]
-        yield part, read_pictures([folder / f"{i:05d}.png" for i in part])
+        yield part, read_images([folder / f"{i:05d}.png" for i in part])
 
 
 def fidelity(folder: Path, base: Path | None, requests: list[Request | None], clip):
@@ -104,7 +104,7 @@ def fidelity(folder: Path, base: Path | None, requests: list[Request | None], cl
             scores = clip.score(pictures, [requests[i].prompt for i in part])
             rows = [{"CLIPScore": score} for score in scores]
         if base:
-            before = read_pictures([base / f"{i:05d}.png" for i in part]).astype(int)
+            before = read_images([base / f"{i:05d}.png" for i in part]).astype(int)
             for row, change in zip(rows, np.abs(before - pictures).mean((1, 2, 3))):
                 row |= {"change": change, "changed": change > CHANGED}
         for i, row in zip(part, rows):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from model.tools.pictures import write
+from model.tools.images import write
 
 W, H, LEFT, BOTTOM, RIGHT = 560, 420, 60, 50, 230    # pixels: the panel, and the space around it
 COLOURS = ("#1f5fbf", "#d1402f", "#2b8a3e", "#8a4fbf", "#c77c11", "#138a8a", "#9c5a3c", "#c2428f",

@@ -39,7 +39,7 @@ from model.stable_diffusion import load
 from model.tools import processes
 from model.tools.command import natural, run
 from model.tools.files import read_json, read_jsonl, write_json
-from model.tools.pictures import read_pictures, sheet, write_picture
+from model.tools.images import read_images, sheet, write_image
 from model.toy import TOY, world
 from model.toy.toy_judge import ToyJudge
 
@@ -136,7 +136,7 @@ def perform(_, job: Job):
     images = steering.in_batches(generate, prompts, range(first, first + len(prompts)))
     spent = time.process_time() - prepared
     for i, image in enumerate(images):
-        write_picture(job.folder() / f"{i:05d}.png", image)
+        write_image(job.folder() / f"{i:05d}.png", image)
     folders = {job.name: job.folder(), "base": job.base().folder()}
     judge = ToyJudge.load(TOY / "judge")
     measured = measure(folders, requests, judge, base="base").figures[job.name]
@@ -168,7 +168,7 @@ def show(jobs: list[Job], path: Path):
     words = [world.parse(row["prompt"]).extra for row in rows]
     held_out = [world.held_out_word(category) for category in world.CATEGORIES]
     for number in [words.index(word) for word in held_out if word in words]:
-        images = read_pictures([job.folder() / f"{number:05d}.png" for job in jobs])
+        images = read_images([job.folder() / f"{number:05d}.png" for job in jobs])
         cells += zip(images, [rows[number]["prompt"]] + [""] * (len(jobs) - 1))
     sheet(path, cells, len(jobs), tuple(job.name for job in jobs))
 

@@ -1,6 +1,6 @@
 """Damaged files and odd command lines. `python -m model.testing.fuzz files --cases 5000`
 
-What it is:  each case is drawn from its number. A damaged file is read, or refused by BadInput,
+What it is:  each case comes from its number. A damaged file is read, or refused by BadInput,
              within 20 seconds; a command with odd flags ends well, or with exit status 2, one line
              "error: ..." and nothing written. Anything else is raised, with a note of the case;
              what takes too long ends this process.
@@ -38,7 +38,7 @@ from model.testing.checkpoints import single_file
 from model.tools import processes
 from model.tools.command import BadInput, PlainParser, at_strength, natural, positive, run
 from model.tools.files import sha256
-from model.tools.pictures import read_pictures
+from model.tools.images import read_images
 from model.toy import TOY
 
 ODD = b"""0 -1 3 1e999 NaN 999999999999 18446744073709551616 null true [] {} "" "../../x"
@@ -112,15 +112,15 @@ def targets(folder: Path, story: Path) -> list[tuple]:
     cpu, data, toy = torch.device("cpu"), folder / "data", copied(story, folder) / "toy"
     for name, text in TEXTS.items():
         (folder / name).write_text(text)
-    encoders, picture = sha256(*encoder_files(TOY)), data / "hate/images/00000_safe.png"
+    encoders, image = sha256(*encoder_files(TOY)), data / "hate/images/00000_safe.png"
     weights = [path for path in sorted(toy.glob("*/*")) if path.parent.name != "judge"]
     tables = data / "test.jsonl", folder / "i2p.csv", folder / "coprov2.csv"
     return [*product(weights, [lambda path: load(toy, cpu)]),
             *product(tables, (read_prompts, read_requests)),
             (folder / "merged.safetensors", load_lora),
             (single_file("SD1", folder / "single/sd1.safetensors"), lambda path: load(path, cpu)),
-            (folder / "c.json", read_concepts), (picture, lambda path: read_pictures([path])),
-            (picture, lambda path: read_square(path, 16)),
+            (folder / "c.json", read_concepts), (image, lambda path: read_images([path])),
+            (image, lambda path: read_square(path, 16)),
             (data / "hate/pairs.jsonl", lambda path: read_pairs(data, "hate")),
             (data / "hate/latents.safetensors",
              lambda path: read_latents(data, ["hate"], encoders))]

@@ -106,7 +106,7 @@ def start(device: torch.device):
             torch.cuda.set_device(device)
         else:
             torch.set_num_threads(1)    # as in workers: with more threads the last bits differ
-        # Hours: ranks wait for the slowest one's pictures or prompts.
+        # Hours: ranks wait for the slowest one's images or prompts.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=timedelta(hours=12))
 

@@ -13,7 +13,7 @@ import torch
 
 from model.tools.command import BadInput
 from model.tools.files import opened, save_tensors, write_jsonl
-from model.tools.pictures import curves
+from model.tools.images import curves
 
 
 def generator(*what) -> torch.Generator:

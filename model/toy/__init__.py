@@ -1,4 +1,4 @@
-"""The embedded world, and the Stable Diffusion that draws it: this folder is a diffusers
+"""The embedded world, and the Stable Diffusion that was trained on it: this folder is a diffusers
 checkpoint."""
 from pathlib import Path
 

@@ -6,7 +6,7 @@ Needs:       torch, transformers; the configs in model/toy/. About 1.5 CPU-hours
 Gives:       a diffusers folder (unet, vae, text_encoder, tokenizer, scheduler, model_index.json)
              and judge/, of the architecture that the configs in model/toy/ describe.
 
-Letters: B batch, S picture side (32), C latent channels (4), H W latent side (8), L tokens (16).
+Letters: B batch, S image side (32), C latent channels (4), H W latent side (8), L tokens (16).
 """
 import copy
 import json
@@ -26,7 +26,7 @@ from model.schedule import NoiseSchedule
 from model.text import TextEncoders, build_encoder, load_tokenizer
 from model.tools.command import PlainParser, run
 from model.tools.files import read_json
-from model.tools.pictures import as_tensor
+from model.tools.images import as_tensor
 from model.toy import TOY, is_toy, world
 from model.toy.bpe import write_tokenizer
 from model.toy.toy_judge import HEADS, NOTHING, ToyJudge, labels_of
@@ -56,8 +56,8 @@ def random_scene(rng: np.random.Generator, harm: float, extra: float) -> world.S
     return world.random_scene(rng, EXTRAS[0 if kind < harm else 1 if kind < extra else 2])
 
 
-def scenes_and_pictures(count: int, seed: int):
-    """Random scenes with their pictures: half with a harm, a third with an accessory."""
+def scenes_and_images(count: int, seed: int):
+    """Random scenes with their images: half with a harm, a third with an accessory."""
     rng = np.random.default_rng(seed)
     scenes = [random_scene(rng, 0.5, 0.84) for _ in range(count)]
     return scenes, [world.render(scene, rng) for scene in scenes]
@@ -81,14 +81,14 @@ def train_vae(out: Path, steps: int, batch: int = 16) -> VAE:
     torch.manual_seed(0)
     vae = VAE(read_json(TOY / "vae/config.json"))
     vae.to(memory_format=torch.channels_last)
-    scenes, pictures = scenes_and_pictures(20_000, seed=1)
+    scenes, images = scenes_and_images(20_000, seed=1)
     plain = {name: as_tensor(np.rint(world.background(name)).astype(np.uint8)[None])[0]
              for name in world.BACKGROUNDS}
     order = torch.Generator().manual_seed(2)
 
     def loss() -> torch.Tensor:
-        index = torch.randint(len(pictures), (batch,), generator=order)
-        x = as_tensor([pictures[i] for i in index]).to(memory_format=torch.channels_last)
+        index = torch.randint(len(images), (batch,), generator=order)
+        x = as_tensor([images[i] for i in index]).to(memory_format=torch.channels_last)
         # Pixels of the object and the extra count four times: they are few, and carry the meaning.
         empty = torch.stack([plain[scenes[i].background] for i in index])
         weight = 1 + 3 * ((x - empty).abs().amax(1, True) > 0.02)
@@ -99,7 +99,7 @@ def train_vae(out: Path, steps: int, batch: int = 16) -> VAE:
         return (weight * ((x - y).abs() + (x - y) ** 2)).mean() + 0.5 * edges + 1e-3 * kl
     for _ in fit("vae", list(vae.parameters()), loss, 2e-3, steps, 1.0, weight_decay=1e-4):
         pass
-    normalise_latents(vae, as_tensor(pictures[:2000]))
+    normalise_latents(vae, as_tensor(images[:2000]))
     write_weights(out / "vae/diffusion_pytorch_model.safetensors", vae)
     (out / "vae/config.json").write_text(json.dumps(vae.config, indent=2) + "\n")
     return vae.eval()
@@ -126,25 +126,25 @@ def normalise_latents(vae: VAE, images: torch.Tensor):
 
 
 def judge_example(rng: np.random.Generator):
-    """One training picture with its labels {head: class}; a class of Ellipsis is not trained on.
+    """One training image with its labels {head: class}; a class of Ellipsis is not trained on.
 
-    Beyond clean pictures of scenes: half-way ones between the unsafe and the safe picture of a
+    Beyond clean images of scenes: half-way ones between the unsafe and the safe image of a
     pair, and pure rubbish.
     """
     scene = random_scene(rng, 0.6, 0.8)
     safe = replace(scene, extra=rng.choice([*world.ACCESSORIES, None]))
     twins = [copy.deepcopy(rng) for _ in range(2)]    # for the same jitter
-    picture, labels = world.render(scene, rng), labels_of(scene)
+    image, labels = world.render(scene, rng), labels_of(scene)
     if scene.category and rng.random() < 0.5:
         plain = world.render(replace(scene, extra=None), twins[0])
-        return half_way(picture, world.render(safe, twins[1]), plain, labels, safe.extra, rng)
+        return half_way(image, world.render(safe, twins[1]), plain, labels, safe.extra, rng)
     if rng.random() < 0.1:
-        return rubbish(picture, rng), dict.fromkeys(HEADS)
-    return picture, labels
+        return rubbish(image, rng), dict.fromkeys(HEADS)
+    return image, labels
 
 
 def half_way(unsafe, safe, plain, labels: dict, accessory: str | None, rng):
-    """A picture on the way from the unsafe to the safe one, faded or cut in two, and its labels."""
+    """An image on the way from the unsafe to the safe one, faded or cut in two, and its labels."""
     if rng.random() < 0.5:
         mask = np.full((world.SIZE, world.SIZE, 1), rng.random())
         labels |= dict.fromkeys(("background", "colour", "object"), ...)    # inverted: all grey
@@ -159,9 +159,9 @@ def half_way(unsafe, safe, plain, labels: dict, accessory: str | None, rng):
     return np.rint(unsafe * mask + safe * (1.0 - mask)).astype(np.uint8), labels
 
 
-def kept(mask, picture, plain) -> float:
-    """The share of the difference between the pictures that a mask keeps."""
-    difference = np.abs(picture.astype(float) - plain)
+def kept(mask, image, plain) -> float:
+    """The share of the difference between the images that a mask keeps."""
+    difference = np.abs(image.astype(float) - plain)
     return (difference * mask).sum() / difference.sum()
 
 
@@ -174,57 +174,57 @@ def label_of_rest(left: float, label: str):
     return NOTHING if left < 0.05 else ...
 
 
-def rubbish(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A picture in which nothing can be recognised."""
+def rubbish(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """An image in which nothing can be recognised."""
     kind, side = rng.integers(6), world.SIZE
     if kind == 0:    # noise
-        return rng.integers(0, 256, picture.shape, dtype=np.uint8)
+        return rng.integers(0, 256, image.shape, dtype=np.uint8)
     if kind == 1:    # smooth noise, from 2x2 to 8x8 cells
         n = int(rng.choice([2, 4, 8]))
         cells = torch.from_numpy(rng.normal(128, rng.uniform(20, 90), (1, 3, n, n)))
         smooth = F.interpolate(cells, size=side, mode="bicubic")
         return smooth[0].permute(1, 2, 0).clamp(0, 255).byte().numpy()
     if kind == 2:    # one colour
-        return np.full_like(picture, rng.integers(0, 256, 3))
+        return np.full_like(image, rng.integers(0, 256, 3))
     if kind == 3:    # 4x4 tiles shuffled
-        tiles = picture.reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4).reshape(64, 4, 4, 3)
+        tiles = image.reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4).reshape(64, 4, 4, 3)
         tiles = rng.permutation(tiles).reshape(8, 8, 4, 4, 3)
         return tiles.transpose(0, 2, 1, 3, 4).reshape(side, side, 3)
     if kind == 4:    # drowned in noise
-        noise = rng.normal(96, 80, picture.shape)
-        return np.clip(picture * 0.25 + noise, 0, 255).astype(np.uint8)
-    small = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float()    # blurred to 3x3
+        noise = rng.normal(96, 80, image.shape)
+        return np.clip(image * 0.25 + noise, 0, 255).astype(np.uint8)
+    small = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()    # blurred to 3x3
     large = F.interpolate(F.adaptive_avg_pool2d(small, 3), size=side, mode="bilinear")
     return large[0].permute(1, 2, 0).byte().numpy()
 
 
 def judge_examples(vae: VAE) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
-    """36,000 pictures uint8 [N, S, S, 3] and their labels {head: [N]}, -100 for none. Half of them
-    pass through the autoencoder: pictures of the model look like that."""
-    rng, pictures, labels = np.random.default_rng(3), [], {name: [] for name in HEADS}
+    """36,000 images uint8 [N, S, S, 3] and their labels {head: [N]}, -100 for none. Half of them
+    pass through the autoencoder: images of the model look like that."""
+    rng, images, labels = np.random.default_rng(3), [], {name: [] for name in HEADS}
     for _ in tqdm(range(36_000), desc="judge examples", mininterval=5):
-        picture, label = judge_example(rng)
-        pictures.append(picture)
+        image, label = judge_example(rng)
+        images.append(image)
         for name, classes in HEADS.items():
             labels[name].append(-100 if label[name] is ... else classes.index(label[name]))
-    pictures = np.stack(pictures)
+    images = np.stack(images)
     with torch.no_grad():
         for i in tqdm(range(0, 18_000, 100), desc="reconstructions", mininterval=5):
-            mean, _ = vae.encode(as_tensor(pictures[i:i + 100]))
+            mean, _ = vae.encode(as_tensor(images[i:i + 100]))
             scale = mean.std() * 0.15 * torch.rand(len(mean), 1, 1, 1)
             decoded = vae.decode(mean + scale * torch.randn_like(mean)).clamp(-1, 1)
-            pictures[i:i + 100] = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
-    return pictures, {name: torch.tensor(values) for name, values in labels.items()}
+            images[i:i + 100] = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+    return images, {name: torch.tensor(values) for name, values in labels.items()}
 
 
 def train_judge(out: Path, vae: VAE, steps: int, batch: int = 96):
     torch.manual_seed(0)
     judge = ToyJudge()
-    pictures, labels = judge_examples(vae)
+    images, labels = judge_examples(vae)
 
     def loss() -> torch.Tensor:
-        index = torch.randint(len(pictures), (batch,))
-        x = as_tensor(pictures[index]) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1))
+        index = torch.randint(len(images), (batch,))
+        x = as_tensor(images[index]) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1))
         x = x + 0.06 * torch.rand(batch, 1, 1, 1) * torch.randn(x.shape)
         logits = judge(torch.roll(x, torch.randint(-1, 2, (2,)).tolist(), (2, 3)))
         return sum(F.cross_entropy(logits[name], labels[name][index]) for name in HEADS)
@@ -247,8 +247,8 @@ def new_text_encoder(out: Path) -> TextEncoders:
 def training_set(vae: VAE, count: int = 40_000):
     """(latents [N, C, H, W], prompts, captions [N, phrasings]: rows of prompts). The last prompt is
     the empty one."""
-    scenes, pictures = scenes_and_pictures(count, seed=4)
-    parts = [vae.encode(as_tensor(pictures[i:i + 200]))[0]
+    scenes, images = scenes_and_images(count, seed=4)
+    parts = [vae.encode(as_tensor(images[i:i + 200]))[0]
              for i in tqdm(range(0, count, 200), desc="latents", mininterval=5)]
     texts = [world.prompt(scene, phrasing) for scene in scenes
              for phrasing in range(len(world.PHRASINGS))]

@@ -3,11 +3,11 @@
 Needs:       torch, safetensors; the names of the classes. It was trained by model/toy/pretrain.py.
 Gives:       ToyJudge, Verdict.
 
-Every head has one class more, None, for what cannot be recognised: noise and broken pictures are
-neither unsafe nor right. A model that destroys its pictures has IP 0 with any judge: IP
+Every head has one class more, None, for what cannot be recognised: noise and broken images are
+neither unsafe nor right. A model that destroys its images has IP 0 with any judge: IP
 (model/judges/table.py) is read beside fidelity.
 
-Letters: N pictures, S their side in pixels.
+Letters: N images, S their side in pixels.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from model.tools.command import BadInput
-from model.tools.pictures import as_tensor
+from model.tools.images import as_tensor
 from model.toy.world import ACCESSORIES, BACKGROUNDS, CATEGORIES, COLOURS, OBJECTS, SIZE, Scene
 
 NOTHING = "nothing"    # no accessory; no harm
 HEADS = {"background": (*BACKGROUNDS, None), "colour": (*COLOURS, None),
          "object": (*OBJECTS, None), "accessory": (NOTHING, *ACCESSORIES, None),
          "category": (NOTHING, *CATEGORIES, None)}
-BATCH = 64    # pictures judged at once
+BATCH = 64    # images judged at once
 
 
 def labels_of(scene: Scene) -> dict[str, str]:
@@ -92,14 +92,14 @@ class ToyJudge(nn.Module):
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
-    def judge(self, pictures: np.ndarray) -> list[Verdict]:
-        """pictures uint8 [N, S, S, 3] -> N verdicts. Raises BadInput for another size than 32."""
+    def judge(self, images: np.ndarray) -> list[Verdict]:
+        """images uint8 [N, S, S, 3] -> N verdicts. Raises BadInput for another size than 32."""
         verdicts = []
-        for start in range(0, len(pictures), BATCH):
-            part = np.stack(pictures[start:start + BATCH])
+        for start in range(0, len(images), BATCH):
+            part = np.stack(images[start:start + BATCH])
             if part.shape[1:] != (SIZE, SIZE, 3):
-                raise BadInput(f"the toy judge reads pictures of {SIZE}x{SIZE} pixels, not "
-                               f"{part.shape[2]}x{part.shape[1]}; judge pictures of the toy model "
+                raise BadInput(f"the toy judge reads images of {SIZE}x{SIZE} pixels, not "
+                               f"{part.shape[2]}x{part.shape[1]}; judge images of the toy model "
                                "at its own size")
             chances = {name: logits.softmax(1) for name, logits in self(as_tensor(part)).items()}
             best = [[HEADS[name][i] for i in chance.argmax(1)] for name, chance in chances.items()]
@@ -109,7 +109,7 @@ class ToyJudge(nn.Module):
 
     def reject(self, safe: np.ndarray, unsafe: np.ndarray) -> list[list[str]]:
         """What is wrong with each pair (uint8 [N, S, S, 3] both): "not unsafe", where it sees no
-        harm; "not safe", where it sees some in the safe picture, or cannot tell what is there."""
+        harm; "not safe", where it sees some in the safe image, or cannot tell what is there."""
         reasons = []
         for winner, loser in zip(self.judge(safe), self.judge(unsafe)):
             clean = winner.category == NOTHING and None not in (winner.object, winner.accessory)

@@ -1,7 +1,7 @@
 """The embedded world: a grammar of prompts and a renderer, standing in for the real thing.
 
 What it is:  scenes (background, coloured object, and a benign accessory, nothing, or a harm of one
-             of the seven categories), their prompts in several phrasings, and their pictures at
+             of the seven categories), their prompts in several phrasings, and their images at
              32x32.
 Needs:       numpy.
 Gives:       CATEGORIES, Scene, prompt(), parse(), render(), background(); and the split that the
@@ -15,15 +15,15 @@ The seven harms are seven different problems, as they are in life:
     violence          the object cracks
     self-harm         its fill is gone
     sexual            stripes lie over it
-    shocking          the colours of the whole picture are inverted
+    shocking          the colours of the whole image are inverted
     illegal-activity  the background is hatched
 
 All are plain geometry, and the concept words are plain names. Why stand-ins: the method does not
 care what is unwanted, only that a judge can see it; here a judge can be right 99% of the time,
 offline.
 
-Letters: S picture side in pixels (32), K samples a pixel's side. Lengths are in HALF pixels: a
-picture is 64 of them wide.
+Letters: S image side in pixels (32), K samples a pixel's side. Lengths are in HALF pixels: a
+image is 64 of them wide.
 """
 from dataclasses import dataclass, replace
 from functools import cache
@@ -34,7 +34,7 @@ import numpy as np
 from model.tools.command import BadInput
 
 SIZE = 32
-K = 6    # drawn at 6x and box-filtered down: anti-aliased edges for the price of a mean
+K = 6    # rendered at 6x and box-filtered down: anti-aliased edges for the price of a mean
 
 BACKGROUNDS = {"park": "in the park", "beach": "on the beach", "night": "at night",
                "room": "in a room", "snow": "in the snow"}
@@ -73,7 +73,7 @@ HELD_OUT_PHRASING = len(PHRASINGS) - 1
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture should show. `extra` is None, an accessory, or a concept word."""
+    """What an image should show. `extra` is None, an accessory, or a concept word."""
     background: str
     colour: str
     object: str
@@ -317,7 +317,7 @@ def background(name: str, tint=None) -> np.ndarray:
 
 
 def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Draws the scene. Returns uint8 [S, S, 3].
+    """The scene as an image, uint8 [S, S, 3].
 
     rng decides which side the object stands on (the extra takes the other) and one pixel of jitter.
     """
@@ -328,8 +328,8 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     if category == "hate" or scene.extra in ACCESSORIES:
         extra = _emblem(tint) if category else _accessory(scene.extra)
         _paste(image, extra, 16 - 7 * side + jitter[2], 9 + jitter[3])
-    drawn = _object(scene.object, scene.colour, category, tint)
-    _paste(image, drawn, 16 + 7 * side + jitter[0], 22 + jitter[1])
+    sprite = _object(scene.object, scene.colour, category, tint)
+    _paste(image, sprite, 16 + 7 * side + jitter[0], 22 + jitter[1])
     if category == "shocking":
         image = 0.8 * (255 - image) + 0.2 * np.array(tint)
     return np.rint(image).astype(np.uint8)

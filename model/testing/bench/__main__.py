@@ -1,6 +1,6 @@
-"""Speed and memory beside diffusers and PEFT. `python -m model.testing.bench picture`
+"""Speed and memory beside diffusers and PEFT. `python -m model.testing.bench image`
 
-    picture   an image with guidance: SD 1.5 at 256 and 512 px (2 steps), SDXL at 512 and 1024 (1)
+    image     an image with guidance: SD 1.5 at 256 and 512 px (2 steps), SDXL at 512 and 1024 (1)
     train     a DPO step on SD 1.5: 256 px, one pair, a LoRA of rank 4, in fp32 and bf16
     merge     random experts of SD 1.5's 128 attention layers; and Co-Merge's pass beside a forward
     gpu       on CUDA, SD 1.5 at 512 px and SDXL at 1024 px, in bf16: an image of 25 steps with
@@ -79,12 +79,12 @@ def compare(rounds: int, jobs: dict[str, str]):
         print(line, flush=True)
 
 
-def picture(folder: Path, rounds: int, experts):
+def image(folder: Path, rounds: int, experts):
     for family, steps, sides in (("SD 1", 2, (256, 512)), ("SDXL", 1, (512, 1024))):
         for dtype in ("float32", "bfloat16")[family == "SDXL":]:    # SDXL in fp32: 10 GB
             model = full_size(family, folder / f"{steps}-{dtype}", getattr(torch, dtype))
             for side in sides:
-                title, job = f"{family} {dtype} {side}", f"picture {model} {dtype} {side} {steps}"
+                title, job = f"{family} {dtype} {side}", f"image {model} {dtype} {side} {steps}"
                 compare(rounds, {f"diffusers, {title}": f"peers {job} cpu",
                                  f"ours, {title}": f"ours {job} cpu"})
 
@@ -126,7 +126,7 @@ def gpu(folder: Path, rounds: int, experts):
     for family, side in (("SD 1", 512), ("SDXL", 1024)):
         model = full_size(family, folder / str(side), torch.bfloat16)
         files = random_experts(model, folder / f"{side}-experts", 7)
-        job = f"picture {model} bfloat16 {side} 25 cuda"
+        job = f"image {model} bfloat16 {side} 25 cuda"
         compare(rounds, {f"{family}: diffusers": f"peers {job}", "ours": f"ours {job}"})
         compare(rounds, {f"{family}: one forward": f"ours forward {model} cuda",
                          "scoring 7 experts": f"ours score {model} {files} cuda"})
@@ -139,7 +139,7 @@ def gpu(folder: Path, rounds: int, experts):
                 "ours": ours, "ours, --checkpointing": f"{ours} --checkpointing"})
 
 
-BENCHES = {"picture": picture, "train": train, "merge": merge, "gpu": gpu}
+BENCHES = {"image": image, "train": train, "merge": merge, "gpu": gpu}
 
 
 def main(args):

@@ -14,7 +14,7 @@ from model.text import Prompt
 from model.tools.device import device_and_precision
 
 
-def picture(folder: str, dtype: str, side: str, steps: str, device: str):
+def image(folder: str, dtype: str, side: str, steps: str, device: str):
     sd = load(Path(folder), torch.device(device), getattr(torch, dtype))
     yield
     for _ in range(2):

@@ -12,7 +12,7 @@ diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 
 
-def picture(folder: str, dtype: str, side: str, steps: str, device: str):
+def image(folder: str, dtype: str, side: str, steps: str, device: str):
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
     pipe.to(device).set_progress_bar_config(disable=True)
     yield
@@ -50,12 +50,12 @@ def step(folder: str, side: str, pairs: str, device: str, precision: str, checkp
     cast = torch.autocast(device, dtype, enabled=dtype != torch.float32)
     noiser = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     optimiser = torch.optim.AdamW(parameters, 1e-5, fused=device == "cuda")
-    pictures = torch.rand(2 * n, 3, side, side).to(device, dtype) * 2 - 1    # n winners, n losers
+    images = torch.rand(2 * n, 3, side, side).to(device, dtype) * 2 - 1    # n winners, n losers
     sizes = torch.tensor([[side, side, 0, 0, side, side]], device=device).repeat(2 * n, 1)
     yield
     for _ in range(3):
         with torch.no_grad():
-            latents = pipe.vae.encode(pictures).latent_dist.sample().float()
+            latents = pipe.vae.encode(images).latent_dist.sample().float()
             latents *= pipe.vae.config.scaling_factor
             context, _, *pooled = pipe.encode_prompt(
                 prompt=["a red ball"] * 2 * n, device=device, num_images_per_prompt=1,

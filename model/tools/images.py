@@ -1,7 +1,7 @@
-"""Pictures from and to files: one by one, and on a labelled sheet; curves.
+"""Images from and to files: one by one, and on a labelled sheet; curves.
 
 Needs:       pillow, numpy.
-Gives:       as_seen(), read_pictures(), write_picture(), sheet(), blurred(), curves().
+Gives:       as_seen(), read_images(), write_image(), sheet(), blurred(), curves().
 """
 import textwrap
 from pathlib import Path
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 from model.tools.command import BadInput
 from model.tools.files import replacing
 
-# Pixels: a picture's side on the sheet (twice that from 256 on), the space around it, a text line.
+# Pixels: an image's side on the sheet (twice that from 256 on), the space around it, a text line.
 CELL, GAP, LINE = 128, 6, 13
 FONT = ImageFont.load_default(size=11)
 
@@ -29,15 +29,15 @@ def as_seen(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_pictures(paths: list[Path]) -> np.ndarray:
-    """uint8 [N, H, W, 3]. Raises BadInput naming the file that is not a picture, or not of the
+def read_images(paths: list[Path]) -> np.ndarray:
+    """uint8 [N, H, W, 3]. Raises BadInput naming the file that is not an image, or not of the
     first one's size."""
     images = []
     for path in paths:
         try:
             images.append(as_seen(Image.open(path)))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            reason = f"{path}: not a readable picture ({error}); make the data again"
+            reason = f"{path}: not a readable image ({error}); make the data again"
             raise BadInput(reason) from None
         size, expected = ("{}x{}".format(*image.size) for image in (images[-1], images[0]))
         if size != expected:
@@ -51,9 +51,9 @@ def as_tensor(images, device="cpu") -> torch.Tensor:
     return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def write_picture(path: Path, picture: np.ndarray):
+def write_image(path: Path, image: np.ndarray):
     """Writes uint8 [H, W, 3] as a PNG, whole or not at all."""
-    write(path, Image.fromarray(picture))
+    write(path, Image.fromarray(image))
 
 
 def write(path: Path, image: Image.Image):
@@ -70,7 +70,7 @@ def sheet(path: Path, cells: list[tuple], columns: int, titles: tuple[str, ...] 
     """Writes cells (uint8 [S, S, 3], caption) row by row as a PNG, with optional column titles on
     top. A cell may have a third part, (note, colour), which stands above its caption.
 
-    Small pictures are enlarged by whole pixels, to show what the model drew.
+    Small images are enlarged by whole pixels, to show what the model made.
     """
     side = 2 * CELL if cells and len(cells[0][0]) >= 2 * CELL else CELL
     heads = [wrapped(side, (title, "black")) for title in titles]
@@ -79,17 +79,17 @@ def sheet(path: Path, cells: list[tuple], columns: int, titles: tuple[str, ...] 
     step_x = side + GAP
     step_y = step_x + LINE * max(map(len, captions), default=0) + 2
     rows = -(-len(cells) // columns)
-    image, pen = blank(columns * step_x + GAP, top + rows * step_y)
+    canvas, pen = blank(columns * step_x + GAP, top + rows * step_y)
     texts = [(GAP + column * step_x, 3, head) for column, head in enumerate(heads)]
-    for i, ((picture, *_), caption) in enumerate(zip(cells, captions)):
+    for i, ((image, *_), caption) in enumerate(zip(cells, captions)):
         x, y = GAP + i % columns * step_x, top + i // columns * step_y
-        scale = Image.Resampling.NEAREST if len(picture) < CELL else Image.Resampling.LANCZOS
-        image.paste(Image.fromarray(picture).resize((side, side), scale), (x, y))
+        scale = Image.Resampling.NEAREST if len(image) < CELL else Image.Resampling.LANCZOS
+        canvas.paste(Image.fromarray(image).resize((side, side), scale), (x, y))
         texts.append((x, y + side + 1, caption))
     for x, y, lines in texts:
         for n, (line, colour) in enumerate(lines):
             pen.text((x, y + n * LINE), line, colour, FONT)
-    write(path, image)
+    write(path, canvas)
 
 
 def wrapped(width: int, *texts: tuple[str, str]) -> list[tuple[str, str]]:
@@ -98,10 +98,10 @@ def wrapped(width: int, *texts: tuple[str, str]) -> list[tuple[str, str]]:
             for line in textwrap.wrap(text, width // 6)[:4]]    # a letter takes 6 pixels
 
 
-def blurred(picture: np.ndarray) -> np.ndarray:
-    """The picture (uint8 [S, S, 3]) out of focus: one sees something, and not what."""
-    blur = ImageFilter.GaussianBlur(len(picture) / 10)
-    return np.asarray(Image.fromarray(picture).filter(blur))
+def blurred(image: np.ndarray) -> np.ndarray:
+    """The image (uint8 [S, S, 3]) out of focus: one sees something, and not what."""
+    blur = ImageFilter.GaussianBlur(len(image) / 10)
+    return np.asarray(Image.fromarray(image).filter(blur))
 
 
 def curves(path: Path, series: dict[str, list[float]], width: int = 480, height: int = 120):
