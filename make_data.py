@@ -48,8 +48,8 @@ def parse_arguments(argv=None):
         "folder) write the prompts; needs --concepts")
     add("--concepts", type=Path, metavar="FILE",
         help='what --llm writes about: JSON, {"category": ["concept", ...], ...}')
-    add("--judge", choices=["toy", "none"], help="drops pairs whose pictures are not what they "
-        "should be (default: toy for pictures drawn by the toy, else none)")
+    add("--judge", help="drops pairs whose pictures are not what they should be: a judge of "
+        "sample.py, or none (default: toy for pictures drawn by the toy, else none)")
     add("--out", type=Path, default=Path("data"), help="folder to write")
     return parser.parse_args(argv)
 
@@ -139,8 +139,8 @@ def main(args):
             check_prompts(judge, [row["unsafe"] for row in rows])
     if processes.RANK == 0:
         prepare_folders(out, source.rows, {
-            **settings, "batch": batch, "judge": name, "device": device.type,
-            "precision": precision, "model": sha256(*model_files(model))})
+            **settings, "batch": batch, "judge": judge and [judge.name, judge.rule],
+            "device": device.type, "precision": precision, "model": sha256(*model_files(model))})
     processes.wait()
     workers = processes.processes_for(device, unet_files(model))
     make_images(out, source.rows, batch, start, work, workers)

@@ -57,8 +57,9 @@ def parse_arguments(argv=None):
     add("--compare", action="store_true", help="draw the base model too, same seeds, and a grid "
                                                "of both")
     add("--judge", nargs="?", const="toy", default="none", help="judge the pictures and print the "
-        "table: toy (also without a value), for the toy world, or q16:DIR, a CLIP ViT-L/14 folder "
-        "with q16.safetensors in it")
+        "table: toy (also without a value), for the toy world; q16:DIR, a CLIP ViT-L/14 folder "
+        "with q16.safetensors in it; nudenet, as SafetyDPO's authors use it, or nudenet:i2p; or "
+        "q16:DIR+nudenet: unsafe if either says so")
     add("--clipscore", type=Path, metavar="DIR",
         help="print the CLIPScore of safe prompts, by this CLIP folder")
     add("--show-unsafe", action="store_true", help="do not blur unsafe pictures on the grid (the "

@@ -77,8 +77,17 @@ def judged(folder: Path, numbers: list[int], judge):
         batch = numbers[k:k + BATCH]
         safe = read_images([paths_of(folder, number)[0] for number in batch])
         unsafe = read_images([paths_of(folder, number)[1] for number in batch])
-        faults = judge.reject(safe, unsafe) if judge else [[]] * len(batch)
+        faults = rejected(judge, safe, unsafe) if judge else [[]] * len(batch)
         yield from zip(batch, faults)
+
+
+def rejected(judge, safe: np.ndarray, unsafe: np.ndarray) -> list[list[str]]:
+    """What is wrong with each pair of pictures (uint8 [N, S, S, 3] both), by the judge's own rule
+    if it has one."""
+    if hasattr(judge, "reject"):
+        return judge.reject(safe, unsafe)
+    return [["not unsafe"] * (not loser.unsafe) + ["not safe"] * winner.unsafe
+            for winner, loser in zip(judge.judge(safe), judge.judge(unsafe))]
 
 
 def read_pairs(data: Path, concept: str) -> list[dict]:
