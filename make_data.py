@@ -127,8 +127,8 @@ def main(args):
     name = args.judge or ("toy" if is_toy(model) and not args.images else "none")
     judge = named_judge(name, device, size)
     check_folder(out)
-    source = source_of(args.concept, args.pairs, args.seed, args.prompts, args.images, args.llm,
-                       args.concepts, out, device)
+    source = source_of(model, args.concept, args.pairs, args.seed, args.prompts, args.images,
+                       args.llm, args.concepts, out, device)
     if args.images:
         settings, start, work = {"size": size}, None, partial(read, size)
     else:
@@ -138,6 +138,8 @@ def main(args):
         for rows in source.rows.values():
             check_prompts(judge, [row["unsafe"] for row in rows])
     if processes.RANK == 0:
+        for note in source.notes:    # before hours of drawing
+            print(note)
         prepare_folders(out, source.rows, {
             **settings, "batch": batch, "judge": judge and [judge.name, judge.rule],
             "device": device.type, "precision": precision, "model": sha256(*model_files(model))})
@@ -146,8 +148,6 @@ def main(args):
     make_images(out, source.rows, batch, start, work, workers)
     processes.wait()
     if processes.RANK == 0:
-        for note in source.notes:
-            print(note)
         finish(out, source.rows, judge, model, device, precision)
         write_tests(out, source)
 

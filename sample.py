@@ -17,7 +17,6 @@ seed + own + k. Base and aligned share their seeds.
 
 Interrupted: the same command continues. An image that is there was moved into place whole.
 """
-import sys
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,8 @@ import torch
 from tqdm import tqdm
 
 import lora
-from model.data.prompt_files import Request, read_requests
+from model.data.prompt_files import Request
+from model.data.sources import requests_of
 from model.formats.checkpoint import model_files, unet_files
 from model.formats.fit import match
 from model.formats.lora_file import load as load_lora
@@ -163,19 +163,8 @@ def make_column(column: Column, jobs: list[Job], batch: int, settings: dict, mod
         for path, job in zip(paths, jobs)])
 
 
-def requests_of(prompts: list[str], file: Path | None) -> list[Request]:
-    """Those of the command line, and then those of the file. Raises BadInput if there are none."""
-    requests, notes = read_requests(file) if file else ([], [])
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    if not prompts and not requests:
-        raise BadInput("nothing to generate; give a prompt in quotes, or --prompts FILE with a "
-                       "prompt in it")
-    return [Request(prompt) for prompt in prompts] + requests
-
-
 def main(args):
-    requests = requests_of(args.prompt, args.prompts)
+    requests = requests_of(args.prompt, args.prompts, args.model)
     if args.compare and not args.lora:
         raise BadInput("--compare needs something to compare with the base model; give --lora FILE")
     device, precision = device_and_precision(args.device, args.precision)

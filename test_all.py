@@ -2535,7 +2535,9 @@ def test_two_rows_in_a_row_are_not_a_pair(tmp_path):
     assert sorted(sum(found.refused.values(), [])) == [16, 17, 18, 19, 20, 21]
     report = "\n".join(found.report())
     assert "4 pairs / 6 (pair, category) entries: hate 2" in report and "2 repeated" in report
-    assert "'Weather' is none of CoProV2's; line 17" in report
+    assert "other half is missing or refused; line 16, 17" in report
+    own = [("a", "u_idx_1_0.jpg", "My own"), ("b", "s_idx_1_0.jpg", "My own")]
+    assert read_prompts(coprov2(tmp_path / "own.csv", own)).pairs[0].categories == {"my-own"}
 
 
 def test_the_same_pairs_have_many_forms(here):
@@ -2557,6 +2559,45 @@ def test_the_same_pairs_have_many_forms(here):
     write_jsonl(Path("tie"), [{**hf, "label_0": 0.5}])
     with refuses("line 1: label_0 is neither 1 nor 0"):
         read_prompts(Path("tie"), here, default="hate")
+
+
+ROW = {"unsafe": "a {ball}, [1]", "safe": "b", "category": "hate"}
+
+
+@parametrize("text", [
+    json.dumps([ROW]), json.dumps([ROW], indent=2), json.dumps(ROW, indent=2),
+    f"{json.dumps(ROW)}{json.dumps(ROW)}\n{{torn\n{json.dumps(ROW)}"])
+def test_json_is_not_always_json_lines(text, here):
+    """A list, an object over several lines, two in one; lines are counted as an editor does."""
+    Path("p").write_text(text + '\n{"unsafe": "c", "safe": "d", "category": NaN}')
+    found = read_prompts(Path("p"))
+    assert [pair.prompts["unsafe"] for pair in found.pairs] == ["a {ball}, [1]"]
+    assert found.refused.pop("no category; add one, or give --concept") == [text.count("\n") + 2]
+    assert list(found.refused.values()) == ([[2]] if "torn" in text else [])
+
+
+def test_a_list_of_prompts_is_a_prompt_file(here):
+    Path("p.txt").write_text("a ball, red\n\n {a box}\n")
+    assert read_requests(Path("p.txt"))[0] == [Request("a ball, red"), Request(" {a box}")]
+
+
+def test_prompts_that_differ_too_late_are_one_prompt(in_greys, capsys):
+    """A pair of equal token ids trains nothing: dropped and counted, as what is cut is."""
+    long = "a red ball on a beach " * 6
+    rows = [{"unsafe": f"{long} emblem", "safe": f"{long} flower", "category": "hate"},
+            {"unsafe": "an emblem", "safe": "a flower", "category": "hate"},
+            {"unsafe": "an emblem", "safe": f"a flower {long}", "category": "sexual"}]
+    write_jsonl(Path("p"), rows)
+    command("make_data --prompts p --judge none")
+    said = capsys.readouterr().out
+    assert "hate: 1 of 2 pairs dropped, whose prompts are one to the model: it reads 16 t" in said
+    assert "hate: 2 of 4 prompts are longer" in said and "sexual: 1 of 2 prompts are longer" in said
+    assert [row["unsafe"] for row in read_pairs(Path("data"), "hate")] == ["an emblem"]
+    write_jsonl(Path("p"), rows[:1])
+    assert "1 of 1 pairs dropped" in refusal("make_data --prompts p --judge none --out x", capsys)
+    assert not Path("x").exists()
+    command("sample {long} x --steps 1", long=long)
+    assert "1 of 2 prompts are longer than the 16 tokens" in capsys.readouterr().err
 
 
 @parametrize("name", ["../out.png", "{absolute}", "link.png", "linked/out.png", "loop",
@@ -2590,6 +2631,10 @@ def test_holding_out_rows_is_not_holding_out_prompts(tmp_path):
         assert harms == ["hate"] * 2 + ["sexual"] * 2    # of 29 each
         sides.append((trained, tests))
     assert sides[0] == sides[1] != split(pairs, {}, seed=1)
+    training, tests = split(pairs, {"x": {"hate"}}, seed=0)    # no safe one among them
+    assert [names for names in tests.values() if names] == [{"hate"}] and len(training) == 108
+    assert set(tests) - {"x"} == {prompt for prompt, names in sides[0][1].items() if not names}
+    assert split(pairs, {"x": set()}, seed=0) == (pairs, {"x": set()})
 
 
 @fixture
@@ -2672,7 +2717,8 @@ def test_asking_again_must_end():
     def ask(instructions, tokens, seed):
         asked.append((len(instructions), seed))
         if seed < 104:    # the unsafe prompts: at first a new one, then old ones
-            return [f"1. ball number {min(len(asked), 2)}\n2. A Red Box\n3. a red box"]
+            return [f"1. ball number {min(len(asked), 2)}\n2. A Red Box\n3. a red box\n"
+                    "4. Vary people, places, actions and styles."]
         same = "Ball Number 2" if seed == 104 else "a green box"
         return ["I'm sorry, I can't." if "number 1" in text else same if "number 2" in text
                 else "Sure: a green box" for text in instructions]
@@ -2680,7 +2726,7 @@ def test_asking_again_must_end():
     assert asked == [(1, 100), (1, 101), (1, 102), (1, 103), (3, 104), (2, 105), (1, 106), (1, 107)]
     assert [(row["unsafe"], row["safe"]) for row in rows] == [
         ("A Red Box", "a green box"), ("ball number 2", "a green box")]
-    assert counts == {"answers": 11, "refusals": 4, "empty": 0, "duplicates": 9,
+    assert counts == {"answers": 11, "refusals": 4, "empty": 0, "duplicates": 9, "echoes": 4,
                       "without a safe counterpart": 1}
 
 

@@ -2,7 +2,7 @@
 
 Needs   transformers (CLIP itself is not rebuilt here), a Checkpoint's text encoders and tokenizers.
 Gives   Prompt, what the UNet reads of prompts: context [B,L,D], and for SDXL pooled [B,P];
-        TextEncoders: prompts -> token ids -> Prompt.
+        Tokenizers: prompts -> token ids; TextEncoders: prompts -> token ids -> Prompt.
 
 What the UNet was trained on, and so what must come out, differs by family:
     SD 1.x, 2.x   context = LayerNorm(h_N)                 the last layer's output, normalised
@@ -100,21 +100,69 @@ def load_encoder(checkpoint: Checkpoint, part: str, device, dtype):
     return model.requires_grad_(False).eval()
 
 
-class TextEncoders(nn.Module):
+def check_text(prompts: list[str]):
+    for prompt in prompts:
+        if any("\ud800" <= c <= "\udfff" for c in prompt):    # from bytes that are not UTF-8
+            raise BadInput(f"the prompt {prompt!r} is not valid text; write it in UTF-8")
+
+
+def places_in(config: dict) -> int:
+    """How many tokens an encoder of this config reads."""
+    return int(config.get("max_position_embeddings", 77))
+
+
+class Tokenizers:
+    """A checkpoint's one CLIP tokenizer (SD 1.x, 2.x) or two (SDXL)."""
+    def __init__(self, tokenizers: list, places: list[int]):
+        """places: how many tokens each encoder has a position for."""
+        # L. Without a length in its file a tokenizer is endless; the position table is the limit.
+        self.length = min(*(tokenizer.model_max_length for tokenizer in tokenizers), *places)
+        self.tokenizers = tokenizers
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Tokenizers":
+        """A checkpoint's, without its encoders. Raises BadInput, naming the file."""
+        places = [checkpoint.from_config(part, places_in) for part in checkpoint.parts
+                  if part.startswith("text_encoder")]
+        return cls([load_tokenizer(folder, **special) for folder, special in checkpoint.tokenizers],
+                   places)
+
+    def tokenize(self, prompts: list[str]) -> torch.Tensor:
+        """Prompts -> ids [B,E·L] int64: each encoder's own row, side by side. Longer prompts lose
+        their tail. Raises BadInput for a prompt that is not valid text.
+
+        SDXL's two tokenizers share their words but not their padding: the first pads with the end
+        token, the second, like SD 2, with id 0; each says so in its files.
+        """
+        check_text(prompts)
+        rows = [tokenizer(list(prompts), padding="max_length", max_length=self.length,
+                          truncation=True, return_tensors="pt").input_ids
+                for tokenizer in self.tokenizers]    # E × [B,L]
+        return torch.cat(rows, dim=1)
+
+    def cut(self, prompts: list[str]) -> str:
+        """A sentence that counts the prompts that lose their tail; "" if there are none."""
+        check_text(prompts)
+        texts = self.tokenizers[0](list(prompts)).input_ids if prompts else []    # with both ends
+        longer = sum(len(ids) > self.length for ids in texts)
+        return (f"{longer:,} of {len(prompts):,} prompts are longer than the {self.length} tokens "
+                "that the model reads; their ends are cut off") if longer else ""
+
+
+class TextEncoders(Tokenizers, nn.Module):
     """One CLIP text encoder (SD 1.x, 2.x) or two (SDXL), each with its tokenizer."""
     def __init__(self, tokenizers: list, encoders: list):
-        super().__init__()
-        self.tokenizers, self.encoders = tokenizers, nn.ModuleList(encoders)
-        # L. Without a length in its file a tokenizer is endless; the position table is the limit.
-        self.length = min(*(tokenizer.model_max_length for tokenizer in tokenizers),
-                          *(encoder.config.max_position_embeddings for encoder in encoders))
+        nn.Module.__init__(self)
+        places = [encoder.config.max_position_embeddings for encoder in encoders]
+        Tokenizers.__init__(self, tokenizers, places)
+        self.encoders = nn.ModuleList(encoders)
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, dtype=torch.float32, device="cpu"):
         """A checkpoint's. Raises BadInput, naming the file."""
-        parts = [part for part in checkpoint.parts if part.startswith("text_encoder")]
-        return cls([load_tokenizer(folder, **special) for folder, special in checkpoint.tokenizers],
-                   [load_encoder(checkpoint, part, device, dtype) for part in parts])
+        encoders = [load_encoder(checkpoint, part, device, dtype)
+                    for part in checkpoint.parts if part.startswith("text_encoder")]
+        return cls(Tokenizers.of(checkpoint).tokenizers, encoders)
 
     def save(self, folder: Path):
         """Writes the first encoder, without its tokenizer, to text_encoder/, by the published
@@ -126,21 +174,6 @@ class TextEncoders(nn.Module):
         save_file(state, path / "model.safetensors", metadata={"format": "pt"})
         config = {**encoder.config.to_diff_dict(), "architectures": [type(encoder).__name__]}
         (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-    def tokenize(self, prompts: list[str]) -> torch.Tensor:
-        """Prompts -> ids [B,E·L] int64: each encoder's own row, side by side. Longer prompts lose
-        their tail. Raises BadInput for a prompt that is not valid text.
-
-        SDXL's two tokenizers share their words but not their padding: the first pads with the end
-        token, the second, like SD 2, with id 0; each says so in its files.
-        """
-        for prompt in prompts:
-            if any("\ud800" <= c <= "\udfff" for c in prompt):    # from bytes that are not UTF-8
-                raise BadInput(f"the prompt {prompt!r} is not valid text; write it in UTF-8")
-        rows = [tokenizer(list(prompts), padding="max_length", max_length=self.length,
-                          truncation=True, return_tensors="pt").input_ids
-                for tokenizer in self.tokenizers]    # E × [B,L]
-        return torch.cat(rows, dim=1)
 
     def encode_ids(self, ids: torch.Tensor) -> Prompt:
         """ids [B,E·L] -> their states, in the encoders' dtype; autograd is on. No attention mask,

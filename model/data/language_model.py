@@ -152,14 +152,17 @@ class LanguageModel:
         return batch.to(self.model.device)
 
 
-def prompts_of(ask, instructions: list[str], tokens: int, seed: int, counts: Counter):
-    """The prompts in each answer. Counts the answers, and why some have none."""
-    found = [parse(answer) for answer in ask(instructions, tokens, seed)] if instructions else []
-    for _, why in found:
+def prompts_of(ask, instructions: list[str], tokens: int, seed: int, told: str, counts: Counter):
+    """The prompts in each answer, but for echoes of `told`, the instructions. Counts the answers,
+    and why some have none."""
+    answers, found = ask(instructions, tokens, seed) if instructions else [], []
+    for prompts, why in map(parse, answers):
+        found.append([prompt for prompt in prompts if prompt.casefold() not in told])
         counts["answers"] += 1
         counts["refusals"] += why == "refusals"
         counts["empty"] += why == "empty"
-    return [prompts for prompts, _ in found]
+        counts["echoes"] += len(prompts) - len(found[-1])
+    return found
 
 
 def write_pairs(ask, category: str, concept: str, count: int, seed: int) -> tuple[list[dict], dict]:
@@ -169,11 +172,14 @@ def write_pairs(ask, category: str, concept: str, count: int, seed: int) -> tupl
     counterparts are asked for ROUNDS times; a prompt that still has no counterpart is dropped.
     """
     names, counts = {"category": category, "concept": concept}, Counter()
+    told = (UNSAFE + " " + SAFE).format(count=PER_ANSWER, prompt="", **names)
+    told = " ".join(told.casefold().split())
     unsafe, safe = {}, {}    # {in lower case: as it was written}, {unsafe prompt: its counterpart}
     for turn in range(ROUNDS):
         missing = count - len(unsafe)
         instructions = [UNSAFE.format(count=PER_ANSWER, **names)] * -(-missing // PER_ANSWER)
-        found = prompts_of(ask, instructions, PER_ANSWER * TOKENS, seed + turn, counts)
+        found = prompts_of(ask, instructions, PER_ANSWER * TOKENS, seed + turn, told,
+                           counts)
         for prompt in sum(found, []):
             counts["duplicates"] += prompt.casefold() in unsafe
             unsafe.setdefault(prompt.casefold(), prompt)
@@ -181,7 +187,7 @@ def write_pairs(ask, category: str, concept: str, count: int, seed: int) -> tupl
     for turn in range(ROUNDS, 2 * ROUNDS):
         waiting = [prompt for prompt in prompts if prompt not in safe]
         instructions = [SAFE.format(prompt=prompt, **names) for prompt in waiting]
-        found = prompts_of(ask, instructions, TOKENS, seed + turn, counts)
+        found = prompts_of(ask, instructions, TOKENS, seed + turn, told, counts)
         for prompt, texts in zip(waiting, found):
             others = [text for text in texts if text.casefold() != prompt.casefold()]
             safe |= {prompt: text for text in others[:1]}

@@ -1,9 +1,9 @@
-"""Prompts from files: CSV or JSON lines -> preference pairs and test prompts. It only reads.
+"""Prompts from files: CSV, JSON, .txt -> preference pairs and test prompts. It only reads.
 
 Needs:       nothing but Python.
 Gives:       read_prompts() and split() for make_data.py, read_requests() for sample.py.
 
-A row's form is known by its columns, in JSON lines as in a CSV file with a header:
+A row's form is known by its columns, in JSON (lines, or a list) as in a CSV file with a header:
     Hugging Face  jpg_0, jpg_1, label_0, caption   label_0 1: jpg_0 is the preferred (safe) picture,
                                                    0: jpg_1 is; safe: the safe prompt, if any
     ours          unsafe, safe                     safe_image, unsafe_image: pictures that exist
@@ -12,7 +12,8 @@ A row's form is known by its columns, in JSON lines as in a CSV file with a head
                                                    an unsafe prompt of the test split
     test          prompt                           to test on; without a category: a safe prompt
     I2P           prompt, categories, and a seed and a guidance: for sample.py alone
-Several categories are separated by commas, or a list. A row without one has that of --concept.
+Several categories are separated by commas, or a list. A row without one has that of --concept. A
+line of a .txt file is a row with a prompt alone.
 """
 import argparse
 import csv
@@ -26,12 +27,12 @@ from pathlib import Path
 
 from model.tools.command import BadInput, natural, number
 
-PUBLISHED = {"hate", "harassment", "violence", "self-harm", "sexual", "shocking",
-             "illegal-activity"}
 TYPOS = {"harrasment": "harassment"}    # as CoProV2 spells it
+BETWEEN = re.compile(r"[\s,\[\]]*")    # rows of JSON
 IMAGE = re.compile(r"(?:.*/)?(?:([us])_idx_)?(\d+_\d+)\.\w+")    # (u, s or neither, index)
 SEEDS = ("sd_seed", "evaluation_seed", "seed")    # of I2P, of ESD's files, of index.jsonl
 GUIDANCES = ("sd_guidance_scale", "evaluation_guidance", "guidance")
+SAFE_TESTS = 100    # pairs of a category that are held out for their safe prompts, at most
 SIZES = ("sd_image_width", "sd_image_height")
 # The forms: {side: (column of the prompt, column of the picture)}.
 OURS = {"unsafe": ("unsafe", "unsafe_image"), "safe": ("safe", "safe_image")}
@@ -89,28 +90,35 @@ def csv_rows(file):
         yield reader.line_num, None if None in (*row, *row.values()) else row
 
 
-def json_rows(file):
-    for line_number, line in enumerate(file, 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            yield line_number, row if isinstance(row, dict) else None
+def json_rows(text: str):
+    """Of objects one after another: a line each, over several lines, or in a list."""
+    decoder = json.JSONDecoder(parse_constant=lambda name: None)    # NaN, as pandas writes nothing
+    at, line = 0, 1
+    while (start := BETWEEN.match(text, at).end()) < len(text):
+        try:
+            row, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):    # go on after the line
+            row, end = None, text.find("\n", start) % (len(text) + 1)
+        at, line = end, line + text.count("\n", at, end)
+        yield line, row if isinstance(row, dict) else None
 
 
 def numbered_rows(path: Path) -> list[tuple[int, dict | None]]:
     """[(number of a row's last line, {column: value} or, if it is broken, None)]. Raises BadInput
-    where the file is missing, or neither CSV nor JSON lines in UTF-8."""
+    where the file is missing, or is none of the kinds above in UTF-8."""
     if not path.is_file():
-        raise BadInput(f"{path}: no such file; --prompts takes CSV and JSON lines, such as the "
+        raise BadInput(f"{path}: no such file; --prompts takes CSV, JSON and .txt, such as the "
                        "data/test.jsonl of make_data.py")
     try:
         text = path.read_bytes().decode("utf-8-sig")
-        rows_of = json_rows if text.lstrip().startswith("{") else csv_rows
-        return list(rows_of(io.StringIO(text, newline="")))
+        if path.suffix == ".txt":
+            return [(number, {"prompt": line}) for number, line in enumerate(text.splitlines(), 1)
+                    if line.strip()]
+        if text.lstrip().startswith(("{", "[")):
+            return list(json_rows(text))
+        return list(csv_rows(io.StringIO(text, newline="")))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise BadInput(f"{path}: neither CSV nor JSON lines in UTF-8 ({error}); save it as one of "
+        raise BadInput(f"{path}: neither CSV, JSON nor text in UTF-8 ({error}); save it as one of "
                        "them, with every quote closed") from None
 
 
@@ -169,8 +177,6 @@ def read_row(line: int, row: dict, pictures: dict[str, Path] | None, default: st
     prompts, images, categories = {}, {}, categories_in(row, "category", default)
     if not categories and "test" not in form:
         raise Refused("no category; add one, or give --concept")
-    if index and "image" in row and not categories <= PUBLISHED:
-        raise Refused(f"category {row.get('category') or default!r} is none of CoProV2's")
     for side, (column, picture) in form.items():
         if column == "safe" and not row.get("safe"):
             if pictures is None:
@@ -225,27 +231,30 @@ def read_prompts(path: Path, images: Path | None = None, default: str | None = N
     return Prompts(whole, tests, test_rows, pair_rows.total() - len(pair_rows), refused)
 
 
-def held_out(pairs: list[Pair], seed: int) -> set[str]:
-    """A tenth of each category's unsafe prompts, by a hash: the order of rows does not matter."""
+def held_out(pairs: list[Pair], seed: int, most: int | None) -> set[str]:
+    """A tenth of each category's unsafe prompts, at most `most`, by a hash: the order of rows does
+    not matter."""
     held = set()
     for category in set().union(*(pair.categories for pair in pairs)):
         texts = {pair.prompts["unsafe"] for pair in pairs if category in pair.categories}
         order = sorted(texts, key=lambda text: (zlib.crc32(f"{seed} {text}".encode()), text))
-        held.update(order[:len(order) // 10])
+        held.update(order[:len(order) // 10][:most])
     return held
 
 
 def split(pairs: list[Pair], tests: dict[str, set[str]], seed: int):
     """(the pairs to train on, {prompt to test on: categories}), which share no prompt.
 
-    Where files gave test prompts, all pairs are trained on. Else some are held out: their unsafe
-    prompts are tested on, and their safe ones, as safe. A prompt of two pairs is on one side.
+    Where files gave test prompts, safe ones too, all pairs are trained on. Else some are held out,
+    and tested on: their safe prompts, as safe, without which nobody sees what safety costs; and,
+    where files gave none, their unsafe ones. A prompt of two pairs is on one side.
     """
-    if not tests:
-        held, tests = held_out(pairs, seed), defaultdict(set)
+    given, tests = bool(tests), defaultdict(set, tests)
+    if all(tests.values()):
+        held = held_out(pairs, seed, SAFE_TESTS if given else None)
         aside = [pair for pair in pairs if pair.prompts["unsafe"] in held]
         pairs = [pair for pair in pairs if pair.prompts["unsafe"] not in held]
-        for pair in aside:
+        for pair in [] if given else aside:
             tests[pair.prompts["unsafe"]] |= pair.categories
         for pair in aside:
             tests.setdefault(pair.prompts["safe"], set())

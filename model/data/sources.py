@@ -1,8 +1,10 @@
 """Where prompts come from: the toy's grammar, files, or a language model. Each gives a Source.
 
 Needs:       what language_model.py needs; of the toy its grammar alone.
-Gives:       source_of() for make_data.py; from_grammar(), from_files(), from_language_model().
+Gives:       source_of() for make_data.py; from_grammar(), from_files(), from_language_model();
+             readable(). requests_of() for sample.py.
 """
+import sys
 import zlib
 from collections import Counter, defaultdict
 from itertools import chain
@@ -13,7 +15,9 @@ import torch
 from tqdm import tqdm
 
 from model.data.language_model import LanguageModel, read_concepts, write_pairs
-from model.data.prompt_files import Pair, read_prompts, split
+from model.data.prompt_files import Pair, Request, read_prompts, read_requests, split
+from model.formats.checkpoint import Checkpoint
+from model.text import Tokenizers
 from model.tools import processes
 from model.tools.command import BadInput
 from model.tools.files import prepare, read_json, read_jsonl, sha256, write_json, write_jsonl
@@ -66,11 +70,11 @@ def from_files(files: list[Path], images: Path | None, out: Path, concept: str, 
         for row in chain(*map(read_jsonl, out.glob("*/pairs.jsonl"))):
             for side in ("unsafe", "safe"):
                 tests.pop(str(row.get(side)), None)
-    about = (f"held out with {len(everything) - len(training):,} pairs: a tenth of each category, "
-             "none of fewer than 10 prompts")
+    about = (f"{len(everything) - len(training):,} pairs held out: a tenth of each category, none "
+             "of fewer than 10 prompts")
     if given:
-        repeats = rows.total() - sum(rows[prompt] for prompt in tests)
-        about = f"{repeats:,} rows left out, which repeat a training prompt"
+        repeats = rows.total() - sum(rows[prompt] for prompt in tests.keys() & rows)
+        about = f"{repeats:,} rows left out, which repeat a training prompt; " + about
     notes.append(f"test: {len(tests):,} prompts; {about}")
     test_rows = [{"prompt": prompt, "category": category} for prompt, categories in tests.items()
                  for category in sorted(categories) or [None]]
@@ -132,11 +136,30 @@ def from_language_model(folder: Path, concepts: Path, out: Path, concept: str, p
     return source._replace(notes=[summary, *source.notes])
 
 
-def source_of(concept: str, pairs: int | None, seed: int, prompts: list[Path] | None,
+def readable(source: Source, tokenizers: Tokenizers) -> Source:
+    """Without the pairs whose two prompts are one to the model: they differ beyond what it reads,
+    and would train nothing. Notes say how many these are, and how many prompts are cut. Raises
+    BadInput for a concept that has no other pairs."""
+    rows, notes = {}, list(source.notes)
+    for concept, pairs in source.rows.items():
+        sides = [[row[side] for row in pairs] for side in ("unsafe", "safe")]
+        unsafe, safe = map(tokenizers.tokenize, sides)    # ids [P, L]
+        rows[concept] = [row for row, same in zip(pairs, (unsafe == safe).all(1)) if not same]
+        cut, equal = tokenizers.cut(sum(sides, [])), len(pairs) - len(rows[concept])
+        notes += [f"{concept}: {cut}"] * bool(cut)
+        if equal:
+            notes.append(f"{concept}: {equal:,} of {len(pairs):,} pairs dropped, whose prompts are "
+                         f"one to the model: it reads {tokenizers.length} tokens")
+        if not rows[concept]:
+            raise BadInput(f"{notes[-1]}; put what differs at the prompts' start")
+    return source._replace(rows=rows, notes=notes)
+
+
+def source_of(model: Path, concept: str, pairs: int | None, seed: int, prompts: list[Path] | None,
               images: Path | None, llm: Path | None, concepts: Path | None, out: Path,
               device: torch.device) -> Source:
-    """The prompts, from wherever make_data.py's flags of these names say. Raises BadInput if they
-    contradict each other."""
+    """The prompts, from wherever make_data.py's flags of these names say, as `model` reads them.
+    Raises BadInput if the flags contradict each other."""
     if (llm is None) != (concepts is None) or (llm and prompts):
         raise BadInput("--llm needs --concepts, and excludes --prompts; give --llm DIR --concepts "
                        "FILE")
@@ -144,7 +167,23 @@ def source_of(concept: str, pairs: int | None, seed: int, prompts: list[Path] | 
         raise BadInput(f"--images {images}: needs to be a folder, and --prompts FILE, which "
                        "says what its pictures show; give both")
     if llm:
-        return from_language_model(llm, concepts, out, concept, pairs, seed, device)
-    if prompts:
-        return from_files(prompts, images, out, concept, pairs, seed)
-    return from_grammar(concept, pairs, seed)
+        source = from_language_model(llm, concepts, out, concept, pairs, seed, device)
+    elif prompts:
+        source = from_files(prompts, images, out, concept, pairs, seed)
+    else:
+        source = from_grammar(concept, pairs, seed)
+    return readable(source, Tokenizers.of(Checkpoint(model)))
+
+
+def requests_of(prompts: list[str], file: Path | None, model: Path) -> list[Request]:
+    """For sample.py: those of the command line, and then those of the file. What a count of them
+    would not show is said on stderr. Raises BadInput if there are none."""
+    requests, notes = read_requests(file) if file else ([], [])
+    requests = [Request(prompt) for prompt in prompts] + requests
+    if not requests:
+        raise BadInput("nothing to generate; give a prompt in quotes, or --prompts FILE with a "
+                       "prompt in it")
+    notes.append(Tokenizers.of(Checkpoint(model)).cut([request.prompt for request in requests]))
+    for note in filter(None, notes):
+        print(f"note: {note}", file=sys.stderr)
+    return requests
