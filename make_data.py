@@ -67,12 +67,15 @@ def read(size: int, _, rows: list[dict]) -> list[list[np.ndarray | None]]:
     return [[read_square(path, size) for path in row["sources"]] for row in rows]
 
 
-def prepare_folders(out: Path, rows: dict[str, list[dict]], made_with: dict):
-    """Removes images that were made with other settings or of other rows, and says so."""
+def prepare_folders(out: Path, rows: dict[str, list[dict]], made_with: dict, judge):
+    """Removes images that were made with other settings or of other rows, and lists of pairs that
+    another judge chose, and says so."""
     for concept in rows:
         known = [{**row, "sources": sha256(*row.get("sources", ()))} for row in rows[concept]]
-        prepare(out / concept, {**made_with, "rows": digest(known)},
-                ("pairs.jsonl", "latents.safetensors", "images/*.png"))
+        settings = {**made_with, "rows": digest(known)}
+        chosen = {**settings, "judge": judge and [judge.name, judge.rule]}
+        prepare(out / concept, chosen, ("pairs.jsonl", "latents.safetensors"))
+        prepare(out / concept / "images", settings, ("*.png",))
 
 
 def make_images(out: Path, rows: dict[str, list[dict]], batch: int, start, work, workers: int):
@@ -127,6 +130,8 @@ def main(args):
     name = args.judge or ("toy" if is_toy(model) and not args.images else "none")
     judge = named_judge(name, device, size)
     check_folder(out)
+    if args.llm:    # which may write for hours
+        check_prompts(judge, ["what a language model writes"])
     source = source_of(model, args.concept, args.pairs, args.seed, args.prompts, args.images,
                        args.llm, args.concepts, out, device)
     if args.images:
@@ -141,8 +146,8 @@ def main(args):
         for note in source.notes:    # before hours of drawing
             print(note)
         prepare_folders(out, source.rows, {
-            **settings, "batch": batch, "judge": judge and [judge.name, judge.rule],
-            "device": device.type, "precision": precision, "model": sha256(*model_files(model))})
+            **settings, "device": device.type, "precision": precision,
+            "model": sha256(*model_files(model))}, judge)
     processes.wait()
     workers = processes.processes_for(device, unet_files(model))
     make_images(out, source.rows, batch, start, work, workers)

@@ -31,15 +31,15 @@ from model.data.sources import requests_of
 from model.formats.checkpoint import model_files, unet_files
 from model.formats.fit import match
 from model.formats.lora_file import load as load_lora
-from model.judges import check_prompts, named_judge
+from model.judges import check_requests, named_judge
 from model.judges.clip import ClipScore
 from model.judges.grid import grid
 from model.judges.table import measure, report
 from model.stable_diffusion import at_once, check_settings, load, image_size, skeleton
 from model.tools.command import BadInput, GeneratingParser, at_strength, positive, run
 from model.tools.device import device_and_precision
-from model.tools.files import prepare, sha256, write_jsonl
-from model.tools.images import write_image
+from model.tools.files import prepare, sha256, short_hash, write_jsonl
+from model.tools.images import parameters_of, write_image
 from model.tools.processes import processes_for, spread
 from model.toy import is_toy, usual_settings
 
@@ -145,19 +145,21 @@ def make_column(column: Column, jobs: list[Job], batch: int, settings: dict, mod
     batches = batches_of(jobs, batch)
     several = len(batches) > 1    # a single one is made anew, and large weights are not hashed
     prepare(column.folder, {
-        **settings, "jobs": jobs, "batch": batch, "device": device.type, "precision": precision,
+        **settings, "jobs": jobs, "device": device.type, "precision": precision,
         "model": sha256(*model_files(model)) if several else None, "loras": column.made_of},
         ("[0-9]" * 5 + "*.png",))
     paths = [column.folder / f"{i:05d}.png" for i in range(len(jobs))]
+    weights = unet_files(model)
     todo = [numbers for numbers in batches
             if not several or not all(paths[i].is_file() for i in numbers)]
     images_of_batch = spread(partial(load_with, model, device, precision, column.factors),
                              partial(generate, settings),
                              [[jobs[i] for i in numbers] for numbers in todo],
-                             processes_for(device, unet_files(model)))
+                             processes_for(device, weights))
     for numbers, images in zip(tqdm(todo, desc=column.label, unit="batch"), images_of_batch):
         for i, image in zip(numbers, images):
-            write_image(paths[i], image)
+            made_with = {**settings, **jobs[i]._asdict(), "model_hash": short_hash(weights[0])}
+            write_image(paths[i], image, parameters_of(image, **made_with))
     write_jsonl(column.folder / "index.jsonl", [
         {"file": path.name, **job._asdict(), **settings, "lora": column.made_of}
         for path, job in zip(paths, jobs)])
@@ -174,7 +176,7 @@ def main(args):
                 "negative": args.negative, "size": args.size}
     check_settings(model, size, settings["steps"], args.sampler)
     judge = named_judge(args.judge, device, size)
-    check_prompts(judge, [request.prompt for request in requests])
+    check_requests(judge, args.clipscore, requests)
     clip = ClipScore(args.clipscore, device) if args.clipscore else None
     columns = columns_of(args.lora, model, out, args.compare)
     requests = [request for request in requests for _ in range(args.images_per_prompt)]

@@ -58,9 +58,10 @@ from model.formats.checkpoint import encoder_files
 from model.formats.fit import match
 from model.formats.lora_file import load as load_lora, save as save_lora
 from model.formats.single_file import CONFIGS, place
-from model.judges import clip as judges, named_judge, nudenet
+from model.judges import check_requests, clip as judges, named_judge, nudenet
+from model.judges.grid import grid
 from model.judges.intervals import effective, max_exposed, mean_interval, share_interval, wilson
-from model.judges.table import measure, table
+from model.judges.table import best, Figure, measure, table
 from model.toy.toy_judge import NOTHING, ToyJudge, Verdict
 from model.lab import experiments
 from model.rivals import (attack, editing, finetune, guards, losses, steering, table as rivals,
@@ -1026,6 +1027,29 @@ def test_safety_that_changes_innocent_pictures_is_not_free(tmp_path):
     assert figures["all: max. exp. IP"].total == 0.5 and figures["all: IP"].total == 1
 
 
+def test_what_is_hidden_or_not_measured_is_said(tmp_path, capsys):
+    requests = [Request("a", {"hate"}), Request("b", set())]
+    grid(tmp_path / "g.png", {"base": grey(tmp_path, [0, 9])}, requests, {}, blur=True)
+    assert "1 of 2 pictures are blurred; --show-unsafe" in capsys.readouterr().out
+    check_requests(None, Path("clip"), requests)
+    assert not capsys.readouterr().err
+    check_requests(None, Path("clip"), requests[:1])
+    assert "--clipscore: scores no picture: all 1 prompts" in capsys.readouterr().err
+
+
+def test_the_best_strength_has_a_rule():
+    """IP and what CLIPScore loses, both in points: neither alone."""
+    rows = {"base": (0.5, 31), "m@0.5": (0.3, 30.5), "m@0.7": (0.1, 30), "m@1": (0.05, 20)}
+    columns = {label: {"all: IP": Figure(ip, 1, 0, 1), "safe: CLIPScore": Figure(score, 1, 0, 1)}
+               for label, (ip, score) in rows.items()}
+    assert best(columns) == ["least IP + loss of CLIPScore: m@0.7"]
+    assert best({label: columns[label] for label in ("base", "m@1")}) == []
+    wide = {"all: IP": columns["base"]["all: IP"], "unlabelled: IP": columns["base"]["all: IP"],
+            "a-very-long-category: IP": columns["base"]["all: IP"]}
+    starts = {re.search("base| 50", line).start() for line in table({"base": wide})[1:]}
+    assert starts == {len("a-very-long-category ")}
+
+
 # The whole idea
 
 def test_training_takes_the_harm_and_leaves_the_rest(here):
@@ -1601,8 +1625,9 @@ REFUSED = [    # (command, what the error must name)
     ("make_data --prompts mine.jsonl --concept hat", "--concept hat"),
     ("make_data --prompts mine.jsonl", "use --judge none"),
     ("make_data --prompts mine.jsonl --images nowhere", "--images nowhere"),
-    ("make_data --llm data --concepts evil.json", "evil.json"),
-    ("make_data --llm data --concepts list.json --prompts mine.jsonl", "--prompts"),
+    ("make_data --llm data --concepts list.json", "use --judge none"),
+    ("make_data --llm data --concepts evil.json --judge none", "evil.json"),
+    ("make_data --llm data --concepts list.json --prompts mine.jsonl --judge none", "--prompts"),
     ("make_data --concept hate --out pipe", "pipe"),
     ("make_data --concept hate --out foreign",
      "foreign/hate/pairs.jsonl: was not made by this program"),
@@ -1827,6 +1852,18 @@ def again(tmp_path_factory):
     return folder, moved, asked
 
 
+def test_a_picture_says_how_it_was_made(again):
+    """Where A1111 writes it, and as it writes it."""
+    weights = (TOY / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    known = hashlib.sha256(weights[0x100000:0x110000]).hexdigest()[:8]    # its oldest "model hash"
+    assert Image.open(again[0] / "samples/base/00001.png").text == {"parameters": (
+        "blue,box,snow\nSteps: 2, Sampler: DPM++ 2M, CFG scale: 3, Seed: 1, Size: 32x32, "
+        f"Model hash: {known}")}
+    text = parameters_of(np.zeros((8, 16, 3)), "a", "b", 3, "ddim", 7.5, 2, "c", size=None)
+    assert text == ("a\nNegative prompt: b\nSteps: 3, Sampler: DDIM, CFG scale: 7.5, Seed: 2, "
+                    "Size: 16x8, Model hash: c")
+
+
 def test_random_numbers_and_processes_are_no_excuse(inside, again):
     """Other folders, other numbers of processes, and every byte the same: so neither times nor
     paths are in it."""
@@ -1980,11 +2017,25 @@ def test_only_what_is_missing_is_drawn(line, batches, remove, inside, monkeypatc
     command(line)
     half = len(batches) // 2    # the batches that lack a picture
     assert [n for n, *_ in drawn[len(batches):]] == [2] * half and contents(made) == whole
+    command(line + " --batch 1")    # no property of a picture
+    assert len(drawn) == len(batches) + half and contents(made) == whole
     shutil.copytree(TOY, "model")
     capsys.readouterr()
     command(f"{line} --model model")
     assert drawn[len(batches) + half:] == [(n, 25, 7.5) for n in batches]
     assert "hate: was made with other settings" in capsys.readouterr().err
+
+
+def test_another_judge_draws_nothing_anew(in_greys, capsys):
+    """It chooses from the pictures that are there."""
+    command("make_data --concept hate --pairs 8 --judge none")
+    pictures = contents(Path("data/hate/images"))
+    write_image(Path("data/hate/images/00000_unsafe.png"), drawn(0))    # grey is never unsafe
+    write_image(Path("data/hate/images/00000_safe.png"), drawn(0, "kite"))
+    shown = contents(Path("data/hate/images"))
+    command("make_data --concept hate --pairs 8 --judge toy")
+    assert "1 pairs; dropped" in capsys.readouterr().out
+    assert contents(Path("data/hate/images")) == shown != pictures
 
 
 def test_pairs_that_were_edited_are_noticed(inside, monkeypatch, capsys):
@@ -2591,7 +2642,7 @@ def test_prompts_that_differ_too_late_are_one_prompt(in_greys, capsys):
     command("make_data --prompts p --judge none")
     said = capsys.readouterr().out
     assert "hate: 1 of 2 pairs dropped, whose prompts are one to the model: it reads 16 t" in said
-    assert "hate: 2 of 4 prompts are longer" in said and "sexual: 1 of 2 prompts are longer" in said
+    assert "3 of 6 prompts are longer than the 16 tokens" in said
     assert [row["unsafe"] for row in read_pairs(Path("data"), "hate")] == ["an emblem"]
     write_jsonl(Path("p"), rows[:1])
     assert "1 of 1 pairs dropped" in refusal("make_data --prompts p --judge none --out x", capsys)
@@ -2871,7 +2922,8 @@ def test_nudenet_reads_red_as_red(for_spots, here):
     spots = np.asarray(SPOTS)
     judge = named_judge("nudenet:spots", CPU, 320)
     verdicts = judge.judge(np.stack([spots, spots[..., ::-1]]))
-    assert [verdict[1:] for verdict in verdicts] == [(True, "buttocks exposed"), (False, "nothing")]
+    assert [verdict[1:] for verdict in verdicts] == [(True, "NudeNet: BUTTOCKS_EXPOSED"),
+                                                     (False, "NudeNet: nothing")]
     SPOTS.save("spots.png")
     assert verdicts[0].harm > 0.4 and judge.detector.detect("spots.png") == []
     for name in ("authors", "i2p"):    # not their class; not their score
@@ -2889,7 +2941,7 @@ def test_either_judge_is_enough(for_spots, in_greys, clip, monkeypatch, capsys):
     judge = named_judge("q16:a+b+nudenet:spots", CPU, 320)
     assert [(verdict.unsafe, verdict.label) for verdict in judge.judge([black, nine, spots])] == [
         (False, "Q16: not inappropriate, NudeNet: nothing"), (True, "Q16: inappropriate"),
-        (True, "NudeNet: buttocks exposed")]
+        (True, "NudeNet: BUTTOCKS_EXPOSED")]
     pairs = [(black, spots), (black, nine), (black, black), (nine, spots), (spots, black)]
     monkeypatch.setattr(make_data, "generate", lambda settings, sd, rows: pairs)
     command("make_data --concept hate --pairs 5 --judge q16:a+b+nudenet:spots")

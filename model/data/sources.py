@@ -140,19 +140,20 @@ def readable(source: Source, tokenizers: Tokenizers) -> Source:
     """Without the pairs whose two prompts are one to the model: they differ beyond what it reads,
     and would train nothing. Notes say how many these are, and how many prompts are cut. Raises
     BadInput for a concept that has no other pairs."""
-    rows, notes = {}, list(source.notes)
+    rows, notes, prompts = {}, list(source.notes), []
     for concept, pairs in source.rows.items():
         sides = [[row[side] for row in pairs] for side in ("unsafe", "safe")]
         unsafe, safe = map(tokenizers.tokenize, sides)    # ids [P, L]
         rows[concept] = [row for row, same in zip(pairs, (unsafe == safe).all(1)) if not same]
-        cut, equal = tokenizers.cut(sum(sides, [])), len(pairs) - len(rows[concept])
-        notes += [f"{concept}: {cut}"] * bool(cut)
-        if equal:
-            notes.append(f"{concept}: {equal:,} of {len(pairs):,} pairs dropped, whose prompts are "
-                         f"one to the model: it reads {tokenizers.length} tokens")
+        if len(rows[concept]) < len(pairs):
+            notes.append(f"{concept}: {len(pairs) - len(rows[concept]):,} of {len(pairs):,} pairs "
+                         f"dropped, whose prompts are one to the model: it reads "
+                         f"{tokenizers.length} tokens")
         if not rows[concept]:
             raise BadInput(f"{notes[-1]}; put what differs at the prompts' start")
-    return source._replace(rows=rows, notes=notes)
+        prompts += chain(*sides)
+    notes.append(tokenizers.cut(prompts))
+    return source._replace(rows=rows, notes=list(filter(None, notes)))
 
 
 def source_of(model: Path, concept: str, pairs: int | None, seed: int, prompts: list[Path] | None,

@@ -3,15 +3,18 @@
 A judge is any object with `name`; `rule`, what it calls unsafe, in words; `size`, the side in
 pixels of the pictures that it reads, or None for any; and judge(pictures uint8 [N, H, W, 3]) -> N
 verdicts, verdict i from picture i alone. A verdict has `harm`, a probability in [0, 1]; `unsafe`, a
-bool; and `label`, what was seen, in a word. For make_data.py a judge may also have reject(), as
+bool; and `label`, who saw what, in a few words. For make_data.py a judge may also have reject(), as
 ToyJudge has.
 """
 import re
+import sys
+from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from model.data.prompt_files import Request
 from model.toy.toy_judge import ToyJudge
 from model.tools.command import BadInput
 from model.toy import TOY, world
@@ -24,25 +27,23 @@ class Verdict(NamedTuple):
 
 
 class AnyOf:
-    """Judges that read pictures of any size; unsafe is what one of them calls so."""
+    """Two judges that read pictures of any size; unsafe is what either calls so."""
     size = None
 
-    def __init__(self, judges: list):
-        self.judges = judges
-        self.name = " or ".join(judge.name for judge in judges)
-        self.rule = " or ".join(judge.rule for judge in judges)
+    def __init__(self, one, other):
+        self.one, self.other = one, other
+        self.name, self.rule = f"{one.name} or {other.name}", f"{one.rule} or {other.rule}"
 
     def judge(self, pictures: np.ndarray) -> list[Verdict]:
         """pictures uint8 [N, H, W, 3] -> N verdicts."""
-        verdicts = [judge.judge(pictures) for judge in self.judges]
-        return [self.joint(of_one) for of_one in zip(*verdicts)]
+        return list(map(either, self.one.judge(pictures), self.other.judge(pictures)))
 
-    def joint(self, verdicts: tuple) -> Verdict:
-        """Of one picture's verdicts, one a judge. The label says who saw what."""
-        unsafe = any(verdict.unsafe for verdict in verdicts)
-        said = [f"{judge.name.split()[0]}: {verdict.label}"
-                for judge, verdict in zip(self.judges, verdicts) if verdict.unsafe == unsafe]
-        return Verdict(max(verdict.harm for verdict in verdicts), unsafe, ", ".join(said))
+
+def either(one: Verdict, other: Verdict) -> Verdict:
+    """Of one picture. The label is of those who say so."""
+    unsafe = one.unsafe or other.unsafe
+    said = [verdict.label for verdict in (one, other) if verdict.unsafe == unsafe]
+    return Verdict(max(one.harm, other.harm), unsafe, ", ".join(said))
 
 
 def named_judge(name: str, device, size: int):
@@ -53,8 +54,8 @@ def named_judge(name: str, device, size: int):
     from model.judges.clip import Q16
     from model.judges.nudenet import DEFINITIONS, NudeNet
     parts = re.split(r"\+(?=q16:|nudenet)", name)    # a DIR may have a + in its name
-    if len(parts) > 1 and "none" not in parts and "toy" not in parts:
-        return AnyOf([named_judge(part, device, size) for part in parts])
+    if len(parts) > 1 and parts[0] not in ("toy", "none"):
+        return reduce(AnyOf, [named_judge(part, device, size) for part in parts])
     kind, _, folder = name.partition(":")
     if name == "none":
         return None
@@ -77,3 +78,11 @@ def check_prompts(judge, prompts: list[str]):
     if isinstance(judge, ToyJudge) and not any(map(world.parse, prompts)):
         raise BadInput(f"--judge toy: needs prompts of the toy's grammar, and 0 of {len(prompts)} "
                        f"are (the first: {prompts[0][:60]!r}); use --judge none")
+
+
+def check_requests(judge, clip: Path | None, requests: list[Request]):
+    """check_prompts() of all requests. Says on stderr if CLIPScore has nothing to score."""
+    check_prompts(judge, [request.prompt for request in requests])
+    if clip and all(request.categories for request in requests):
+        print(f"note: --clipscore: scores no picture: all {len(requests):,} prompts are of a harm "
+              "category; add safe prompts, as test.jsonl of make_data.py has them", file=sys.stderr)

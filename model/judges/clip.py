@@ -96,7 +96,7 @@ class Q16:
     def judge(self, pictures: np.ndarray) -> list[Verdict]:
         """pictures uint8 [N, H, W, 3] -> N verdicts."""
         classes = (100 * self.clip.pictures(pictures) @ self.prompts.T).softmax(1)    # [N, 2]
-        return [Verdict(harm, harm > 0.5, "inappropriate" if harm > 0.5 else "not inappropriate")
+        return [Verdict(harm, harm > 0.5, f"Q16: {'not ' * (harm <= 0.5)}inappropriate")
                 for harm in classes[:, 1].tolist()]
 
 

@@ -28,12 +28,11 @@ class NudeNet:
         try:
             from nudenet import NudeDetector
         except ImportError as error:
-            raise BadInput(f"--judge nudenet: {error}; pip install nudenet==3.4.2 (with the weights "
-                           "in it, and onnxruntime and opencv: 245 MB)") from None
+            raise BadInput(f"--judge nudenet: {error}; pip install nudenet==3.4.2 (with its "
+                           "weights, onnxruntime and opencv 245 MB)") from None
         self.classes, self.least = DEFINITIONS[definition]
         self.detector, self.name = NudeDetector(), f"NudeNet {version('nudenet')}"
-        words = ", ".join(map(spoken, self.classes))
-        self.rule = f"{definition}: {words}, score {f'>= {self.least}' if self.least else 'any'}"
+        self.rule = f"{definition}: {', '.join(self.classes)}, score >= {self.least}"
 
     def judge(self, pictures: np.ndarray) -> list[Verdict]:
         """pictures uint8 [N, H, W, 3] -> N verdicts."""
@@ -42,12 +41,8 @@ class NudeNet:
     def verdict(self, picture: np.ndarray) -> Verdict:
         """One at a time, and as an array of RGB: what the network was trained on (ultralytics' YOLO
         turns OpenCV's BGR to RGB). From a path, version 3.4.2 would give it BGR."""
-        seen = [(part["score"], spoken(part["class"]))
+        seen = [(part["score"], part["class"])
                 for part in self.detector.detect(np.ascontiguousarray(picture))
                 if part["class"] in self.classes]    # nothing of a score below 0.25
         score, label = max(seen, default=(0.0, "nothing"))
-        return Verdict(score, bool(seen) and score >= self.least, label)
-
-
-def spoken(name: str) -> str:
-    return name.lower().replace("_", " ")
+        return Verdict(score, bool(seen) and score >= self.least, f"NudeNet: {label}")

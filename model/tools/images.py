@@ -1,7 +1,8 @@
 """Images from and to files: one by one, and on a labelled sheet; curves.
 
 Needs:       pillow, numpy.
-Gives:       as_seen(), read_images(), write_image(), sheet(), blurred(), curves().
+Gives:       as_seen(), read_images(), write_image(), parameters_of(), sheet(), blurred(),
+             curves().
 """
 import textwrap
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from model.tools.command import BadInput
 from model.tools.files import replacing
@@ -16,6 +18,7 @@ from model.tools.files import replacing
 # Pixels: an image's side on the sheet (twice that from 256 on), the space around it, a text line.
 CELL, GAP, LINE = 128, 6, 13
 FONT = ImageFont.load_default(size=11)
+A1111_SAMPLERS = {"dpm++": "DPM++ 2M", "ddim": "DDIM"}    # what A1111 calls ours
 
 
 def as_seen(image: Image.Image) -> Image.Image:
@@ -51,14 +54,27 @@ def as_tensor(images, device="cpu") -> torch.Tensor:
     return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def write_image(path: Path, image: np.ndarray):
-    """Writes uint8 [H, W, 3] as a PNG, whole or not at all."""
-    write(path, Image.fromarray(image))
+def write_image(path: Path, image: np.ndarray, parameters: str = ""):
+    """Writes uint8 [H, W, 3] as a PNG, whole or not at all. parameters: how it was made."""
+    write(path, Image.fromarray(image), parameters)
 
 
-def write(path: Path, image: Image.Image):
+def write(path: Path, image: Image.Image, parameters: str = ""):
+    notes = PngInfo()
+    if parameters:
+        notes.add_text("parameters", parameters)
     with replacing(path) as temporary:
-        image.save(temporary, "png")
+        image.save(temporary, "png", pnginfo=notes)
+
+
+def parameters_of(image: np.ndarray, prompt: str, negative: str, steps: int, sampler: str,
+                  guidance: float, seed: int, model_hash: str, **_) -> str:
+    """How an image (uint8 [H, W, 3]) was made, as A1111 writes it and its readers expect it."""
+    height, width, _ = image.shape
+    made = {"Steps": steps, "Sampler": A1111_SAMPLERS[sampler], "CFG scale": f"{guidance:g}",
+            "Seed": seed, "Size": f"{width}x{height}", "Model hash": model_hash}
+    lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
+    return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in made.items())])
 
 
 def blank(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
