@@ -176,26 +176,29 @@ def label_of_rest(left: float, label: str):
 
 def rubbish(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """An image in which nothing can be recognised."""
-    kind, side = rng.integers(6), world.SIZE
+    kind = rng.integers(6)
     if kind == 0:    # noise
         return rng.integers(0, 256, image.shape, dtype=np.uint8)
     if kind == 1:    # smooth noise, from 2x2 to 8x8 cells
         n = int(rng.choice([2, 4, 8]))
-        cells = torch.from_numpy(rng.normal(128, rng.uniform(20, 90), (1, 3, n, n)))
-        smooth = F.interpolate(cells, size=side, mode="bicubic")
-        return smooth[0].permute(1, 2, 0).clamp(0, 255).byte().numpy()
+        cells = torch.from_numpy(rng.normal(128, rng.uniform(20, 90), (3, n, n)))
+        return enlarged(cells, "bicubic")
     if kind == 2:    # one colour
         return np.full_like(image, rng.integers(0, 256, 3))
     if kind == 3:    # 4x4 tiles shuffled
-        tiles = image.reshape(8, 4, 8, 4, 3).transpose(0, 2, 1, 3, 4).reshape(64, 4, 4, 3)
-        tiles = rng.permutation(tiles).reshape(8, 8, 4, 4, 3)
-        return tiles.transpose(0, 2, 1, 3, 4).reshape(side, side, 3)
+        tiles = image.reshape(8, 4, 8, 4, 3).swapaxes(1, 2).reshape(64, 4, 4, 3)
+        return rng.permutation(tiles).reshape(8, 8, 4, 4, 3).swapaxes(1, 2).reshape(image.shape)
     if kind == 4:    # drowned in noise
         noise = rng.normal(96, 80, image.shape)
         return np.clip(image * 0.25 + noise, 0, 255).astype(np.uint8)
-    small = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float()    # blurred to 3x3
-    large = F.interpolate(F.adaptive_avg_pool2d(small, 3), size=side, mode="bilinear")
-    return large[0].permute(1, 2, 0).byte().numpy()
+    pixels = torch.from_numpy(image.copy()).permute(2, 0, 1).float()    # blurred to 3x3
+    return enlarged(F.adaptive_avg_pool2d(pixels, 3), "bilinear")
+
+
+def enlarged(cells: torch.Tensor, mode: str) -> np.ndarray:
+    """[3, n, n] in 0..255 -> uint8 [S, S, 3]"""
+    large = F.interpolate(cells[None], size=world.SIZE, mode=mode)[0]
+    return large.permute(1, 2, 0).clamp(0, 255).byte().numpy()
 
 
 def judge_examples(vae: VAE) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
