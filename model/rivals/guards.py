@@ -66,12 +66,11 @@ class EmbeddingMapping(nn.Module):
         self.scale = nn.Parameter(torch.tensor(1 / 0.07))    # of the cosines in training
 
     def forward(self, prompts: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
-        k, v, q = (layer(x).unflatten(-1, (self.heads, -1)) for layer, x in
-                   ((self.key, prompts), (self.value, prompts), (self.query, concepts)))
-        scores = torch.einsum("nlhd,mhd->nmhl", k, q) / q.shape[-1] ** 0.5
-        found = torch.einsum("nmhl,nlhd->nmhd", scores.softmax(-1), v)
-        return F.cosine_similarity(self.of_prompt(found.flatten(2)),
-                                   self.of_concept(q.flatten(1)), dim=-1)
+        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(-3, -2) for layer, x in
+                   ((self.query, concepts), (self.key, prompts), (self.value, prompts)))
+        found = F.scaled_dot_product_attention(q, k, v)    # [N, h, M, d], of q [h, M, d]
+        of_prompt, of_concept = (x.transpose(-3, -2).flatten(-2) for x in (found, q))
+        return F.cosine_similarity(self.of_prompt(of_prompt), self.of_concept(of_concept), dim=-1)
 
 
 def end_and_states(sd, texts: list[str]) -> torch.Tensor:
@@ -97,9 +96,9 @@ def train_mapping(sd, pairs: list[dict], seed: int, steps: int = 400) -> Embeddi
     """A step: for each seen word one of its pairs, drawn at random. AdamW and rate as published."""
     torch.manual_seed(seed)
     mapping = EmbeddingMapping(sd.unet.context_width)
-    words = [world.parse(pair["unsafe"]).extra for pair in pairs]
+    words = np.array([world.parse(pair["unsafe"]).extra for pair in pairs])
     known = [word for word in SEEN if word in words]
-    rows = [torch.tensor([word == one for word in words]).nonzero()[:, 0] for one in known]
+    rows = [torch.from_numpy(np.flatnonzero(words == word)) for word in known]
     concepts = end_and_states(sd, known)[:, 0]
     states = [end_and_states(sd, [pair[kind] for pair in pairs]) for kind in ("unsafe", "safe")]
 
@@ -140,7 +139,7 @@ class Reader(nn.Module):
 
     def forward(self, ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         K = ids.shape[1]
-        later = torch.ones(K, K, dtype=torch.bool).triu(1)    # what a place may not look at
+        later = nn.Transformer.generate_square_subsequent_mask(K)    # may not be looked at
         x = self.word(ids) + self.place.weight[:K]
         return self.to_word(self.layers(x, states, tgt_mask=later))
 

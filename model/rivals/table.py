@@ -155,6 +155,10 @@ def found(job: Job) -> dict[str, float]:
             "cost": own["images, s"] / bare["images, s"]}
 
 
+def by_knob(seed: Seed, name: str) -> dict:
+    return {knob: found(Job(seed, name, knob)) for knob in RIVALS[name].knobs}
+
+
 def perform_all(work: Callable, jobs: list):
     """work(None, job) of those whose file is not there yet, one on each core at a time."""
     todo = [job for job in jobs if not job.file().is_file()]
@@ -194,13 +198,11 @@ def main(args):
     for seed in [*tune, *seeds]:
         make_files(seed, args.only)
     perform_all(perform, [Job(seed, "base") for seed in [*tune, *seeds]])
-    tried = [Job(seed, name, knob) for name in args.only for knob in RIVALS[name].knobs
-             for seed in tune]
-    perform_all(perform, tried)
+    perform_all(perform, [Job(seed, name, knob) for name in args.only
+                          for knob in RIVALS[name].knobs for seed in tune])
     rows, reported = {}, []
     for name in args.only:
-        knob = best([{job.knob: found(job) for job in tried if job[:2] == (seed, name)}
-                     for seed in tune])
+        knob = best([by_knob(seed, name) for seed in tune])
         reported += [Job(seed, name, knob) for seed in seeds]
     perform_all(perform, reported)
     for job in reported:

@@ -57,9 +57,8 @@ class Victim:
     def __init__(self, sd, data: Path, category: str):
         self.sd, self.encoder, self.slots = sd, sd.text.encoders[0], ids_of(sd, SLOTS)
         sd.unet.requires_grad_(False)
-        names = {parameter: name for name, parameter in self.encoder.named_parameters()}
-        self.table = self.encoder.get_input_embeddings().weight    # [vocabulary, D]
-        self.table_name, self.allowed = names[self.table], alphabet(sd)
+        self.table, self.allowed = self.encoder.get_input_embeddings().weight, alphabet(sd)
+        self.table_name, = (name for name, p in self.encoder.named_parameters() if p is self.table)
         pairs = read_latents(data, [category], sha256(*encoder_files(TOY)))
         self.x0, self.unsafe = pairs.loser[:IMAGES], pairs.unsafe.context[:IMAGES]
         self.learned_from = self.with_slots(
