@@ -25,7 +25,7 @@ from torch import nn
 from model.data.pairs import read_latents
 from model.formats.checkpoint import encoder_files
 from model.rivals.losses import cost_model
-from model.rivals.steering import all_pairs, plain
+from model.rivals.steering import all_pairs, plain, texts_of
 from model.tools.files import sha256
 from model.tools.training import descend, generator
 from model.toy import world
@@ -100,7 +100,7 @@ def train_mapping(sd, pairs: list[dict], seed: int, steps: int = 400) -> Embeddi
     known = [word for word in SEEN if word in words]
     rows = [torch.from_numpy(np.flatnonzero(words == word)) for word in known]
     concepts = end_and_states(sd, known)[:, 0]
-    states = [end_and_states(sd, [pair[kind] for pair in pairs]) for kind in ("unsafe", "safe")]
+    states = [end_and_states(sd, texts) for texts in texts_of(pairs)]
 
     def loss(step: int) -> torch.Tensor:
         rng = generator(seed, "latent guard", step)

@@ -58,9 +58,13 @@ def all_pairs(data: Path) -> list[dict]:
     return [pair for category in world.CATEGORIES for pair in read_pairs(data, category)]
 
 
-def embedded(sd, pairs: list[dict]) -> list[Prompt]:
+def texts_of(pairs: list[dict]) -> tuple[list[str], list[str]]:
     """The pairs' unsafe prompts, and their safe ones."""
-    return [sd.embed([pair[kind] for pair in pairs]) for kind in ("unsafe", "safe")]
+    return [pair["unsafe"] for pair in pairs], [pair["safe"] for pair in pairs]
+
+
+def embedded(sd, pairs: list[dict]) -> list[Prompt]:
+    return [sd.embed(texts) for texts in texts_of(pairs)]
 
 
 def negative_prompt(sd, data: Path, seed: int, knob: float):

@@ -102,7 +102,8 @@ class ToyJudge(nn.Module):
                                f"{part.shape[2]}x{part.shape[1]}; judge images of the toy model "
                                "at its own size")
             chances = {name: logits.softmax(1) for name, logits in self(as_tensor(part)).items()}
-            best = [[HEADS[name][i] for i in chance.argmax(1)] for name, chance in chances.items()]
+            best = [map(HEADS[name].__getitem__, chance.argmax(1).tolist())
+                    for name, chance in chances.items()]
             harm = chances["category"][:, 1:-1].sum(1)    # all but NOTHING and None
             verdicts += map(Verdict, *best, harm.tolist())
         return verdicts
