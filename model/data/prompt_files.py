@@ -154,6 +154,12 @@ def number_in(row: dict, columns: tuple[str, ...], kind) -> int | float | None:
         raise Refused(f"{column} {error}") from None
 
 
+def unbroken(row: dict | None) -> dict:
+    if row is None:
+        raise Refused("not a row with the columns of the header, nor a JSON object")
+    return row
+
+
 def form_of(row: dict) -> tuple[str | None, dict[str, tuple[str, str | None]]]:
     """(the index that a row of CoProV2 has, one of the forms above). Raises Refused."""
     if "label_0" in row:
@@ -165,8 +171,9 @@ def form_of(row: dict) -> tuple[str | None, dict[str, tuple[str, str | None]]]:
         return None, OURS
     image = IMAGE.fullmatch(str(row.get("image", "0_0.jpg")))    # without one: a test prompt
     if "prompt" not in row or not image:
-        raise Refused("not a row with known columns (prompt, image as CoProV2 names it, category; "
-                      "jpg_0, jpg_1, label_0, caption; unsafe, safe; prompt)")
+        raise Refused(f"its columns, {', '.join(row)[:80]}, are not those of a known form (prompt, "
+                      "image as CoProV2 names it, category; jpg_0, jpg_1, label_0, caption; unsafe, "
+                      "safe; prompt)")
     return image[2], COPROV2[image[1]]
 
 
@@ -212,7 +219,7 @@ def read_prompts(path: Path, images: Path | None = None, default: str | None = N
     pair_rows, test_rows = Counter(), Counter()
     for line, row in numbered_rows(path):
         try:
-            part = read_row(line, row or {}, pictures, default)
+            part = read_row(line, unbroken(row), pictures, default)
             if "test" in part.prompts:
                 tests[part.prompts["test"]] |= part.categories
                 test_rows[part.prompts["test"]] += 1
@@ -273,8 +280,7 @@ class Request:
 
 
 def read_request(row: dict | None) -> Request:
-    if row is None:
-        raise Refused("not a row with the columns of the header, nor a JSON object")
+    row = unbroken(row)
     column = "category" if "category" in row else "categories"
     categories = categories_in(row, column) if column in row else None
     image = IMAGE.fullmatch(str(row.get("image")))
