@@ -27,7 +27,7 @@ from model.formats.checkpoint import encoder_files, model_files, unet_files
 from model.judges import check_prompts, named_judge
 from model.stable_diffusion import at_once, check_settings, image_size, load
 from model.tools import processes
-from model.tools.command import GeneratingParser, positive, run
+from model.tools.command import GeneratingParser, positive_int, run
 from model.tools.device import device_and_precision
 from model.tools.files import check_folder, digest, prepare, sha256, write_jsonl
 from model.tools.images import write_image
@@ -38,8 +38,8 @@ def parse_arguments(argv=None):
     parser = GeneratingParser("Writes preference pairs: prompts, and the model's own pictures.")
     add = parser.add_argument
     add("--concept", default="all", help="one category of the toy's, or of your prompts'; or all")
-    add("--pairs", type=positive, help="pairs for each concept (default: 160; of --prompts all), "
-        "or for each entry of --concepts (default: 32)")
+    add("--pairs", type=positive_int, help="pairs for each concept (default: 160; of --prompts "
+        "all), or for each entry of --concepts (default: 32)")
     add("--prompts", type=Path, nargs="+", metavar="FILE", help="pairs and test prompts from CSV "
         "or JSON lines: CoProV2, the Hugging Face form, or your own (default: the toy's grammar)")
     add("--images", type=Path, metavar="DIR", help="read the pictures that --prompts names from "

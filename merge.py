@@ -37,7 +37,8 @@ from model.formats.lora_file import expand, save
 from model.schedule import stratified_times
 from model.stable_diffusion import Denoiser, at_once, load_denoiser, skeleton
 from model.text import Prompt
-from model.tools.command import BadInput, Parser, named, number, portion, positive, run, share
+from model.tools.command import (BadInput, Parser, finite_float, fraction, named, open_fraction,
+                                 positive_int, run)
 from model.tools.device import device_and_precision
 from model.tools.files import check_folder, sha256
 from model.tools.processes import processes_for
@@ -56,14 +57,14 @@ def parse_arguments(argv=None):
     add("experts", nargs="+", type=Path, help="LoRA files, or a folder of them")
     add("--method", default="co-merge", help="see the top of merge.py; or the dotted name of a "
         "rule such as model.rivals.merging.ties")
-    add("--weights", type=number, nargs="+", default=[1.0],
+    add("--weights", type=finite_float, nargs="+", default=[1.0],
         help="one factor for each expert, or one for all (default: 1)")
-    add("--rank", type=positive, help="re-compress each layer to this rank (default: the sum of "
-        f"the experts' ranks, exact; ties and dare: that, but at most {LARGEST_RANK})")
-    add("--density", type=portion, help="share of entries that ties and dare keep of each delta W "
-        "(default: ties 0.2, as published; dare 0.5)")
-    add("--preserve", type=share, help="lambda of regmean and solve: how much safe inputs weigh, "
-        f"where an expert's own inputs weigh 1; from 0 to 1 (default: {PRESERVE})")
+    add("--rank", type=positive_int, help="re-compress each layer to this rank (default: the sum "
+        f"of the experts' ranks, exact; ties and dare: that, but at most {LARGEST_RANK})")
+    add("--density", type=open_fraction, help="share of entries that ties and dare keep of each "
+        "delta W (default: ties 0.2, as published; dare 0.5)")
+    add("--preserve", type=fraction, help="lambda of regmean and solve: how much safe inputs "
+        f"weigh, where an expert's own inputs weigh 1; from 0 to 1 (default: {PRESERVE})")
     add("--data", type=Path, default=Path("data"), help="what make_data.py wrote, for co-merge and "
         "regmean")
     add("--fuse", type=Path, metavar="MODEL", help="write a whole aligned checkpoint instead: a "

@@ -36,7 +36,7 @@ from model.judges.clip import ClipScore
 from model.judges.grid import grid
 from model.judges.table import measure, report
 from model.stable_diffusion import at_once, check_settings, load, image_size, skeleton
-from model.tools.command import BadInput, GeneratingParser, at_strength, positive, run
+from model.tools.command import BadInput, GeneratingParser, at_strength, positive_int, run
 from model.tools.device import device_and_precision
 from model.tools.files import prepare, sha256, short_hash, write_jsonl
 from model.tools.images import parameters_of, write_image
@@ -65,7 +65,7 @@ def parse_arguments(argv=None):
     add("--show-unsafe", action="store_true", help="do not blur unsafe pictures on the grid (the "
         "toy's never are)")
     add("--sampler", choices=["dpm++", "ddim"], default="dpm++", help="the solver")
-    add("--images-per-prompt", type=positive, default=1, help="pictures of each prompt")
+    add("--images-per-prompt", type=positive_int, default=1, help="pictures of each prompt")
     add("--out", type=Path, default=Path("samples"), help="folder to write")
     return parser.parse_args(argv)
 

@@ -31,7 +31,7 @@ from model.formats.lora_file import LoRAFile, save
 from model.schedule import stratified_times
 from model.stable_diffusion import Denoiser, load_denoiser
 from model.tools import processes
-from model.tools.command import BadInput, Parser, named, positive, rate, run, share
+from model.tools.command import BadInput, Parser, named, positive_int, positive_float, run, fraction
 from model.tools.device import PRECISIONS, device_and_precision
 from model.tools.files import check_folder, sha256
 from model.tools.training import generator, load_state, save_state, summary, write_log
@@ -77,18 +77,18 @@ def parse_arguments(argv=None):
     add("--loss", default="safety", help="safety: DPO, and safe prompts keep what they gave; dpo: "
         "Diffusion-DPO; both: the same under the safe prompt too; sft: fine-tuning on the winner; "
         "or a dotted name, such as model.rivals.losses.duo")
-    add("--beta", type=rate, default=10.0, help="what multiplies the differences of mean squared "
-        "errors, and with safety the drift's weight too; published: 5000")
-    add("--steps", type=positive, default=220, help="optimiser steps for each concept")
-    add("--batch", type=positive, default=8,
+    add("--beta", type=positive_float, default=10.0, help="what multiplies the differences of mean "
+        "squared errors, and with safety the drift's weight too; published: 5000")
+    add("--steps", type=positive_int, default=220, help="optimiser steps for each concept")
+    add("--batch", type=positive_int, default=8,
         help="pairs that one process takes through the UNet at once")
-    add("--accumulate", type=positive, default=1, help="batches in a step: so many times the "
+    add("--accumulate", type=positive_int, default=1, help="batches in a step: so many times the "
         "pairs, in the memory of one batch")
-    add("--lr", type=rate, default=2e-3, help="peak learning rate of AdamW, cosine to zero; "
-        "published for SD 1.5: 1.6e-4 for the 16 pairs of a step, constant")
-    add("--rank", type=positive, default=4, help="LoRA rank")
-    add("--caption-dropout", type=share, default=0.0, help="share of pairs whose prompts are empty "
-        "in a step; published: 0.2 (default: 0)")
+    add("--lr", type=positive_float, default=2e-3, help="peak learning rate of AdamW, cosine to "
+        "zero; published for SD 1.5: 1.6e-4 for the 16 pairs of a step, constant")
+    add("--rank", type=positive_int, default=4, help="LoRA rank")
+    add("--caption-dropout", type=fraction, default=0.0, help="share of pairs whose prompts are "
+        "empty in a step; published: 0.2 (default: 0)")
     add("--checkpointing", action="store_true", help="compute activations twice instead of keeping "
         "them: less memory, a slower step")
     add("--compile", action="store_true", help="torch.compile the UNet: a slow start, fast steps")

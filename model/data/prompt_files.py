@@ -25,7 +25,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.tools.command import BadInput, natural, number
+from model.tools.command import BadInput, finite_float, natural_int
 
 TYPOS = {"harrasment": "harassment"}    # as CoProV2 spells it
 BETWEEN = re.compile(r"[\s,\[\]]*")    # rows of JSON
@@ -172,8 +172,8 @@ def form_of(row: dict) -> tuple[str | None, dict[str, tuple[str, str | None]]]:
     image = IMAGE.fullmatch(str(row.get("image", "0_0.jpg")))    # without one: a test prompt
     if "prompt" not in row or not image:
         raise Refused(f"its columns, {', '.join(row)[:80]}, are not those of a known form (prompt, "
-                      "image as CoProV2 names it, category; jpg_0, jpg_1, label_0, caption; unsafe, "
-                      "safe; prompt)")
+                      "image as CoProV2 names it, category; jpg_0, jpg_1, label_0, caption; "
+                      "unsafe, safe; prompt)")
     return image[2], COPROV2[image[1]]
 
 
@@ -286,8 +286,8 @@ def read_request(row: dict | None) -> Request:
     image = IMAGE.fullmatch(str(row.get("image")))
     if image and image[1] == "s":
         categories = set()    # half of a CoProV2 pair: its category is what it is safe from
-    return Request(text_in(row, "prompt"), categories, number_in(row, SEEDS, natural),
-                   number_in(row, GUIDANCES, number))
+    return Request(text_in(row, "prompt"), categories, number_in(row, SEEDS, natural_int),
+                   number_in(row, GUIDANCES, finite_float))
 
 
 def read_requests(path: Path) -> tuple[list[Request], list[str]]:

@@ -30,7 +30,7 @@ import torch
 import merge
 from lora import Factors
 from model.lab.plot import plot
-from model.tools.command import BadInput, PlainParser, natural, run
+from model.tools.command import BadInput, PlainParser, natural_int, run
 from model.tools.files import opened, read_json, read_jsonl, save_tensors, sha256, write_jsonl
 from model.toy.world import CATEGORIES, parse, seen_words
 
@@ -295,7 +295,7 @@ def flags(description: str, names, only) -> PlainParser:
     """Of a program that compares, for several seeds, those of the names that are in `only`."""
     parser = PlainParser(description)
     add = parser.add_argument
-    add("--seeds", type=natural, nargs="+", default=[0, 1, 2], help="seeds that are reported")
+    add("--seeds", type=natural_int, nargs="+", default=[0, 1, 2], help="seeds that are reported")
     add("--only", nargs="+", choices=names, default=list(only), help="which of them")
     add("--out", type=Path, default=Path("results"), help="folder to write")
     return parser
@@ -304,7 +304,7 @@ def flags(description: str, names, only) -> PlainParser:
 def parse_arguments(argv=None):
     parser = flags("Runs the scripts for several seeds and prints the tables of results.md.",
                    EXPERIMENTS, EXPERIMENTS)
-    parser.add_argument("--tune", type=natural, nargs="*", default=[100],
+    parser.add_argument("--tune", type=natural_int, nargs="*", default=[100],
                         help="seeds that strengths are chosen on")
     return parser.parse_args(argv)
 

@@ -37,7 +37,7 @@ from model.rivals.attack import find_all
 from model.rivals.finetune import fine_tune, fuse, has_look
 from model.stable_diffusion import load
 from model.tools import processes
-from model.tools.command import natural, run
+from model.tools.command import natural_int, run
 from model.tools.files import read_json, read_jsonl, write_json
 from model.tools.images import read_images, sheet, write_image
 from model.toy import TOY, world
@@ -179,7 +179,7 @@ def show(jobs: list[Job], path: Path):
 
 def parse_arguments(argv=None):
     parser = flags("Compares other ways to make it safe, in one table.", RIVALS, RIVALS)
-    parser.add_argument("--tune", type=natural, nargs="+", default=[100],
+    parser.add_argument("--tune", type=natural_int, nargs="+", default=[100],
                         help="seeds that knobs are chosen on")
     return parser.parse_args(argv)
 

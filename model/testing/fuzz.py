@@ -36,7 +36,7 @@ from model.formats.lora_file import load as load_lora
 from model.stable_diffusion import load
 from model.testing.checkpoints import single_file
 from model.tools import processes
-from model.tools.command import BadInput, PlainParser, at_strength, natural, positive, run
+from model.tools.command import BadInput, PlainParser, at_strength, natural_int, positive_int, run
 from model.tools.files import sha256
 from model.tools.images import read_images
 from model.toy import TOY
@@ -216,8 +216,8 @@ def fuzz_commands(cases: int, seed: int, folder: Path, story: Path) -> int:
 def parse_arguments(argv=None):
     parser = PlainParser("Tries damaged files, or odd command lines.")
     parser.add_argument("what", choices=["files", "commands"])
-    parser.add_argument("--cases", type=positive, default=1000, help="how many")
-    parser.add_argument("--seed", type=natural, default=1, help="of the cases")
+    parser.add_argument("--cases", type=positive_int, default=1000, help="how many")
+    parser.add_argument("--seed", type=natural_int, default=1, help="of the cases")
     return parser.parse_args(argv)
 
 

@@ -42,15 +42,15 @@ def whole(text: str, least: int) -> int:
     return int(text)
 
 
-def positive(text: str) -> int:
+def positive_int(text: str) -> int:
     return whole(text, 1)
 
 
-def natural(text: str) -> int:
+def natural_int(text: str) -> int:
     return whole(text, 0)
 
 
-def number(text: str) -> float:
+def finite_float(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
@@ -60,20 +60,20 @@ def number(text: str) -> float:
     return value
 
 
-def rate(text: str) -> float:
-    if number(text) <= 0:
+def positive_float(text: str) -> float:
+    if finite_float(text) <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0; give a positive number")
     return float(text)
 
 
-def share(text: str) -> float:
-    if not 0 <= number(text) <= 1:
+def fraction(text: str) -> float:
+    if not 0 <= finite_float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share; give a number from 0 to 1")
     return float(text)
 
 
-def portion(text: str) -> float:
-    if share(text) == 0:
+def open_fraction(text: str) -> float:
+    if fraction(text) == 0:
         raise argparse.ArgumentTypeError(f"{text} leaves nothing; give a number above 0, up to 1")
     return float(text)
 
@@ -81,7 +81,7 @@ def portion(text: str) -> float:
 def at_strength(text: str) -> tuple[Path, float]:
     """ "style.safetensors@0.5" -> (path, 0.5); without the @, strength 1."""
     name, at, strength = text.rpartition("@")
-    return (Path(name), number(strength)) if at else (Path(text), 1.0)
+    return (Path(name), finite_float(strength)) if at else (Path(text), 1.0)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -110,8 +110,8 @@ class Parser(PlainParser):
         super().__init__(description)
         self.add_argument("--model", type=Path, default=TOY, help="Stable Diffusion 1, 2 or XL: a "
                           "diffusers folder or one .safetensors file (default: the embedded toy)")
-        self.add_argument("--seed", type=natural, default=0, help="of everything random (default: "
-                                                                  "0)")
+        self.add_argument("--seed", type=natural_int, default=0,
+                          help="of everything random (default: 0)")
         self.add_argument("--device", default="auto",
                           help="torch device; auto is cuda, then mps, then cpu")
         self.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
@@ -124,14 +124,14 @@ class GeneratingParser(Parser):
 
     def __init__(self, description: str):
         super().__init__(description)
-        self.add_argument("--steps", type=positive, help="sampling steps (default: toy 10, else "
-                                                         "25)")
-        self.add_argument("--guidance", type=number, help="classifier-free guidance, 1 is none "
-                          "(default: toy 3, else 7.5)")
+        self.add_argument("--steps", type=positive_int, help="sampling steps (default: toy 10, "
+                          "else 25)")
+        self.add_argument("--guidance", type=finite_float, help="classifier-free guidance, 1 is "
+                          "none (default: toy 3, else 7.5)")
         self.add_argument("--negative", default="", help="what guidance steers away from, a prompt")
-        self.add_argument("--size", type=positive,
+        self.add_argument("--size", type=positive_int,
                           help="an image's side in pixels (default: the model's own)")
-        self.add_argument("--batch", type=positive, help="images generated at once "
+        self.add_argument("--batch", type=positive_int, help="images generated at once "
                           "(default: 16 up to 256 px, 4 at 512 px, 1 at 1024 px)")
 
 

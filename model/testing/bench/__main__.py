@@ -28,7 +28,7 @@ import torch
 from model.formats.lora_file import save
 from model.stable_diffusion import skeleton
 from model.testing.checkpoints import full_size, random_lora
-from model.tools.command import BadInput, PlainParser, positive, run
+from model.tools.command import BadInput, PlainParser, positive_int, run
 
 LIMIT = 1800
 HEADS = "ready, s", "first, s", "last, s", "peak, GiB"
@@ -41,8 +41,8 @@ MERGES = [("--method sum", "cat 4"), ("--method average", None),
 def parse_arguments(argv=None):
     parser = PlainParser("Measures speed and memory on random full-size models.")
     parser.add_argument("what", choices=BENCHES)
-    parser.add_argument("--rounds", type=positive, default=1, help="how often each job runs")
-    parser.add_argument("--experts", type=positive, nargs="+", default=[7, 50, 700],
+    parser.add_argument("--rounds", type=positive_int, default=1, help="how often each job runs")
+    parser.add_argument("--experts", type=positive_int, nargs="+", default=[7, 50, 700],
                         help="merge: of how many")
     return parser.parse_args(argv)
 
