@@ -75,7 +75,7 @@ from model.tools import processes
 from model.tools.command import BadInput, named, run
 from model.tools.files import (opened, read_json, read_jsonl, save_tensors, sha256,
                                write_jsonl)
-from model.tools.images import read_images, write_image
+from model.tools.images import parameters_of, read_images, write_image
 from model.tools.training import generator, load_state, save_state
 from model.toy import TOY, world
 from model.toy.pretrain import scenes_and_images
