@@ -38,7 +38,7 @@ from model.judges.table import measure, report
 from model.stable_diffusion import at_once, check_settings, load, image_size, skeleton
 from model.tools.command import BadInput, GeneratingParser, at_strength, positive_int, run
 from model.tools.device import device_and_precision
-from model.tools.files import prepare, sha256, short_hash, write_jsonl
+from model.tools.files import file_name, prepare, sha256, short_hash, write_jsonl
 from model.tools.images import parameters_of, write_image
 from model.tools.processes import processes_for, spread
 from model.toy import is_toy, usual_settings
@@ -99,7 +99,7 @@ def columns_of(loras: list[list[tuple[Path, float]]], model: Path, out: Path,
             label += " (again)"
         fitting = [match(network, load_lora(path)[0], str(path)) for path, _ in files]
         factors = lora.compose(fitting, [strength for _, strength in files])
-        folder = out / label if len(loras) > 1 else out
+        folder = out / file_name(label) if len(loras) > 1 else out
         made_of = [(sha256(path), strength) for path, strength in files]
         columns.append(Column(label, folder, factors, made_of))
     return columns

@@ -54,9 +54,9 @@ from lora import Factors, layers
 from model.data import language_model
 from model.data.pairs import named_states, Pairs, read_latents, read_pairs, read_square
 from model.data.prompt_files import read_prompts, read_requests, Request, split
-from model.formats.checkpoint import encoder_files
+from model.formats.checkpoint import encoder_files, model_files
 from model.formats.fit import match
-from model.formats.lora_file import load as load_lora, save as save_lora
+from model.formats.lora_file import expand, load as load_lora, save as save_lora
 from model.formats.single_file import CONFIGS, place
 from model.judges import check_requests, clip as judges, named_judge, nudenet
 from model.judges.grid import grid
@@ -72,9 +72,9 @@ from model.testing import checkpoints, fuzz, strangers
 from model.testing.readme import SHOWN, commands_of
 from model.text import build_encoder, Prompt
 from model.tools import processes
-from model.tools.command import BadInput, named, run
-from model.tools.files import (opened, read_json, read_jsonl, save_tensors, sha256,
-                               write_jsonl)
+from model.tools.command import at_strength, BadInput, named, run
+from model.tools.files import (file_name, opened, read_json, read_jsonl, replacing,
+                               save_tensors, sha256, write_jsonl)
 from model.tools.images import parameters_of, read_images, write_image
 from model.tools.training import generator, load_state, save_state
 from model.toy import TOY, world
@@ -2340,6 +2340,23 @@ def test_loading_takes_no_second_copy(models):
         assert any(low <= p.data_ptr() < high for low, high in mapped)
 
 
+@parametrize("kind", ["SD1", "SDXL"])
+def test_a_header_says_what_a_file_predicts(kind, models, here):
+    file = shutil.copytree(models(kind, "file").parent, here / "m") / "model.safetensors"
+    shutil.rmtree("m/scheduler")
+    save_file(load_file(file), file, {"modelspec.prediction_type": "v"})
+    assert load_denoiser(file, CPU).schedule.prediction_type == "v_prediction"
+
+
+def test_what_nobody_reads_makes_no_work_old(models, here):
+    model = shutil.copytree(models("SD1", "folder"), here / "m")
+    read = {path for path in model.rglob("*") if path.is_file()}
+    for name in ("vae/diffusion_pytorch_model.fp16.safetensors", "unet/._config.json", "vae/x.txt",
+                 "tokenizer/mine.json", "unet/diffusion_pytorch_model.safetensors.index.fp16.json"):
+        (model / name).touch()
+    assert set(model_files(model)) == read
+
+
 # LoRA files
 @parametrize("kind, layout", [("SD1", "file"), ("SDXL", "folder")])
 def test_a_lora_draws_the_same_picture_everywhere(kind, layout, here, models):
@@ -2423,7 +2440,9 @@ def test_every_program_finds_every_layer(family, tmp_path):
 
 @parametrize("spelling", [
     "lora_unet_{flat}.lora_down.weight", "base_model.model.unet.{name}.lora_A.weight",
-    "unet.{name}.lora_A.weight", "unet.{name}.lora.down.weight", "{old}_lora.down.weight"])
+    "unet.{name}.lora_A.weight", "unet.{name}.lora.down.weight", "{old}_lora.down.weight",
+    "lycoris_{flat}.lora_down.weight", "unet.{name}.lora_A.default_0.weight",
+    "unet._orig_mod.{name}.lora_A.own.weight"])
 def test_one_lora_has_many_spellings(spelling, tmp_path, capsys):
     """Without an alpha the scale is 1, not 1/rank. What is left out is counted and named. A linear
     layer (SD 2's proj_in) is a convolution of one pixel (here), and a file of either fits."""
@@ -2449,6 +2468,78 @@ def test_one_lora_has_many_spellings(spelling, tmp_path, capsys):
         assert loaded[one].kernel == (1, 1)
         for name, f in loaded.items():
             assert torch.equal(f.delta(), scale * ours[name].up @ ours[name].down)
+
+
+def write_conv(name: str, key: str, header={}, dtype=torch.float32):
+    """A LoRA of one convolution, which no prompt reaches."""
+    save_file({f"{key}.lora_down.weight": torch.ones(1, 9, dtype=dtype),
+               f"{key}.lora_up.weight": torch.ones(2, 1, dtype=dtype)}, name, header)
+
+
+CONV, XL_CONV = "lora_unet_mid_block_resnets_0_conv1", "lora_unet_middle_block_0_in_layers_2"
+XL, V = ({"ss_base_model_version": version} for version in ("sdxl_base_v1-0", "sd_v2_v"))
+
+
+@parametrize("key, ours", [
+    ("diffusion_model.input_blocks.4.1.proj_in", "down_blocks_1_attentions_0_proj_in"),
+    ("diffusion_model.output_blocks.2.1.conv", "up_blocks_0_upsamplers_0_conv"),
+    ("unet.middle_block.2.in_layers.2", "mid_block_resnets_1_conv1"),
+    ("lora_unet__orig_mod_conv_in", "conv_in")])
+def test_a_prefix_is_not_a_kind_of_lora(key, ours, here, capsys):
+    """ComfyUI's (LoraSave), OneTrainer's, and of torch.compile; and what comes with a LoRA."""
+    write_conv("a", key)
+    for other in ("text_encoders.x.lora_up.weight", "clip_g.x.dora_scale", "bundle_emb.a.b"):
+        spoil(Path("a"), adding(other, 2))
+    assert load_lora(Path("a"))[0].keys() == {ours}
+    assert "2 text-encoder layers and 1 embeddings are left out" in capsys.readouterr().err
+
+
+@parametrize("key, header, kept, named", [
+    (CONV, XL, XL, XL_CONV), (CONV, V, V, CONV), (XL_CONV, {}, XL, XL_CONV), (CONV, {}, {}, CONV)])
+def test_one_layer_does_not_tell_the_family(key, header, kept, named, here, capsys):
+    """Headers tell, and kohya's own names of SDXL's blocks; or else a note says so."""
+    write_conv("a", key)
+    write_conv("b", key, header)
+    command("merge a b --method sum --out c")
+    assert kept.items() <= load_lora(Path("c"))[1].items() and f"{named}.alpha" in load_file("c")
+    assert ("no header tells" in capsys.readouterr().err) == (not kept)
+
+
+@parametrize("order", ["abc", "cba", "bca"])
+def test_content_and_style_may_share_no_layer(order, here):
+    for name, key, header in zip(order, (CONV, "unet.conv_in", "unet.conv_out"), (XL, {}, {})):
+        write_conv(name, key, header)
+    command("merge a b c --method average --out d")
+    changes = [f.delta() for f in load_lora(Path("d"))[0].values()]
+    assert torch.stack(changes).allclose(torch.full((3, 2, 9), 1 / 3))
+    write_conv(order[1], CONV, V)
+    with refuses("unlike others"):
+        command("merge a b c --method sum")
+
+
+@parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bits_are_read_and_too_few_to_write(dtype, models, here, capsys):
+    write_conv("a", CONV, dtype=dtype)
+    assert load_lora(Path("a"))[0][CONV[10:]].delta().eq(1).all()
+    file = shutil.copytree(models("SD1", "file").parent, here / "m") / "model.safetensors"
+    spoil(file, lambda t: t.update({key: t[key].to(dtype) for key in t if key.startswith(UNET)}))
+    load_denoiser(file, CPU)
+    assert "too coarse" in refusal("merge a --fuse {file}", capsys, file=file)
+
+
+PLAIN = "gaussian", "orthogonal"
+
+
+@parametrize("beside", [True, False])
+@parametrize("start", [*PLAIN, "pissa", "pissa_niter_4", "olora", "corda", "loftq", "a BD-LoRA"])
+def test_b_a_may_belong_to_other_weights_than_w(start, beside, here):
+    key = "use_bdlora" if start == "a BD-LoRA" else "init_lora_weights"
+    header = {} if beside else {"lora_adapter_metadata": json.dumps({f"unet.{key}": start})}
+    save_file({f"conv_in.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}, "a", header)
+    if beside:
+        Path("adapter_config.json").write_text(json.dumps({key: start}))
+    with contextlib.nullcontext() if start in PLAIN else refuses(start):
+        load_lora(Path("a"))
 
 
 @parametrize("where", ["header", "beside", "beside, rank-stabilised"])
@@ -2485,6 +2576,20 @@ def test_a_lora_for_another_base_says_which():
                 match(networks[other], theirs, "a")
 
 
+def test_a_folder_holds_more_than_loras(here):
+    for name in "._a.safetensors README.md a.json a.civitai.info a.PNG a.safetensors".split():
+        Path(name).touch()
+    assert expand([here]) == expand(list(here.iterdir())) == [here / "a.safetensors"]
+
+
+def test_names_are_as_people_have_them(here):
+    Path("style@2").touch()
+    assert at_strength("style@2") == (Path("style@2"), 1)
+    assert at_strength("style@2@0.5") == (Path("style@2"), 0.5)
+    with replacing(Path(file_name("\u00e4" * 130))) as temporary:
+        temporary.touch()
+
+
 # What is broken, or of another kind
 def dropping(start: str):
     return lambda t: [t.pop(key) for key in list(t) if key.startswith(start)]
@@ -2502,18 +2607,22 @@ MID = UNET + "middle_block.1.proj_in.weight"
 TORN = {"model": [
     (lambda m: (m / "text_encoder").rename(m / "text_encoder_2"), "the SDXL refiner"),
     (lambda m: shutil.rmtree(m / "tokenizer"), "has no vocab.json"),
-    (lambda m: spoil(m / "text_encoder/model.safetensors", adding("odd", 2)), r"holds odd \[2\]")],
+    (lambda m: spoil(m / "text_encoder/model.safetensors", adding("odd", 2)), r"holds odd \[2\]"),
+    (lambda m: spoil(m / WEIGHTS, adding("conv_in.base_layer.weight", 2)), "unload it first")],
     "file": [
     (lambda t: t["first_stage_model.decoder.conv_in.bias"].fill_(math.nan),
      "vae decoder.conv_in.bias holds NaN"),
     (dropping(MID), r"lacks mid_block.attentions.0.proj_in.weight.* \[32, 32, 1, 1\]"),
     (lambda t: t.update({MID: t[MID][:, :20]}), r"\[32, 20, 1, 1\], expected \[32, 32, 1, 1\]"),
+    (dropping(UNET + "middle_block.1."), "a distilled model"),
     (adding("other.weight", 3), r"other.weight \[3\], which belongs to no part"),
     (adding(UNET + "input_blocks.0.0.weight", 16, 9, 3, 3), "an inpainting model"),
     (only("conditioner.embedders.0.model.x"), "SDXL refiner"), (only("encoder.x"), "one part of"),
     (only(UNET + "joint_blocks.0.x"), "Diffusion 3"), (only("x.lora_up.weight"), "with --lora")],
     "LoRA": [
     (adding("some.other.weight", 2), "some.other.weight"),
+    (adding("lora_unet_x.dora_scale", 2), "a DoRA"), (adding("x.hada_w1_a", 2), "a LoHa"),
+    (adding("x.lokr_w1", 2), "a LoKr"),
     (lambda t: t.pop(next(key for key in t if "lora_up" in key)), "matching pair"),
     (lambda t: t.update({key: t[key][:, :2] for key in t if "lora_up" in key}), "matching pair"),
     (only("lora_te_x.lora_up.weight"), "1 layers of text encoders")],

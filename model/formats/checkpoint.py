@@ -30,8 +30,13 @@ PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
 ENCODERS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 TEXT = "text_model."    # a level of names that transformers dropped in part: not in our names
 
-# Settings that some single files of SDXL carry as keys, without a value that matters.
+# Settings that some single files of SDXL carry as keys, without a value that matters; and what
+# trainers write to the header.
 NOTES = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
+PREDICTION, PREDICTIONS = "modelspec.prediction_type", {"v": "v_prediction", "epsilon": "epsilon"}
+# What is read beside the weights.
+READ = """config.json scheduler_config.json vocab.json merges.txt tokenizer.json
+    tokenizer_config.json special_tokens_map.json added_tokens.json""".split()
 # What else a single file may be, by the start of a key.
 OTHERS = ((r"(model\.diffusion_model\.)?(joint_blocks|context_embedder)\.", "Stable Diffusion 3"),
           (r"(model\.diffusion_model\.)?(double_blocks|single_blocks)\.", "Flux or a relative"),
@@ -69,8 +74,10 @@ def part_files(folder: Path, part: str) -> list[Path]:
         index = folder / part / f"{PARTS[part]}.safetensors.index{variant}.json"
         if not index.is_file():
             continue
-        names = set(read_json(index).get("weight_map", {}).values())
-        files = sorted(index.parent / Path(name).name for name in names)
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict):
+            raise BadInput(f"{index}: has no weight_map; copy the checkpoint again")
+        files = sorted({index.parent / Path(str(name)).name for name in shards.values()})
         for file in files:
             if not file.is_file():
                 raise BadInput(f"{index}: lists {file.name}, which is not there; copy the "
@@ -100,13 +107,15 @@ def model_files(model: Path) -> list[Path]:
 
 
 def files_of(model: Path, parts: tuple[str, ...]) -> list[Path]:
+    """Those that are read, and no other that lies there: finished work stays finished."""
     single = model.is_file()
-    side = model.parent if single else model
-    kinds = (".json", ".txt") if single else (".json", ".txt", ".safetensors")
-    files = [model] if single else []
+    side, files = (model.parent, [model]) if single else (model, [])
     files += side.glob("model_index.json")    # may say what SDXL's empty prompt means
     for part in parts:
-        files += sorted(file for file in (side / part).glob("*") if file.suffix in kinds)
+        has_weights = part in PARTS and not single and (side / part).is_dir()
+        read = part_files(side, part) if has_weights else []
+        files += sorted(file for file in (side / part).glob("*")
+                        if file.name in READ or file in read)
     return files
 
 
@@ -143,6 +152,10 @@ class Checkpoint:
         self.path, self.single, self.family = path, path.is_file(), None
         self.side = path.parent if self.single else path    # where configs and tokenizers lie
         self.parts = self._parts_of_file() if self.single else self._parts_of_folder()
+        names = [name for _, [name] in self.parts["unet"].values()]
+        if not any(name.startswith("mid_block.attentions.") for name in names):
+            refuse(path, "its UNet has no attention in the middle, like that of a distilled model "
+                         "(SSD-1B, Vega, small BK-SDM)")
 
     def _parts_of_folder(self) -> dict[str, dict]:
         self._check_inputs(self.config("unet").get("in_channels", 4))
@@ -153,6 +166,9 @@ class Checkpoint:
             for path in part_files(self.path, part):
                 with opened(path) as file:
                     keys = [key for key in file.keys() if not key.endswith("position_ids")]
+                if any(".base_layer." in key for key in keys):
+                    raise BadInput(f"{path}: was saved with a LoRA still loaded; unload it first "
+                                   "(unload_lora_weights, a fused one stays in), and save again")
                 for key in keys:
                     name = single_file.old_vae_name(key) if part == "vae" else key
                     places[key] = path, [name.removeprefix(TEXT)]
@@ -161,12 +177,15 @@ class Checkpoint:
     def _parts_of_file(self) -> dict[str, dict]:
         with opened(self.path) as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+            prediction = PREDICTIONS.get((file.metadata() or {}).get(PREDICTION))
         first = single_file.UNET + "input_blocks.0.0.weight"
-        self._check_inputs(shapes.get(first, (None, 4))[1])
+        self._check_inputs((*shapes.get(first, (0, 4)), 0, 0)[1])
         self.family = single_file.family_of(list(shapes))
         if first not in shapes or not self.family:
             refuse(self.path, other_model("\n".join(shapes)))
-        self.notes = dict(setting for key, setting in NOTES.items() if key in shapes)
+        # An SD 2 is asked, whatever its header says (stable_diffusion.py).
+        self.notes = {"prediction_type": prediction} if prediction and self.family != "SD 2" else {}
+        self.notes |= dict(setting for key, setting in NOTES.items() if key in shapes)
         parts = {part: {} for part in ("unet", "vae", *single_file.FAMILIES[self.family])}
         counts = [self.from_config(part, count) for part, count in single_file.COUNTS.items()]
         for key, shape in shapes.items():
@@ -257,6 +276,12 @@ class Checkpoint:
                 tensors[name] = third.to(device, dtype).contiguous()
         return tensors
 
+    def dtypes(self, part: str) -> set[str]:
+        """As safetensors calls them."""
+        places = self.parts[part].items()
+        files = {path: opened(path) for _, (path, _) in places}
+        return {files[path].get_slice(key).get_dtype() for key, (path, _) in places}
+
     def rewrite(self, out: Path, change: Callable[[str], torch.Tensor | None]) -> int:
         """Writes this checkpoint to the folder `out`, in the same layout, with change(name), if it
         is not None, added to the UNet's tensors. Returns how many tensors changed.
@@ -264,8 +289,6 @@ class Checkpoint:
         Files are copied, and then the changed tensors written over, one at a time: headers, dtypes
         and all other bytes stay. The folder appears complete or not at all.
         """
-        if out.is_dir() and any(out.iterdir()):
-            raise BadInput(f"--out {out}: is not empty; name a new folder")
         changed = set()
         with replacing(out) as temporary:
             for source in self._kept_files():
@@ -283,7 +306,7 @@ class Checkpoint:
         if self.single:
             return model_files(self.path)
         kinds = (".json", ".txt", ".model", ".md", ".safetensors")
-        return [path for path in self.path.rglob("*") if path.suffix in kinds
+        return [path for path in self.path.rglob("[!.]*") if path.suffix in kinds
                 and (path.suffix != ".safetensors" or path.parent != self.path)]
 
     def _add(self, source: Path, target: Path, change) -> set[str]:

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora import Factors
-from model.formats.lora_file import LoRAFile
+from model.formats.lora_file import FAMILIES, VERSION, LoRAFile
 from model.tools.command import BadInput
 
 AT_A_TIME = 8    # layers of all experts that memory holds
-OF_BASE = "base_model_hash", "prediction_type"
+OF_BASE = "base_model_hash", "prediction_type", VERSION
 
 
 class Experts:
@@ -19,7 +19,8 @@ class Experts:
     were trained on; of other programs' files the names. metadata: what they say of the base model.
 
     Raises BadInput unless there is one weight, or one for each file; and unless all files are of
-    one base model, each shares a layer with the first, and a layer's shape is the same in all.
+    one base model, as far as they tell, and a layer's shape is the same in all. Layers need not be
+    the same: a file may hold content, and another one style.
     """
 
     def __init__(self, paths: list[Path], weights: list[float]):
@@ -35,6 +36,7 @@ class Experts:
         for file in reversed(self.files):
             self.metadata |= {key: file.metadata[key] for key in OF_BASE if key in file.metadata}
         self.shapes = {}    # {layer: (the file that has it first, (O, I))}
+        self.families = set()    # that files tell, by the width of their prompts
         for file in self.files:
             self._add(file)
         self.names = list(self.shapes)
@@ -43,13 +45,14 @@ class Experts:
         return len(self.files)
 
     def _add(self, file: LoRAFile):
-        first, base = self.files[0], self.metadata.get("base_model_hash")
+        base = self.metadata.get("base_model_hash")
         if file.metadata.get("base_model_hash", base) != base:
             raise BadInput(f"{file.path}: was trained on another base model than others here; "
                            "merge experts that start from one model")
-        if not file.shapes.keys() & first.shapes.keys():
-            raise BadInput(f"{file.path}: adapts other layers than {first.path}, not one is "
-                           "shared; merge experts of one model")
+        self.families |= {file.width} & FAMILIES.keys()
+        if len(self.families) > 1:
+            raise BadInput(f"{file.path}: is for {FAMILIES[file.width][0]}, unlike others here; "
+                           "merge experts of one model")
         for name, (_, *shape) in file.shapes.items():
             other, known = self.shapes.setdefault(name, (file, shape))
             if shape != known:

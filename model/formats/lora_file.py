@@ -6,6 +6,8 @@ What it is:  the names of things. A LoRA file is a pair of factors and an alpha 
                  base_model.model.unet.<name>.lora_A.weight, .lora_B.weight         PEFT
                  unet.<name>.lora.down.weight, .lora.up.weight                      diffusers, 2023
                  <name>.processor.to_q_lora.down.weight, ...                        the first ones
+             Prefixes differ too: ComfyUI and OneTrainer write diffusion_model. and unet. before the
+             original block names, LyCORIS lycoris_; PEFT may put an adapter's name at the end.
 Needs:       torch, safetensors.
 Gives:       load() and save(), of {flat name: lora.Factors}; LoRAFile, which reads layer by layer;
              expand(), the files that a folder stands for.
@@ -31,39 +33,60 @@ from model.tools.files import opened, read_json, save_tensors
 
 # How wide the prompt is tells the family. So other programs call it: (name, ss_base_model_version,
 # modelspec.architecture, .implementation (whose names the layers have), .resolution).
+VERSION = "ss_base_model_version"
 SGM = "https://github.com/Stability-AI/generative-models"
 FAMILIES = {
     768: ("SD 1.x", "sd_v1", "stable-diffusion-v1", "diffusers", "512x512"),
     1024: ("SD 2.x", "sd_v2", "stable-diffusion-v2-512", "diffusers", "512x512"),
     2048: ("SDXL", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", SGM, "1024x1024")}
 SD2_V = ("SD 2.x", "sd_v2_v", "stable-diffusion-v2-768-v", "diffusers", "768x768")
+WIDTHS = {SD2_V[1]: 1024} | {version: width for width, (_, version, *_) in FAMILIES.items()}
 
 # How a key ends in each spelling, and what it is.
 ENDINGS = {"lora_down": "down", "lora_A": "down", "lora.down": "down", "lora_up": "up",
            "lora_B": "up", "lora.up": "up", "alpha": "alpha", "lora.alpha": "alpha"}
 ENDING = "|".join(map(re.escape, ENDINGS))
-KEY = re.compile(rf"(?:lora_unet_|(?:base_model\.model\.)?(?:unet\.)?)(.+?)[._]({ENDING})"
-                 r"(?:\.default)?(?:\.weight)?")
-TEXT_ENCODER = re.compile(r"(lora_te|text_encoder|base_model\.model\.text_model)"
-                          r".+?(?=[._]lora[._]|\.alpha)")
+KEY = re.compile(r"(?:lora_unet_|lycoris_|(?:base_model\.model\.)?(?:(?:unet|diffusion_model)\.)?)"
+                 rf"(.+?)[._]({ENDING})(?:(\.\w+)?\.weight)?")
+TEXT_ENCODER = re.compile(r"(lora_te|text_encoder|clip_[lg]\.|base_model\.model\.text_model|"
+                          r"lycoris_text_model).+?(?=[._]lora[._]|\.[^.]+$)")
+EMBEDDING = re.compile(r"bundle_emb\.[^.]+")
+# What tells other kinds of adapters, in a key or in the name of a setting of PEFT's.
+OTHER_KINDS = {
+    "a DoRA": "dora_scale|lora_magnitude|use_dora", "a LoHa": "hada_", "a LoKr": "lokr_",
+    "an OFT": "oft_", "a BD-LoRA": "use_bdlora", "a LoCon with a Tucker core": "lora_mid",
+    "a LoRA with biases": r"lora_bias|lora_.*\.bias$",
+    "a LoRA beside whole differences of weights": "diff$|diff_b$|[wb]_norm$"}
+# Ways to begin a training that leave the base model's weights alone (PEFT's init_lora_weights).
+PLAIN_STARTS = "none", "true", "false", "gaussian", "orthogonal", "eva", "mica"
+# Lie beside LoRAs: their logs and curves, and what people and other programs say of them.
+COMPANIONS = ".jsonl .json .png .jpg .jpeg .webp .md .txt .info .yaml .toml".split()
+# Kohya's scripts have the original names for SDXL alone.
+KOHYA_XL = "lora_unet_input_", "lora_unet_middle_", "lora_unet_output_"
 UNET_LAYER = re.compile(r"(down|up)_blocks_\d+_(attentions|resnets|downsamplers|upsamplers)_"
                         r"|mid_block_(attentions|resnets)_|conv_(in|out)$|(time|add)_embedding_")
 
 
-def prompt_width(shapes: dict[str, int]) -> int | None:
-    """Input width of the first cross-attention's to_k, out of {flat name: input width}."""
-    return next((width for name, width in shapes.items() if name.endswith("attn2_to_k")), None)
+def prompt_width(widths: dict[str, int], version: str | None = None) -> int | None:
+    """How wide the prompt is that layers {flat name: input width} are for: by SDXL's second
+    transformer block, since the others have one, number 0; by a cross-attention; or by what a
+    header says, ss_base_model_version. None: nothing tells."""
+    if any("transformer_blocks_1_" in name for name in widths):
+        return 2048
+    read = (width for name, width in widths.items() if re.search("attn2_to_[kv]$", name))
+    return next(read, WIDTHS.get(version))
 
 
 def expand(paths: list[Path]) -> list[Path]:
-    """The LoRA files that are meant: a folder stands for its .safetensors, and an expert's log and
-    curves are passed over. Raises BadInput for none, or for one that is listed twice."""
+    """The LoRA files that are meant: a folder stands for its .safetensors, and what lies beside
+    LoRAs is passed over. Raises BadInput for none, or for one that is listed twice."""
     files = []
     for path in paths:
         if path.is_dir():
             files += sorted(path.glob("*.safetensors"))
-        elif path.suffix not in (".jsonl", ".png"):
+        elif path.suffix.lower() not in COMPANIONS:
             files.append(path)
+    files = [path for path in files if not path.name.startswith("._")]    # a Mac's, not tensors
     if not files:
         raise BadInput(f"{paths[0]}: no LoRA file here; run python train.py first")
     resolved = [path.resolve() for path in files]
@@ -74,14 +97,31 @@ def expand(paths: list[Path]) -> list[Path]:
     return files
 
 
+def check_kind(path: Path, what: str):
+    """Raises BadInput if a key, or a setting of PEFT's, is of another kind than a LoRA's."""
+    for kind, parts in OTHER_KINDS.items():
+        if re.search(rf"(^|[._])({parts})", what):
+            raise BadInput(f"{path}: {what} makes it {kind}, and only a plain LoRA, W + B A, is "
+                           "supported; use one")
+
+
 def peft_alphas(path: Path, metadata: dict[str, str]) -> tuple[list, bool]:
     """PEFT's settings, of the header (diffusers) or of adapter_config.json beside the file (PEFT
-    itself): [(pattern of dotted names, alpha)], and whether it is rsLoRA."""
+    itself): [(pattern of dotted names, alpha)], and whether it is rsLoRA. Raises BadInput for those
+    that make it another thing than W + B A."""
     beside = path.with_name("adapter_config.json")
     try:
         text = metadata.get("lora_adapter_metadata")
         settings = json.loads(text) if text else read_json(beside) if beside.is_file() else {}
         settings = {key.removeprefix("unet."): value for key, value in settings.items()}
+        for key in filter(settings.get, settings):
+            if "." not in key:    # of the UNet's, not text_encoder.use_dora
+                check_kind(path, key)
+        start = settings.get("init_lora_weights")
+        if str(start).lower() not in PLAIN_STARTS:
+            raise BadInput(f"{path}: init_lora_weights is {start!r}, which moved the base model's "
+                           "weights before the training: B A belongs to those; convert it with "
+                           "PEFT's path_initial_model_for_weight_conversion, or use another LoRA")
         alphas = settings.get("alpha_pattern") or {}
         if settings.get("lora_alpha") is not None:
             alphas = {**alphas, ".*": settings["lora_alpha"]}    # for what no other pattern fits
@@ -97,24 +137,32 @@ class LoRAFile:
     header is read at once: .metadata, .shapes {flat name: (r, O, I)}; its layers when they are
     asked for, so that 700 files need not be in memory.
 
-    A missing alpha means scale 1 (PEFT: what its settings say). Text-encoder layers are left out,
-    with a note on stderr that counts them. Raises BadInput, naming the file, if it cannot be read,
-    holds a key of no known spelling or half a pair, or no layer of a Stable Diffusion's UNet.
+    A missing alpha means scale 1 (PEFT: what its settings say). Text-encoder layers and embeddings
+    are left out, with a note on stderr that counts them. Raises BadInput, naming the file, if it
+    cannot be read, is of another kind, holds a key of no known spelling, half a pair or two
+    adapters, or no layer of a Stable Diffusion's UNet.
+
+    width: of the prompt that its base model reads, or None where nothing tells.
     """
     def __init__(self, path: Path):
         self.path, self.keys, self.shapes = path, {}, {}    # keys: {flat name: {part: key}}
+        self.adapters = set()    # names, of PEFT's that end with one
         with opened(path) as file:
             self.metadata = file.metadata() or {}
             sizes = {key: file.get_slice(key).get_shape() for key in file.keys()}
         peft = any(".lora_A." in key for key in sizes)
         self.alphas, self.rslora = peft_alphas(path, self.metadata) if peft else ([], False)
-        texts = {match[0] for match in map(TEXT_ENCODER.match, sizes) if match}
+        texts, embeddings = ({match[0] for match in map(pattern.match, sizes) if match}
+                             for pattern in (TEXT_ENCODER, EMBEDDING))
         for key, size in sizes.items():
-            if not TEXT_ENCODER.match(key):
+            if not (TEXT_ENCODER.match(key) or EMBEDDING.match(key)):
                 self._put(key, size)
+        if len(self.adapters) > 1:
+            raise BadInput(f"{path}: holds several adapters, {sorted(self.adapters)}; save each to "
+                           "a file of its own")
         for name, keys in self.keys.items():
             down, up = sizes.get(keys.get("down"), []), sizes.get(keys.get("up"), [])
-            if not {len(down), len(up)} <= {2, 4} or math.prod(up[1:]) != down[0]:
+            if not {len(down), len(up)} <= {2, 4} or not math.prod(up[1:]) == down[0] > 0:
                 raise BadInput(f"{path}: {name} is not a matching pair of LoRA factors; the file "
                                "is damaged or of another kind")
             self.shapes[name] = (down[0], up[0], math.prod(down[1:]))
@@ -122,16 +170,23 @@ class LoRAFile:
             raise BadInput(f"{path}: holds no LoRA for the UNet of a Stable Diffusion "
                            f"({len(self.keys)} layers of another model, {len(texts)} layers of "
                            "text encoders); give a file written by train.py or merge.py")
-        if texts:
-            print(f"note: {path}: its {len(texts)} text-encoder layers are left out, only the "
-                  "UNet's part is used", file=sys.stderr)
+        if any(key.startswith(KOHYA_XL) for key in sizes):
+            self.metadata.setdefault(VERSION, FAMILIES[2048][1])
+        widths = {name: I for name, (_, _, I) in self.shapes.items()}
+        self.width = prompt_width(widths, self.metadata.get(VERSION))
+        if texts or embeddings:
+            print(f"note: {path}: its {len(texts)} text-encoder layers and {len(embeddings)} "
+                  "embeddings are left out, only the UNet's part is used", file=sys.stderr)
 
     def _put(self, key: str, size: list[int]):
-        match = KEY.fullmatch(key.replace(".processor.", "."))
+        plain = re.sub(r"_orig_mod[._]", "", key.replace(".processor.", "."))    # torch.compile's
+        match = KEY.fullmatch(plain)
         if not match:
+            check_kind(self.path, key)
             raise BadInput(f"{self.path}: key {key!r} {size} belongs to no known LoRA spelling; is "
                            "this a plain LoRA for a UNet?")
-        dotted, ending = match.groups()
+        dotted, ending, adapter = match.groups()
+        self.adapters |= {adapter} - {None}
         if dotted.endswith("to_out"):    # old files leave out to_out's index
             dotted += ".0"
         keys = self.keys.setdefault(flat(unet_name(dotted)), {"dotted": dotted})
@@ -151,15 +206,15 @@ class LoRAFile:
             for name in filter(self.keys.get, names):
                 keys = self.keys[name]
                 # Copies, so that the file does not stay mapped.
-                down, up = (file.get_tensor(keys[part]).clone() for part in ("down", "up"))
+                down, up = (file.get_tensor(keys[part]).to(torch.float32, copy=True)
+                            for part in ("down", "up"))
                 alpha = self._alpha(keys["dotted"], len(down))
                 if "alpha" in keys:
-                    alpha = file.get_tensor(keys["alpha"]).flatten()[0].item()
+                    alpha = file.get_tensor(keys["alpha"]).float().mean().item()    # of one number
                 if not (math.isfinite(alpha) and down.isfinite().all() and up.isfinite().all()):
                     raise BadInput(f"{self.path}: {name} holds NaN or infinity; train this expert "
                                    "again")
-                lora[name] = Factors(down.float().flatten(1), up.float().flatten(1), alpha,
-                                     tuple(down.shape[2:]))
+                lora[name] = Factors(down.flatten(1), up.flatten(1), alpha, tuple(down.shape[2:]))
         return lora
 
 
@@ -177,8 +232,11 @@ def save(path: Path, lora: dict[str, Factors], metadata: dict[str, str]):
     file, since diffusers drops others: what a layer's own alpha says beyond it goes into `up`.
     Raises BadInput for numbers that are not finite.
     """
-    xl = any("transformer_blocks_1_" in name for name in lora)    # SD 1 and 2 have one, number 0
-    width = 2048 if xl else prompt_width({name: f.down.shape[1] for name, f in lora.items()})
+    version = metadata.get(VERSION)
+    width = prompt_width({name: f.down.shape[1] for name, f in lora.items()}, version)
+    if width is None:
+        print(f"note: {path}: no layer and no header tells which Stable Diffusion it is for; it is "
+              "named as SD 1 and 2 are", file=sys.stderr)
     alpha = mode([f.alpha for f in lora.values() if f.alpha] or [1.0])
     tensors = {}
     for name, f in lora.items():
@@ -195,11 +253,12 @@ def save(path: Path, lora: dict[str, Factors], metadata: dict[str, str]):
               "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
               "ss_v2": str(width == 1024)}
     if width in FAMILIES:
-        v = width == 1024 and metadata.get("prediction_type") == "v_prediction"
-        _, version, architecture, implementation, resolution = SD2_V if v else FAMILIES[width]
+        v = metadata.get("prediction_type") == "v_prediction" or version == SD2_V[1]
+        names = SD2_V if width == 1024 and v else FAMILIES[width]
+        _, version, architecture, implementation, resolution = names
         # No modelspec.date: the same command gives the same bytes.
         header |= {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": path.stem,
                    "modelspec.architecture": f"{architecture}/lora",
                    "modelspec.implementation": implementation,
-                   "modelspec.resolution": resolution, "ss_base_model_version": version}
-    save_tensors(path, tensors, {**header, **metadata})
+                   "modelspec.resolution": resolution, VERSION: version}
+    save_tensors(path, tensors, {**metadata, **header})

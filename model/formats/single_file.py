@@ -174,7 +174,10 @@ def family_of(keys: list[str]) -> str | None:
 
 def unet_layers(config: dict) -> int:
     """L."""
-    return config.get("layers_per_block", 2) + 1
+    layers = int(config.get("layers_per_block", 2))
+    if layers < 1:
+        raise ValueError(f"layers_per_block = {layers}")
+    return layers + 1
 
 
 def vae_levels(config: dict) -> int:

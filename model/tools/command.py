@@ -6,6 +6,7 @@ Gives:       BadInput, run(); PlainParser, Parser, GeneratingParser; and types o
 """
 import argparse
 import math
+import os
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -79,9 +80,16 @@ def open_fraction(text: str) -> float:
 
 
 def at_strength(text: str) -> tuple[Path, float]:
-    """ "style.safetensors@0.5" -> (path, 0.5); without the @, strength 1."""
+    """ "style.safetensors@0.5" -> (path, 0.5); without the @, strength 1. A file's name may have an
+    @ too."""
     name, at, strength = text.rpartition("@")
-    return (Path(name), finite_float(strength)) if at else (Path(text), 1.0)
+    if not at or os.path.exists(text):
+        return Path(text), 1.0
+    try:
+        return Path(name), finite_float(strength)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r}: no such file, and {strength!r} is not a "
+                                         "finite number; give FILE or FILE@0.5") from None
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):

@@ -1,8 +1,8 @@
 """Files: written whole or not at all, never unpickled, and the same bytes from the same command.
 
 Needs:       torch, safetensors.
-Gives:       replacing(), check_folder(); save_tensors(), opened(); read_json(), write_json(),
-             read_jsonl(), write_jsonl(); sha256(), short_hash(); prepare(), clean().
+Gives:       replacing(), check_folder(), file_name(); save_tensors(), opened(); read_json(),
+             write_json(), read_jsonl(), write_jsonl(); sha256(), short_hash(); prepare(), clean().
 """
 import contextlib
 import hashlib
@@ -22,6 +22,14 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", to
           torch.uint8: "U8"}    # as safetensors calls them
 
 
+def file_name(label: str) -> str:
+    """The label where a file system takes it as a name, of 255 bytes at most; else its start, and a
+    hash of it all."""
+    if len(label.encode(errors="replace")) <= 255:
+        return label
+    return f"{label[:40]}... {digest(label)[:8]}"
+
+
 @contextlib.contextmanager
 def replacing(path: Path):
     """Yields a temporary path beside `path`, moved over it when the block ends well: never half a
@@ -30,7 +38,8 @@ def replacing(path: Path):
     if not path.name or (path.exists() and not path.is_file() and not path.is_dir()):
         raise BadInput(f"{path}: cannot be written as a file; give a file's name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Cut: 255 bytes are the most that a name may have, 4 a letter.
+    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -53,6 +62,8 @@ def clean(folder: Path):
 
 
 def running(process: int) -> bool:
+    if sys.platform == "win32":    # where the signal 0 is Ctrl-C
+        return True
     try:
         os.kill(process, 0)    # sends nothing
     except PermissionError:    # somebody else's
