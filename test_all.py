@@ -2527,18 +2527,18 @@ def test_eight_bits_are_read_and_too_few_to_write(dtype, models, here, capsys):
     assert "too coarse" in refusal("merge a --fuse {file}", capsys, file=file)
 
 
-PLAIN = "gaussian", "orthogonal"
+HARMLESS = "gaussian", "orthogonal"
 
 
 @parametrize("beside", [True, False])
-@parametrize("start", [*PLAIN, "pissa", "pissa_niter_4", "olora", "corda", "loftq", "a BD-LoRA"])
+@parametrize("start", [*HARMLESS, "pissa", "pissa_niter_4", "olora", "corda", "loftq", "a BD-LoRA"])
 def test_b_a_may_belong_to_other_weights_than_w(start, beside, here):
     key = "use_bdlora" if start == "a BD-LoRA" else "init_lora_weights"
     header = {} if beside else {"lora_adapter_metadata": json.dumps({f"unet.{key}": start})}
     save_file({f"conv_in.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}, "a", header)
     if beside:
         Path("adapter_config.json").write_text(json.dumps({key: start}))
-    with contextlib.nullcontext() if start in PLAIN else refuses(start):
+    with contextlib.nullcontext() if start in HARMLESS else refuses(start):
         load_lora(Path("a"))
 
 
