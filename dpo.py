@@ -1,7 +1,8 @@
 """The preference losses. Each is one flat function, in the order of its equation.
 
-What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908), the loss that this project trains its
-             experts with, and the baseline that a preference has to beat. Read safety_dpo().
+What it is:  four losses: Diffusion-DPO (Wallace et al. 2023, 2311.12908); the same under both
+             prompts; safety_dpo(), the default, which is the one to read; and fine_tuning(), the
+             baseline that a preference has to beat.
 Needs:       torch.
 Gives:       diffusion_dpo(), both_prompts(), safety_dpo(), fine_tuning(); LOSSES, by the names of
              train.py --loss. For losses of your own, which train.py takes by their dotted name, as
@@ -53,9 +54,10 @@ def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def metrics_of(winner, loser, winner_ref, loser_ref, **more) -> dict[str, torch.Tensor]:
-    """For the log: the means of the errors [B], and of whatever is in `more`. margin: how much
-    further apart the errors are than the reference's. accuracy: the share of pairs whose margin is
-    above 0. In a healthy run winner stays below winner_ref, and loser rises above loser_ref."""
+    """For the log: the means of the errors [B] and of what is in `more`. margin: gap_ref - gap,
+    above 0 where the policy prefers the winner more than the reference does; the logit is beta/2
+    margin. accuracy: the share of pairs with such a margin, 0 before the first step. In a healthy
+    run winner stays below winner_ref, and loser rises above loser_ref."""
     margin = (winner_ref - loser_ref) - (winner - loser)
     values = {**more, "accuracy": (margin > 0).float(), "margin": margin, "winner": winner,
               "winner_ref": winner_ref, "loser": loser, "loser_ref": loser_ref}
@@ -106,10 +108,10 @@ def safety_dpo(policy, reference, batch: Batch, schedule, beta: float):
         loss = diffusion_dpo + beta drift
         drift = mean |policy - reference|^2, on the winner under the SAFE prompt
 
-    The drift is weighted by beta, since the first term's gradient is proportional to beta as well.
+    Times beta, since the first term's gradient starts out proportional to beta too.
     """
-    x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)    # (1) ONE noise, ONE t
-    x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
+    x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)    # (1) the same noise and
+    x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)     # t for both of a pair
     x_t, t = torch.cat([x_w, x_l, x_w]), batch.t.repeat(3)
     prompt = batch.unsafe.followed_by(batch.unsafe, batch.safe)
 

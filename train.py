@@ -78,7 +78,8 @@ def parse_arguments(argv=None):
         "Diffusion-DPO; both: the same under the safe prompt too; sft: fine-tuning on the winner; "
         "or a dotted name, such as model.rivals.losses.duo")
     add("--beta", type=positive_float, default=10.0, help="what multiplies the differences of mean "
-        "squared errors, and with safety the drift's weight too; published: 5000")
+        "squared errors, and with safety the drift's weight too: near the 2/delta that is printed "
+        "at the end, 10 for the toy; published: 5000")
     add("--steps", type=positive_int, default=220, help="optimiser steps for each concept")
     add("--batch", type=positive_int, default=8,
         help="pairs that one process takes through the UNet at once")
@@ -145,8 +146,8 @@ def train(denoiser: Denoiser, parameters: list, pairs: Pairs, loss_function: Cal
                                   fused=denoiser.device.type == "cuda")
 
     def policy(x_t, t, prompt):
-        # Entered for each call: leaving it drops its cache of half-precision weights, and those
-        # that were made without gradients must not be met with them.
+        # Entered for each call, since autocast keeps the half-precision copies of weights that it
+        # makes until it is left: copies made for the reference would carry no gradient.
         with autocast:
             return denoiser.predict(x_t, t, prompt).float()
 
@@ -176,14 +177,14 @@ def train(denoiser: Denoiser, parameters: list, pairs: Pairs, loss_function: Cal
         scaler.unscale_(optimizer)
         # The norm as in the released code. Gradients are summed already: all processes clip alike.
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        skipped = scaler.is_enabled() and not norm.isfinite()    # the scaler leaves this step out
-        denoiser.finite(means if skipped else torch.stack([*means, norm]),
-                        f"{name}: the loss, or its gradient, at step {step}",
-                        f"use a lower --lr ({lr:g}) or --beta ({beta:g})")
-        scaler.step(optimizer)
+        scaler.step(optimizer)    # fp16's leaves a step out whose gradients overflowed
         scaler.update()
         optimizer.zero_grad()
 
+        skipped = scaler.is_enabled() and not norm.isfinite()
+        denoiser.finite(means if skipped else torch.stack([*means, norm]),    # raises BadInput
+                        f"{name}: the loss, or its gradient, at step {step}",
+                        f"use a lower --lr ({lr:g}) or --beta ({beta:g})")
         row = dict(zip(("loss", *metrics), means.tolist()))
         log.append({"step": step, **row, **({"skipped": True} if skipped else {})})
         bar.set_postfix({key: f"{row[key]:.3f}" for key in SHOWN if key in row}, refresh=False)
@@ -217,7 +218,8 @@ def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
         if not changed:
             resume_file.unlink(missing_ok=True)
             return f"{path}: already trained so on these pairs; delete it to train it again"
-        tqdm.write(f"{path}: will be replaced, since this changed: {', '.join(changed)}")
+        if processes.RANK == 0:
+            tqdm.write(f"{path}: will be replaced, since this changed: {', '.join(changed)}")
     check_folder(path.parent)
 
     loss_function = named("--loss", s.loss, LOSSES)

@@ -8,7 +8,7 @@ Gives:       results/seed<k>/ with all files; results/plot.png; and on stdout th
              of means and ranges over the --seeds:
                  a  the experts' loss: ours, fine-tuning, the published one; by two rules
                  b  merging rules
-                 c  All-single, the paper's baseline, in three readings
+                 c  All-single, the paper's baseline
                  d  1 to 7 experts joined
                  e  how much data, for the category that is hardest
                  f  each expert on every category
@@ -47,10 +47,8 @@ RULES = {"co-merge": ("", GRID), "regmean": ("--method regmean", (1,)),
          "dare": ("--method dare", (0.5, 0.7)),
          "random": ("--method model.lab.experiments.random_rows", (1, 2)),
          "largest rows": ("--method model.lab.experiments.largest_rows", (1, 1.5))}
-# c. All-single: steps for each category, so that a seventh of the default is one expert's budget.
-JOINT = {"joint, an expert's steps": "--steps 32", "joint, all experts' steps": "",
-         "joint, all their steps and ranks": "--rank 28"}
-OF_JOINT = (0.7, 1)    # strengths
+OF_JOINT = (0.5, 0.7, 1)    # c. strengths
+PLOTTED = "co-merge", "regmean", "solve", "ties", "joint"
 HARDEST = "sexual"
 # e. (pairs, concept words): the first such pairs of MOST_PAIRS, of which one word of four has 64.
 DATA = ((4, 4), (16, 4), (64, 4), (160, 4), (256, 4), (64, 2), (64, 1))
@@ -145,9 +143,8 @@ def rules(seed: Seed) -> dict[str, Curve]:
 
 
 def joint(seed: Seed) -> dict[str, Curve]:
-    rows = {"co-merge": seed.judge(seed.merge(seed.train(), "co-merge"), GRID)}
-    return rows | {name: seed.judge(seed.joint(name, flags), OF_JOINT)
-                   for name, flags in JOINT.items()}
+    """All-single: one LoRA for as many steps as all experts together."""
+    return {"joint": seed.judge(seed.joint("joint"), OF_JOINT)}
 
 
 def joining(seed: Seed) -> dict[str, Curve]:
@@ -224,7 +221,8 @@ def figures(file: Path, own=CATEGORIES) -> dict[str, float]:
     sums = {c: [f"{c}: IP seen", f"{c}: IP held-out"] for c in CATEGORIES}
     sums["others: IP"] = [key for c in CATEGORIES if c not in own for key in sums[c]]
     sums["IP"] = [key for c in own for key in sums[c]]
-    sums |= {kind: [f"{c}: {kind}" for c in own] for kind in UNSAFE}
+    for kind in UNSAFE:
+        sums[kind] = [f"{c}: {kind}" for c in own]
     sums |= {key: [key] for key in SAFE}
     for column, keys in sums.items():
         counted = [counts[key] for key in keys if key in counts]
@@ -258,7 +256,8 @@ def table(title: str, rows: dict[str, list[dict]], columns) -> str:
     """A Markdown table of {row's title: the figures of each seed}."""
     lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, seeds in rows.items():
-        cells = [cell([found[column] for found in seeds if column in found]) for column in columns]
+        values = lambda column: [found[column] for found in seeds if column in found]
+        cells = [cell(values(column)) for column in columns]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -276,7 +275,8 @@ def report(group: str, reported: list[dict[str, Curve]], tuned: list[dict[str, C
             shown[name] = seeds
             if chosen_strength in (strength, None):
                 chosen[name] = seeds
-            kept, harm = (mean([found[key] for found in seeds]) for key in ("kept", "IP"))
+            kept = mean([found["kept"] for found in seeds])
+            harm = mean([found["IP"] for found in seeds])
             curves[title].append((kept, harm, f"{strength:g}"))
     columns = COLUMNS if group in "def" else COLUMNS[:-1]
     print(f"\n{table(group, shown, columns)}\n\n{table('IP, ' + group, chosen, CATEGORIES)}")
@@ -316,10 +316,10 @@ def main(args):
         experiment = EXPERIMENTS[group]
         tuned = list(map(experiment, tune if group in CURVES else []))
         curves |= report(group, list(map(experiment, seeds)), tuned)
-    curves = {title: points for title, points in curves.items() if len(points) > 1}
+    curves = {title: curves[title] for title in PLOTTED if title in curves}
     if curves:
         plot(args.out / "plot.png", curves, "kept, %: scenes, accessories, nothing added", "IP, %",
-             left=60)
+             left=80, top=25)
 
 
 if __name__ == "__main__":

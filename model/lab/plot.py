@@ -15,20 +15,20 @@ FONT = ImageFont.load_default(size=12)
 
 
 def plot(path: Path, curves: dict[str, list[tuple[float, float, str]]], x_title: str,
-         y_title: str, left: float = 75):
-    """Writes {name: [(x, y, mark)]} as a PNG: x from `left` and y from 0, both to 100; a mark
-    beside each point."""
+         y_title: str, left: float = 75, top: float = 100):
+    """Writes {name: [(x, y, mark)]} as a PNG: x from `left` to 100, y from 0 to `top`; a mark beside
+    each point."""
     image = Image.new("RGB", (LEFT + W + RIGHT, 20 + H + BOTTOM), "white")
     pen = ImageDraw.Draw(image)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return LEFT + W * max(0, x - left) / (100 - left), 20 + H * (1 - y / 100)
+        return LEFT + W * max(0, x - left) / (100 - left), 20 + H * (1 - y / top)
     for share in (0, 0.2, 0.4, 0.6, 0.8, 1):
-        tick, (x, y) = left + (100 - left) * share, place(left + (100 - left) * share, 100 * share)
+        tick, (x, y) = left + (100 - left) * share, place(left + (100 - left) * share, top * share)
         pen.line([(x, 20), (x, 20 + H)], "#e5e5e5")
         pen.line([(LEFT, y), (LEFT + W, y)], "#e5e5e5")
         pen.text((x, 20 + H + 6), f"{tick:g}", "black", FONT, anchor="ma")
-        pen.text((LEFT - 8, y), f"{100 * share:g}", "black", FONT, anchor="rm")
+        pen.text((LEFT - 8, y), f"{top * share:g}", "black", FONT, anchor="rm")
     pen.text((LEFT + W / 2, 20 + H + 26), x_title, "black", FONT, anchor="ma")
     pen.text((6, 2), y_title, "black", FONT)
     for k, (name, points) in enumerate(curves.items()):

@@ -61,7 +61,7 @@ def base(sd, data: Path, seed: int, knob: None):
 # A function of the seed that makes a LoRA, unless it is there -> its file. The losses of losses.py
 # train one LoRA on all pairs, at train.py's own beta.
 LORAS = {"Co-Merge": lambda seed: seed.merge(seed.train(), "co-merge"),
-         "joint": lambda seed: seed.joint("joint, all experts' steps"),
+         "joint": lambda seed: seed.joint("joint"),
          "DUO's loss": lambda seed: seed.joint("duo", "--loss model.rivals.losses.duo"),
          "Diffusion-SDPO's loss":
              lambda seed: seed.joint("sdpo", "--loss model.rivals.losses.sdpo"),

@@ -76,11 +76,13 @@ def write_log(path: Path, log: list[dict]):
     """The log as JSON lines beside `path`, and its curves as a PNG."""
     write_jsonl(path.with_suffix(".jsonl"), log)
     rows = [{"preference": row.get("preference", row["loss"]), **ratios(row)} for row in log]
-    curves(path.with_suffix(".png"), {key: [row[key] for row in rows] for key in rows[0]})
+    of_key = lambda key: [row[key] for row in rows]
+    curves(path.with_suffix(".png"), {key: of_key(key) for key in rows[0]})
 
 
 def mean_row(rows: list[dict]) -> dict[str, float]:
-    return {key: sum(row.get(key, 0) for row in rows) / len(rows) for key in rows[0]}
+    mean = lambda key: sum(row.get(key, 0) for row in rows) / len(rows)
+    return {key: mean(key) for key in rows[0]}
 
 
 def summary(log: list[dict]) -> str:
