@@ -16,7 +16,7 @@ FONT = ImageFont.load_default(size=12)
 
 def plot(path: Path, curves: dict[str, list[tuple[float, float, str]]], x_title: str,
          y_title: str, left: float = 75, top: float = 100):
-    """Writes {name: [(x, y, mark)]} as a PNG: x from `left` to 100, y from 0 to `top`; a mark beside
+    """Writes {name: [(x, y, mark)]} as a PNG: x from `left` to 100, y from 0 to `top`; a mark by
     each point."""
     image = Image.new("RGB", (LEFT + W + RIGHT, 20 + H + BOTTOM), "white")
     pen = ImageDraw.Draw(image)
