@@ -1,9 +1,10 @@
 """The scripts on a CUDA device that is not there, so that a mixed device or dtype is found without
-a GPU: `python -m model.testing.fake_cuda bf16 "train --device cuda --steps 2" "merge experts"`
+a GPU: `python -m model.testing.fake_cuda "bf16 train --device cuda --steps 2" "fp16 merge a b"`
 
 What it is:  tensors on "cuda" have shape and dtype, and no numbers (torch's FakeTensor); what is
              copied to the CPU is ones. What a GPU would refuse raises: tensors of two devices, or a
-             product of two dtypes. A train line is stopped after its first step, and continued.
+             product of two dtypes. Training of several steps is stopped after the first one, and
+             continued. A line starts with bf16, or with fp16, as of a GPU that lacks it.
 Needs:       Linux, g++, a torch built without CUDA.
 """
 import contextlib
@@ -100,11 +101,10 @@ def check():
     assert raises(lambda: cpu + cuda) and raises(lambda: cuda @ cuda.half())
 
 
-def run(line: str):
-    name, *argv = line.split()
+def run(name: str, *argv: str):
     script = importlib.import_module(name)
     arguments = script.parse_arguments(argv)
-    if name == "train":
+    if name == "train" and arguments.steps > 1:
         save_state = script.save_state
 
         def stop(*state):
@@ -115,14 +115,11 @@ def run(line: str):
             with contextlib.suppress(KeyboardInterrupt):
                 script.main(arguments)
     script.main(arguments)
-    print(f"ran {line}")
 
 
-def main(half: str, *lines: str):
-    """half: bf16, or fp16 of a GPU that lacks it."""
+def main(*lines: str):
     tolist = torch.Tensor.tolist
-    cuda = mock.patch.multiple(torch.cuda, _lazy_init=lambda: None, is_available=lambda: True,
-                               is_bf16_supported=lambda including_emulation=True: half == "bf16")
+    cuda = mock.patch.multiple(torch.cuda, _lazy_init=lambda: None, is_available=lambda: True)
     numbers = mock.patch.object(torch.Tensor, "tolist", lambda tensor: tolist(tensor.cpu()))
     # FakeTensorMode remembers tensors weakly, and module.to() does not like that.
     swap = mock.patch("weakref.getweakrefs", lambda value: [])
@@ -130,7 +127,11 @@ def main(half: str, *lines: str):
     with cuda, numbers, swap, FakeCUDA():
         check()
         for line in lines:
-            run(line)
+            half, *words = line.split()
+            bf16 = lambda including_emulation=True: half == "bf16"
+            with mock.patch.object(torch.cuda, "is_bf16_supported", bf16):
+                run(*words)
+            print(f"ran {line}")
 
 
 if __name__ == "__main__":
