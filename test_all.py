@@ -3116,7 +3116,7 @@ CUDA = [    # bf16, or fp16 of a GPU that lacks it; two steps are interrupted be
     f"bf16 {TRAIN} --steps 2 --checkpointing --out a",
     f"bf16 {TRAIN} --steps 1 --loss model.rivals.losses.duo --out b",
     f"bf16 {TRAIN} --steps 1 --loss model.rivals.losses.sdpo --out c",
-    "bf16 merge experts --device cuda --fuse {toy} --out fused",
+    "bf16 merge experts --device cuda --method solve --fuse {toy} --out fused",
     "bf16 sample red,box,park --device cuda --lora merged.safetensors --steps 1 --judge "
     "--clipscore {clip}",
     "fp16 make_data --device cuda --model {xl} --prompts p --steps 1 --out xl",
