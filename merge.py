@@ -55,8 +55,8 @@ def parse_arguments(argv=None):
     parser = Parser("Merges LoRA experts into one LoRA.")
     add = parser.add_argument
     add("experts", nargs="+", type=Path, help="LoRA files, or a folder of them")
-    add("--method", default="co-merge", help="see the top of merge.py; or the dotted name of a "
-        "rule such as model.rivals.merging.ties")
+    add("--method", default="co-merge", help=f"one of {', '.join(RULES)} (the top of merge.py says "
+        "what they do), or the dotted name of a rule such as model.rivals.merging.ties")
     add("--weights", type=finite_float, nargs="+", default=[1.0],
         help="one factor for each expert, or one for all (default: 1)")
     add("--rank", type=positive_int, help="re-compress each layer to this rank (default: the sum "
@@ -65,8 +65,8 @@ def parse_arguments(argv=None):
         "delta W (default: ties 0.2, as published; dare 0.5)")
     add("--preserve", type=fraction, help="lambda of regmean and solve: how much safe inputs "
         f"weigh, where an expert's own inputs weigh 1; from 0 to 1 (default: {PRESERVE})")
-    add("--data", type=Path, default=Path("data"), help="what make_data.py wrote, for co-merge and "
-        "regmean")
+    add("--data", type=Path, default=Path("data"), help="what make_data.py wrote, for co-merge, "
+        "regmean and solve")
     add("--fuse", type=Path, metavar="MODEL", help="write a whole aligned checkpoint instead: a "
         "copy of this diffusers folder or single file, with the merged LoRA in its weights")
     add("--out", type=Path, help="LoRA file to write; with --fuse the folder "
