@@ -60,7 +60,7 @@ def parse_arguments(argv=None):
     add("--weights", type=finite_float, nargs="+", default=[1.0],
         help="one factor for each expert, or one for all (default: 1)")
     add("--rank", type=positive_int, help="re-compress each layer to this rank (default: the sum "
-        f"of the experts' ranks, exact; ties and dare: that, but at most {LARGEST_RANK})")
+        f"of the experts' ranks, exact; by ties, dare and dotted names at most {LARGEST_RANK})")
     add("--density", type=open_fraction, help="share of entries that ties and dare keep of each "
         "delta W (default: ties 0.2, as published; dare 0.5)")
     add("--preserve", type=fraction, help="lambda of regmean and solve: how much safe inputs "
@@ -275,14 +275,19 @@ def main(args):
     check_folder(out.parent)
     if args.fuse:
         check_fuse(args.fuse, out)
+    elif out.is_dir():
+        raise BadInput(f"--out {out}: is a folder; give a file's name")
     for flag, methods in READ_BY.items():
-        if getattr(args, flag) is not None and method not in methods:
+        if getattr(args, flag) is not None and method in RULES and method not in methods:
             raise BadInput(f"--{flag}: --method {method} does not read it; leave it out, or use "
                            f"--method {' or '.join(methods)}")
     rule, density, preserve = named("--method", method, RULES), args.density, args.preserve
     if method in READ_BY["preserve"] and preserve is None:
         preserve = PRESERVE
-    experts, statistics = Experts(expand(args.experts), args.weights), {}
+    files = expand(args.experts)
+    if out.resolve() in [file.resolve() for file in files]:
+        raise BadInput(f"--out {out}: is one of the LoRAs that are merged; name another file")
+    experts, statistics = Experts(files, args.weights), {}
     labels = ",".join(experts.labels)
     made_by = {"concept": labels, "weights": ",".join(f"{w:g}" for w in experts.weights),
                "method": method, "rank": args.rank, "density": density, "preserve": preserve,

@@ -1634,6 +1634,7 @@ REFUSED = {    # command: what the error must name
     "train --loss os.path": "--loss os.path",
     "train --concept hat": "data/hat/pairs.jsonl",
     "train --data nowhere": "nowhere: no concept",
+    "train --concept ../data/hate": "'../data/hate': is not the name of a folder",
     "train --lr -1": "-1 is not above 0",
     "train --caption-dropout 1.5": "1.5 is not a share",
     "train --concept hate --data torn": "pairs.jsonl line 2: not JSON",
@@ -1647,7 +1648,7 @@ REFUSED = {    # command: what the error must name
     "train --concept hate --data evil": "evil/hate/pairs.jsonl",
     "train --concept latents --data evil":
         "evil/latents/latents.safetensors: not a safetensors file but a pickle",
-    "train --concept hate --steps 2 --out evil": "evil/.hate.resume",
+    "train --concept hate --steps 2 --out evil": "evil/.hate.resume: not a state to continue from",
     "train --concept hate --lr 1e30 --steps 3 --batch 2": "--lr (1e+30)",
     "train --concept hate --steps 2 --model models/nan": "conv_in.bias holds NaN",
     "train --concept hate --model models/vae": "or not of this --model",
@@ -1666,6 +1667,9 @@ REFUSED = {    # command: what the error must name
     "merge experts --method dare --weights 9e37 --density 1e-4": "is not finite any more",
     "merge experts nan.safetensors --method sum": "nan.safetensors",
     "merge experts experts/hate.safetensors": "is listed twice",
+    "merge experts --method sum --out experts/hate.safetensors": "is one of the LoRAs",
+    "merge experts --method sum --out experts": "--out experts: is a folder",
+    "merge experts --method mean": "--method mean",
     "merge experts --weights 1 2 3": "--weights: 3 numbers for 2",
     "merge experts --method sum --density 0.3": "--density: --method sum",
     "merge experts --preserve 0.3": "--preserve: --method co-merge",
@@ -2988,6 +2992,16 @@ def test_latents_are_what_the_rows_say(kind, models, here, monkeypatch):
     for found, expected in ((pairs.unsafe, unsafe), (pairs.safe, safe), (pairs.empty, nothing)):
         assert torch.allclose(found.context, expected.context, 0, 1e-5)
         assert torch.allclose(found.pooled, expected.pooled, 0, 1e-5)
+
+
+def test_a_broken_png_is_named(here):
+    """Pillow raises SyntaxError for a chunk of a wrong length."""
+    write_image(Path("a.png"), drawn(0))
+    whole = Path("a.png").read_bytes()
+    length = whole.index(b"IDAT") - 4
+    Path("a.png").write_bytes(whole[:length] + (9).to_bytes(4, "big") + whole[length + 4:])
+    with refuses("a.png: not a readable image"):
+        read_images([Path("a.png")])
 
 
 def test_an_image_is_what_its_writer_saw(here):

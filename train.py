@@ -69,8 +69,8 @@ def parse_arguments(argv=None):
     parser = Parser("Trains one LoRA expert for each concept, by preference optimisation.")
     add = parser.add_argument
     add("--concept", default="all", help="a folder of --data; all trains one expert for each")
-    add("--joint", action="store_true", help="train one LoRA on all concepts instead, for as many "
-        "steps as all experts together")
+    add("--joint", action="store_true", help="train one LoRA on all of --concept instead, for as "
+        "many steps as its experts together")
     add("--data", type=Path, default=Path("data"), help="what make_data.py wrote")
     add("--out", type=Path,
         help="folder to write (default: experts; with --joint the current folder)")
@@ -249,6 +249,9 @@ def main(args):
     unet = unet_files(args.model)
     s = Settings(**{**vars(args), "device": device, "precision": precision},
                  base_model_hash=sha256(*unet), encoders_hash=sha256(*encoder_files(args.model)))
+    if Path(s.concept).name != s.concept:
+        raise BadInput(f"--concept {s.concept!r}: is not the name of a folder in {s.data}; give "
+                       "one, or all")
     concepts = [s.concept]
     if s.concept == "all":
         concepts = sorted(file.parent.name for file in s.data.glob("*/pairs.jsonl"))

@@ -1,8 +1,8 @@
 """A command line: its flags, and errors of one line.
 
 Gives:       BadInput, run(); PlainParser, Parser, GeneratingParser; and types of flags, which
-             refuse what makes no sense: positive, natural, share, portion, rate, number,
-             at_strength; named(), for a flag that names a function.
+             refuse what makes no sense: positive_int, natural_int, fraction, open_fraction,
+             positive_float, finite_float, at_strength; named(), for a flag that names a function.
 """
 import argparse
 import math

@@ -39,7 +39,7 @@ def read_images(paths: list[Path]) -> np.ndarray:
     for path in paths:
         try:
             images.append(as_seen(Image.open(path)))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             reason = f"{path}: not a readable image ({error}); make the data again"
             raise BadInput(reason) from None
         size, expected = ("{}x{}".format(*image.size) for image in (images[-1], images[0]))

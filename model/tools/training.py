@@ -58,8 +58,8 @@ def load_state(path: Path, recipe: dict, parameters, optimizer, scaler) -> list[
         for i, p in enumerate(parameters):
             p.copy_(tensors[f"parameter.{i}"])
             moments[i] = {key: tensors[f"{key}.{i}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{path}: not a state to continue from ({error}); delete it") from None
+    except (BadInput, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise BadInput(f"{path}: not a state to continue from; delete it ({error})") from None
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     scaler.load_state_dict(state["scaler"])
