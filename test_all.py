@@ -3134,7 +3134,7 @@ CUDA = [    # bf16, or fp16 of a GPU that lacks it; two steps are interrupted be
     "bf16 sample red,box,park --device cuda --lora merged.safetensors --steps 1 --judge "
     "--clipscore {clip}",
     "fp16 make_data --device cuda --model {xl} --prompts p --steps 1 --out xl",
-    f"fp16 {TRAIN} --steps 2 --model {{xl}} --data xl --out d",
+    f"fp16 {TRAIN} --steps 1 --model {{xl}} --data xl --out d",
     "fp16 sample x --device cuda --model {xl} --lora d/hate.safetensors --steps 1"]
 CAN = platform.system() == "Linux" and shutil.which("g++") and not torch.version.cuda
 
