@@ -1155,6 +1155,11 @@ def test_vae_encoder_does_not_pad_on_all_sides(kind):
         ours.encode(pictures[..., :-1])
 
 
+def test_a_damaged_depth_is_refused_at_once():
+    with raises(ValueError, match="num_hidden_layers"):
+        build_encoder({"num_hidden_layers": 10 ** 9})
+
+
 @parametrize("kind", ["SD1", "SD2", "SDXL"])
 def test_every_hidden_state_has_the_right_shape_and_one_is_right(kind, models):
     """SD reads the last, normalised state; SDXL the last but one of two encoders, and a pooled."""

@@ -82,10 +82,13 @@ def load_tokenizer(folder: Path, **special):
 
 def build_encoder(config: dict):
     """A new CLIPTextModel or CLIPTextModelWithProjection of transformers, as
-    config["architectures"] says. Raises ValueError if it is neither."""
+    config["architectures"] says. Raises ValueError if it is neither, or has no such depth."""
     name = (config.get("architectures") or ["CLIPTextModel"])[0]
     if name not in ("CLIPTextModel", "CLIPTextModelWithProjection"):
         raise ValueError(f"a text encoder is a {name}, which is not supported, only CLIP's")
+    depth = config.get("num_hidden_layers", 12)
+    if not isinstance(depth, int) or not 0 < depth <= 100:    # a damaged one would build for hours
+        raise ValueError(f"a text encoder of num_hidden_layers {depth!r} is not one of CLIP's")
     transformers = silent_transformers()
     return getattr(transformers, name)(transformers.CLIPTextConfig.from_dict(config))
 

@@ -177,7 +177,8 @@ def read_concept(data: Path, concept: str, encoders_hash: str) -> dict[str, torc
     with opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     sizes = {name: len(tensor) for name, tensor in tensors.items() if "empty" not in name}
-    if set(sizes.values()) != {len(rows)}:
+    lacking = {"winner", "loser", *PROMPTS} - tensors.keys()
+    if lacking or set(sizes.values()) != {len(rows)}:
         raise BadInput(f"{path}: holds {sizes} for {len(rows)} pairs; delete it, and run "
                        "python make_data.py again")
     return tensors
