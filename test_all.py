@@ -1568,8 +1568,9 @@ def spoil_loras(folder: Path):
 
 
 def spoil_data(folder: Path):
-    """Latents that are too few, and each concept's in the other's place."""
+    """Latents that are too few or lack a tensor, and each concept's in the other's place."""
     shutil.copytree(folder / "data", folder / "few")
+    shutil.copytree(folder / "data", folder / "no_winner")
     shutil.copytree(folder / "data/sexual", folder / "second/hate")
     shutil.copytree(folder / "data/hate", folder / "second/sexual")
     path = folder / "few/hate/latents.safetensors"
@@ -1577,6 +1578,9 @@ def spoil_data(folder: Path):
         made = file.metadata()
     fewer = dict.fromkeys(("winner", "loser"), torch.zeros(3, 4, 8, 8))
     save_tensors(path, load_file(path) | fewer, made)
+    path = folder / "no_winner/hate/latents.safetensors"
+    rest = {name: tensor for name, tensor in load_file(path).items() if name != "winner"}
+    save_tensors(path, rest, made)
 
 
 @fixture(scope="module")
@@ -1650,6 +1654,7 @@ REFUSED = {    # command: what the error must name
     "train --concept hate --data absolute": "'/x.png' leaves the folder",
     "train --concept hate --data uncoded": "uncoded/hate/latents.safetensors: is not there",
     "train --concept hate --data few": "'winner': 3",
+    "train --concept hate --data no_winner": "no_winner/hate/latents.safetensors: holds {'loser'",
     "train --concept hate --data evil": "evil/hate/pairs.jsonl",
     "train --concept latents --data evil":
         "evil/latents/latents.safetensors: not a safetensors file but a pickle",
