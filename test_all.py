@@ -3135,23 +3135,20 @@ def test_a_pickle_is_read_without_being_run(clip, here):
 
 
 # A GPU, without one
-TRAIN = "train --device cuda --concept hate --batch 2"
 CUDA = [    # bf16, or fp16 of a GPU that lacks it; two steps are interrupted between them
-    f"bf16 {TRAIN} --steps 2 --checkpointing --out a",
-    f"bf16 {TRAIN} --steps 1 --loss model.rivals.losses.duo --out b",
-    f"bf16 {TRAIN} --steps 1 --loss model.rivals.losses.sdpo --out c",
-    "bf16 merge experts --device cuda --method solve --fuse {toy} --out fused",
-    "bf16 sample red,box,park --device cuda --lora merged.safetensors --steps 1 --judge "
-    "--clipscore {clip}",
-    "fp16 make_data --device cuda --model {xl} --prompts p --steps 1 --out xl",
-    f"fp16 {TRAIN} --steps 1 --model {{xl}} --data xl --out d",
-    "fp16 sample x --device cuda --model {xl} --lora d/hate.safetensors --steps 1"]
+    "fp16 make_data --prompts p --steps 1 --out data",
+    "bf16 train --batch 2 --steps 2 --checkpointing --out a",
+    "fp16 train --batch 2 --steps 1 --loss model.rivals.losses.duo --out b",
+    "bf16 merge a b --method solve --fuse {model} --out fused",
+    "bf16 sample red,box,park --lora a/hate.safetensors --steps 1 --size 32 --judge "
+    "--clipscore {clip}"]
 CAN = platform.system() == "Linux" and shutil.which("g++") and not torch.version.cuda
 
 
 @pytest.mark.skipif(not CAN, reason="needs Linux, g++ and a torch without CUDA")
-def test_nothing_mixes_the_gpu_with_the_cpu(inside, models, clip):
+def test_nothing_mixes_the_gpu_with_the_cpu(here, models, clip):
     """The whole path on tensors that only say that they are on CUDA."""
     write_jsonl(Path("p"), [{"unsafe": "a red box", "safe": "a ball", "category": "hate"}])
-    folders = {"toy": TOY, "xl": models("SDXL", "folder"), "clip": clip}
-    finished("-m", "model.testing.fake_cuda", *(line.format(**folders) for line in CUDA))
+    folders = {"model": models("flat SDXL", "folder"), "clip": clip}
+    finished("-m", "model.testing.fake_cuda", *(
+        f"{line} --device cuda --model {{model}}".format(**folders) for line in CUDA))

@@ -55,7 +55,13 @@ SMALL = {"SD1": dict(unet=dict(LEVELS, attention_head_dim=8), text_encoder=TEXT)
                       text_encoder_2=dict(OPEN, hidden_size=32,
                                           architectures=["CLIPTextModelWithProjection"]))}
 SMALL["SD2-v"] = SMALL["SD2"]
-SCHEDULERS = {"SD1": "SD 1", "SD2": "SD 1", "SD2-v": "SD 2", "SDXL": "SDXL"}    # of CONFIGS
+# One level of one block: for what costs by the layer.
+SMALL["flat SDXL"] = dict(
+    SMALL["SDXL"], vae=dict(block_out_channels=[8], norm_num_groups=4),
+    unet=dict(SMALL["SDXL"]["unet"], block_out_channels=[16], down_block_types=[CA],
+              up_block_types=[UC], layers_per_block=1, attention_head_dim=2,
+              transformer_layers_per_block=1))
+SCHEDULERS = {"SD1": "SD 1", "SD2": "SD 1", "SD2-v": "SD 2"}    # of CONFIGS; others: SDXL's
 
 
 def vae_config(config: dict) -> dict:
@@ -130,8 +136,8 @@ def full_size(family: str, path: Path, dtype: torch.dtype = torch.float32) -> Pa
 def small_pipeline(kind: str) -> diffusers.DiffusionPipeline:
     """A whole Stable Diffusion of this kind, that draws 64 x 64 pixels, in diffusers. The same
     weights in every call."""
-    scheduler = CONFIGS[SCHEDULERS[kind]]["scheduler"]
-    pipe = pipeline({**SMALL[kind], "vae": VAES["SD"], "scheduler": scheduler})
+    scheduler = CONFIGS[SCHEDULERS.get(kind, "SDXL")]["scheduler"]
+    pipe = pipeline({"vae": VAES["SD"], **SMALL[kind], "scheduler": scheduler})
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             unlike_new(part)
