@@ -122,7 +122,8 @@ def blurred(image: np.ndarray) -> np.ndarray:
 
 def curves(path: Path, series: dict[str, list[float]], width: int = 480, height: int = 120):
     """Writes one panel a series (name: a value a step) as a PNG: the smallest and largest value at
-    the left. A point is the mean of several steps: one step's few pairs are mostly noise."""
+    the left, in as many digits as tell them apart. A point is the mean of several steps: one step's
+    few pairs are mostly noise."""
     panel = height + 3 * GAP + LINE
     image, pen = blank(width + 70, panel * len(series))
     for i, (name, values) in enumerate(series.items()):
@@ -131,10 +132,13 @@ def curves(path: Path, series: dict[str, list[float]], width: int = 480, height:
         low, high = means.min(), means.max()
         pen.text((60, top - LINE - 2), f"{name}, {len(values)} steps", "black", FONT)
         pen.rectangle((60, top, 60 + width, top + height), outline="lightgray")
-        pen.text((GAP, top), f"{high:.3g}", "black", FONT)
-        pen.text((GAP, top + height - LINE), f"{low:.3g}", "black", FONT)
+        labels = [(f"{high:.{digits}g}", f"{low:.{digits}g}") for digits in range(3, 8)]
+        above, below = next((pair for pair in labels if pair[0] != pair[1]), labels[0])
+        pen.text((GAP, top), above, "black", FONT)
+        pen.text((GAP, top + height - LINE), below, "black", FONT)
         x = 60 + width * (np.arange(columns) + 0.5) / columns
-        y = top + height * (1 - (means - low) / ((high - low) or 1))
+        flat = np.full(columns, 0.5)    # in the middle: at the edge it would not be seen
+        y = top + height * ((high - means) / (high - low) if high > low else flat)
         points = list(zip(x, y))
         pen.line(points if columns > 1 else points * 2, "black", 2)
     write(path, image)
