@@ -76,7 +76,7 @@ from model.tools.command import at_strength, BadInput, named, run
 from model.tools.files import (file_name, opened, read_json, read_jsonl, replacing,
                                save_tensors, sha256, write_jsonl)
 from model.tools.images import parameters_of, read_images, write_image
-from model.tools.training import generator, load_state, save_state
+from model.tools.training import auto_beta, generator, load_state, save_state
 from model.toy import TOY, world
 from model.toy.pretrain import scenes_and_images
 from model.unet import UNet
@@ -472,11 +472,15 @@ def test_mixed_precision_is_near(name, size, gradients):
     assert 1e-5 < far(found, exact) < size and found.dtype == torch.float32
 
 
-def test_an_expert_is_a_plain_loop_on_w_plus_b_a(here):
-    """Loss, warm-up, cosine, decay, clipping, seed, rank, the scale of A; the UNet is diffusers'.
+@parametrize("flag, rate", [
+    ("", lambda k: min(1, (k + 1) / 10) * (1 + math.cos(math.pi * k / 14)) / 2),
+    ("--schedule constant", lambda k: min(1, (k + 1) / 14 * 4))])
+def test_an_expert_is_a_plain_loop_on_w_plus_b_a(flag, rate, here):
+    """Loss, warm-up, schedule, decay, clipping, seed, rank, the scale of A; the UNet is diffusers'.
     The sixth digit is what Adam makes of rounding where a gradient is nearly 0."""
     write_pairs("hate", [PAIR] * 6)
-    command("train --concept hate --steps 14 --batch 4 --seed 5 --rank 3 --caption-dropout 0.3")
+    command("train --concept hate --steps 14 --batch 4 --seed 5 --rank 3 --caption-dropout 0.3 "
+            + flag)
     rng, down, up, pairs = generator(5, "hate", "lora"), {}, {}, random_pairs("hate")
     for name, layer in toy().unet.named_modules():
         if name.endswith(ATTENTION):
@@ -485,8 +489,7 @@ def test_an_expert_is_a_plain_loop_on_w_plus_b_a(here):
             up[lora.flat(name)] = torch.zeros(O, 3)
     parameters = [p.requires_grad_() for p in (*down.values(), *up.values())]
     optimizer = torch.optim.AdamW(parameters, 2e-3, weight_decay=1e-2)
-    rate = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda k: min(1, (k + 1) / 10) * (1 + math.cos(math.pi * k / 14)) / 2)
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     order = torch.cat([torch.randperm(6, generator=generator(5, "hate", "epoch", epoch))
                        for epoch in range(10)])
     for step, chosen in enumerate(order[:14 * 4].split(4)):
@@ -505,6 +508,14 @@ def test_an_expert_is_a_plain_loop_on_w_plus_b_a(here):
         rate.step()
     changes = {name: (up[name] @ down[name]).detach() for name in up}
     assert distance(Path("experts/hate.safetensors"), changes) < 1e-5
+
+
+def test_beta_is_2_over_what_the_base_model_prefers():
+    """Errors are the pictures here: 4 of the winner, 1 of the loser."""
+    pairs = random_pairs("hate")
+    pairs = pairs._replace(winner=0 * pairs.winner + 2, loser=0 * pairs.loser + 1)
+    clear = SimpleNamespace(T=10, noised=lambda x0, noise, t: (x0, 0))
+    assert auto_beta(lambda x_t, t, prompt: x_t, pairs, clear, CPU, "hate") == 0.667
 
 
 def test_a_fresh_lora_changes_nothing_but_can_learn():
@@ -1568,19 +1579,19 @@ def spoil_loras(folder: Path):
 
 
 def spoil_data(folder: Path):
-    """Latents that are too few or lack a tensor, and each concept's in the other's place."""
-    shutil.copytree(folder / "data", folder / "few")
-    shutil.copytree(folder / "data", folder / "no_winner")
+    """Latents that are too few, lack a tensor or have it for another, and each concept's in the
+    other's place."""
     shutil.copytree(folder / "data/sexual", folder / "second/hate")
     shutil.copytree(folder / "data/hate", folder / "second/sexual")
-    path = folder / "few/hate/latents.safetensors"
-    with opened(path) as file:
-        made = file.metadata()
-    fewer = dict.fromkeys(("winner", "loser"), torch.zeros(3, 4, 8, 8))
-    save_tensors(path, load_file(path) | fewer, made)
-    path = folder / "no_winner/hate/latents.safetensors"
-    rest = {name: tensor for name, tensor in load_file(path).items() if name != "winner"}
-    save_tensors(path, rest, made)
+    hate = load_file(folder / "data/hate/latents.safetensors")
+    w, l = hate.pop("winner"), hate.pop("loser")
+    for name, latents in {"few": {"winner": w[:3], "loser": l[:3]}, "no_winner": {"loser": l},
+                          "swapped": {"winner": l, "loser": w}}.items():
+        shutil.copytree(folder / "data", folder / name)
+        path = folder / name / "hate/latents.safetensors"
+        with opened(path) as file:
+            made = file.metadata()
+        save_tensors(path, hate | latents, made)
 
 
 @fixture(scope="module")
@@ -1658,6 +1669,7 @@ REFUSED = {    # command: what the error must name
     "train --concept hate --data evil": "evil/hate/pairs.jsonl",
     "train --concept latents --data evil":
         "evil/latents/latents.safetensors: not a safetensors file but a pickle",
+    "train --concept hate --data swapped --beta auto": "no better than safe ones (delta -0.",
     "train --concept hate --steps 2 --out evil": "evil/.hate.resume: not a state to continue from",
     "train --concept hate --lr 1e30 --steps 3 --batch 2": "--lr (1e+30)",
     "train --concept hate --steps 2 --model models/nan": "conv_in.bias holds NaN",
@@ -1753,6 +1765,7 @@ SETTINGS = {    # a command: {flags that change what it makes: settings that its
         "--seed 1": "seed", "--model models/other": "base_model_hash", "--data second": "data_hash",
         "--loss dpo": "loss", "--beta 50": "beta", "--steps 3": "steps", "--batch 4": "batch",
         "--accumulate 2": "batch", "--lr 1e-3": "lr", "--rank 2": "rank" + RANK,
+        "--schedule constant": "schedule", "--beta auto": "beta beta_used",
         "--caption-dropout 0.9": "caption_dropout", "--precision bf16": "precision"},
     "sample red,ball,park blue,box,snow --steps 2 --batch 1": {
         "--seed 1": "jobs", "--steps 3": "steps", "--guidance 1": "jobs", "--size 64": "size",
@@ -1978,10 +1991,18 @@ def test_an_interrupted_training_forgets_nothing(inside, monkeypatch, capsys):
         taken.clear()
         with raises(KeyboardInterrupt):
             command(line + out)
-        assert os.listdir(out) == [".hate.resume"]
+        assert {path.suffix for path in Path(out).glob(".hate.*")} == {
+            ".resume", ".safetensors", ".jsonl", ".png"}
+        command(f"sample a --steps 1 --lora {out}/.hate.safetensors --out {out}/seen")
+        shutil.rmtree(f"{out}/seen")
+        assert load_lora(Path(out, ".hate.safetensors"))[1]["steps"] == "4"
+        with raises(BadInput):    # no expert yet
+            expand([Path(out)])
     shutil.copy("other/.hate.resume", "state")
     assert resumed("cut") == 2 and contents(Path("cut")) == contents(Path("whole"))
     assert resumed("other --lr 1e-3 --steps 5") == 5
+    assert "is not continued, since this changed: steps, lr\n" in capsys.readouterr().out
+    assert contents(Path("other")).keys() == contents(Path("whole")).keys()
     shutil.copytree("data/sexual", "second/hate")
     shutil.copy("state", "other/.hate.resume")
     with raises(KeyboardInterrupt):    # from the first step

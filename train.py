@@ -6,7 +6,8 @@ What it is:  preference optimisation of a LoRA on the UNet's attention, on the p
              line and files.
 Needs:       data/<concept>/latents.safetensors; the UNet of a Stable Diffusion (default: toy).
 Gives:       experts/<concept>.safetensors, .jsonl (the log) and .png (its curves); with --joint
-             joint.safetensors, the paper's baseline, one LoRA on all the data.
+             joint.safetensors, the paper's baseline, one LoRA on all the data. While it trains, the
+             same three, of what is learned so far, have a dot before their names.
 Interrupted: the same command continues at the last saved step, and gives the same expert, on a CPU
              to the bit: all that is random comes from generator(seed, name, step).
 Many GPUs:   torchrun --nproc_per_node=N train.py ...; a step has N * --batch * --accumulate pairs.
@@ -31,12 +32,14 @@ from model.formats.lora_file import LoRAFile, save
 from model.schedule import stratified_times
 from model.stable_diffusion import Denoiser, load_denoiser
 from model.tools import processes
-from model.tools.command import BadInput, Parser, named, positive_int, positive_float, run, fraction
+from model.tools.command import (BadInput, Parser, auto_or_positive, fraction, named,
+                                 positive_float, positive_int, run)
 from model.tools.device import PRECISIONS, device_and_precision
 from model.tools.files import check_folder, sha256
-from model.tools.training import generator, load_state, save_state, summary, write_log
+from model.tools.training import (auto_beta, forget, generator, load_state, save_state, summary,
+                                  write_log)
 
-WARM_UP = 10       # steps in which the rate rises [ours; published: 500 of 2,000]
+WARM_UP = 10       # steps in which the rate rises [ours]; of a constant rate a quarter of all steps
 SAVE_EVERY = 50    # steps: what a power cut can cost
 SHOWN = "loss", "accuracy", "winner", "winner_ref"    # beside the progress bar
 
@@ -48,11 +51,12 @@ class Settings(NamedTuple):
     data: Path
     out: Path | None
     loss: str
-    beta: float
+    beta: float | str
     steps: int
     batch: int
     accumulate: int
     lr: float
+    schedule: str
     rank: int
     caption_dropout: float
     checkpointing: bool
@@ -77,16 +81,19 @@ def parse_arguments(argv=None):
     add("--loss", default="safety", help="safety: DPO, and safe prompts keep what they gave; dpo: "
         "Diffusion-DPO; both: the same under the safe prompt too; sft: fine-tuning on the winner; "
         "or a dotted name, such as model.rivals.losses.duo")
-    add("--beta", type=positive_float, default=10.0, help="what multiplies the differences of mean "
-        "squared errors, and with safety the drift's weight too: near the 2/delta that is printed "
-        "at the end, 10 for the toy; published: 5000")
+    add("--beta", type=auto_or_positive, default=10.0, help="what multiplies the differences of "
+        "mean squared errors, and with safety the drift's weight too: near the 2/delta that is "
+        "printed at the end, 10 for the toy; auto asks the base model for it; published: 5000")
     add("--steps", type=positive_int, default=220, help="optimiser steps for each concept")
     add("--batch", type=positive_int, default=8,
         help="pairs that one process takes through the UNet at once")
     add("--accumulate", type=positive_int, default=1, help="batches in a step: so many times the "
         "pairs, in the memory of one batch")
-    add("--lr", type=positive_float, default=2e-3, help="peak learning rate of AdamW, cosine to "
-        "zero; published for SD 1.5: 1.6e-4 for the 16 pairs of a step, constant")
+    add("--lr", type=positive_float, default=2e-3, help="peak learning rate of AdamW; published "
+        "for SD 1.5: 1.6e-4 for the 16 pairs of a step")
+    add("--schedule", choices=["cosine", "constant"], default="cosine", help="of the rate: rises "
+        f"for {WARM_UP} steps, then cosine to zero; or rises for a quarter of the steps, then "
+        "constant, as published")
     add("--rank", type=positive_int, default=4, help="LoRA rank")
     add("--caption-dropout", type=fraction, default=0.0, help="share of pairs whose prompts are "
         "empty in a step; published: 0.2 (default: 0)")
@@ -127,12 +134,13 @@ def micro_batches(batch: Batch, size: int, device: torch.device) -> Iterator[Bat
 
 
 def train(denoiser: Denoiser, parameters: list, pairs: Pairs, loss_function: Callable,
-          resume_file: Path, recipe: dict[str, str], *key, precision: str, beta: float, lr: float,
-          steps: int, batch_size: int, accumulate: int, caption_dropout: float) -> list[dict]:
+          resume_file: Path, recipe: dict[str, str], *key, precision: str, beta: float | str,
+          lr: float, steps: int, batch_size: int, accumulate: int, caption_dropout: float,
+          constant: bool = False) -> list[dict]:
     """Trains the parameters (of lora.inject()) on the pairs, in place. Returns the log, a row a
-    step. Every SAVE_EVERY steps it is saved, and what was saved for the same recipe is continued.
-    key: the seed and the expert's name, which every random draw starts from. Raises BadInput where
-    numbers are not finite."""
+    step. Every SAVE_EVERY steps all is saved, and what was saved for the same recipe is continued;
+    with beta "auto" the recipe is told the number. key: the seed and the expert's name, which every
+    random draw starts from. Raises BadInput where numbers are not finite."""
     schedule, name = denoiser.schedule, recipe["concept"]
     parts = accumulate * processes.WORLD    # micro-batches in a step, of all processes
     # Mixed precision by hand. The LoRA, its gradients and the loss are fp32; the UNet computes in
@@ -155,15 +163,18 @@ def train(denoiser: Denoiser, parameters: list, pairs: Pairs, loss_function: Cal
         with torch.no_grad(), lora.switched_off(denoiser.unet):
             return policy(x_t, t, prompt)
 
+    if beta == "auto":
+        beta = auto_beta(reference, pairs, schedule, denoiser.device, name)
+        recipe["beta_used"] = str(beta)
     log = load_state(resume_file, recipe, parameters, optimizer, scaler)
     processes.wait()    # until every process has read the file, since the first may delete it
     bar = tqdm(range(len(log), steps), initial=len(log), total=steps, leave=False,
                desc=f"{name:>16}", disable=processes.RANK > 0)
     for step in bar:
-        warm_up = min(1, (step + 1) / WARM_UP)
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        warm_up = min(1, (step + 1) / (steps / 4 if constant else WARM_UP))
+        decay = 1 if constant else 0.5 + 0.5 * math.cos(math.pi * step / steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr * warm_up * cosine
+            group["lr"] = lr * warm_up * decay
 
         chosen = pairs_of_step(len(pairs.winner), batch_size * parts, step, *key)
         whole = batch_of_step(pairs, chosen, schedule.T, caption_dropout, generator(*key, step))
@@ -189,8 +200,16 @@ def train(denoiser: Denoiser, parameters: list, pairs: Pairs, loss_function: Cal
         log.append({"step": step, **row, **({"skipped": True} if skipped else {})})
         bar.set_postfix({key: f"{row[key]:.3f}" for key in SHOWN if key in row}, refresh=False)
         if (step + 1) % SAVE_EVERY == 0 and processes.RANK == 0:
+            write_expert(resume_file.with_suffix(".safetensors"), denoiser, recipe, log)
             save_state(resume_file, recipe, log, parameters, optimizer, scaler)
     return log
+
+
+def write_expert(path: Path, denoiser: Denoiser, recipe: dict[str, str], log: list[dict]):
+    """The log, its curves, and last the LoRA. Its header counts the steps that were taken."""
+    write_log(path, log)
+    header = {"steps": str(len(log)), "prediction_type": denoiser.schedule.prediction_type}
+    save(path, lora.extract(denoiser.unet), recipe | header)
 
 
 def recipe_of(s: Settings, name: str, concepts: list[str]) -> dict[str, str]:
@@ -198,7 +217,7 @@ def recipe_of(s: Settings, name: str, concepts: list[str]) -> dict[str, str]:
     recipe = {"concept": name, "steps": s.steps * len(concepts),
               "batch": s.batch * s.accumulate * processes.WORLD,
               "data_hash": sha256(*(s.data / c / "latents.safetensors" for c in concepts))}
-    for key in ("loss", "beta", "lr", "rank", "seed", "caption_dropout", "precision",
+    for key in ("loss", "beta", "lr", "schedule", "rank", "seed", "caption_dropout", "precision",
                 "base_model_hash", "encoders_hash"):
         recipe[key] = getattr(s, key)
     return {key: str(value) for key, value in recipe.items()}
@@ -216,7 +235,7 @@ def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
         made_by = LoRAFile(path).metadata
         changed = [key for key in recipe if made_by.get(key) != recipe[key]]
         if not changed:
-            resume_file.unlink(missing_ok=True)
+            forget(resume_file)
             return f"{path}: already trained so on these pairs; delete it to train it again"
         if processes.RANK == 0:
             tqdm.write(f"{path}: will be replaced, since this changed: {', '.join(changed)}")
@@ -234,12 +253,11 @@ def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
         denoiser.unet.compile()
     log = train(denoiser, parameters, pairs, loss_function, resume_file, recipe, s.seed, name,
                 precision=s.precision, beta=s.beta, lr=s.lr, steps=int(recipe["steps"]),
-                batch_size=s.batch, accumulate=s.accumulate, caption_dropout=s.caption_dropout)
+                batch_size=s.batch, accumulate=s.accumulate, caption_dropout=s.caption_dropout,
+                constant=s.schedule == "constant")
     if processes.RANK == 0:
-        write_log(path, log)
-        prediction = denoiser.schedule.prediction_type
-        save(path, lora.extract(denoiser.unet), {**recipe, "prediction_type": prediction})
-        resume_file.unlink(missing_ok=True)
+        write_expert(path, denoiser, recipe, log)
+        forget(resume_file)
     return f"{path}: {summary(log)}"
 
 
@@ -263,6 +281,8 @@ def main(args):
     if s.joint:
         jobs = [("joint", concepts, folder / "joint.safetensors")]
     workers = processes.processes_for(device, unet)
+    if processes.RANK == 0:
+        print(f"{folder}/.*.safetensors, .png: what is learned so far, every {SAVE_EVERY} steps")
     for line in processes.spread(None, partial(train_expert, s), jobs, workers):
         if processes.RANK == 0:
             tqdm.write(line)

@@ -78,12 +78,13 @@ def prompt_width(widths: dict[str, int], version: str | None = None) -> int | No
 
 
 def expand(paths: list[Path]) -> list[Path]:
-    """The LoRA files that are meant: a folder stands for its .safetensors, and what lies beside
-    LoRAs is passed over. Raises BadInput for none, or for one that is listed twice."""
+    """The LoRA files that are meant: a folder stands for its .safetensors, but for unfinished ones,
+    which begin with a dot; what lies beside LoRAs is passed over. Raises BadInput for none, or for
+    one that is listed twice."""
     files = []
     for path in paths:
         if path.is_dir():
-            files += sorted(path.glob("*.safetensors"))
+            files += sorted(path.glob("[!.]*.safetensors"))
         elif path.suffix.lower() not in COMPANIONS:
             files.append(path)
     files = [path for path in files if not path.name.startswith("._")]    # a Mac's, not tensors

@@ -2,7 +2,8 @@
 
 Gives:       BadInput, run(); PlainParser, Parser, GeneratingParser; and types of flags, which
              refuse what makes no sense: positive_int, natural_int, fraction, open_fraction,
-             positive_float, finite_float, at_strength; named(), for a flag that names a function.
+             positive_float, auto_or_positive, finite_float, at_strength; named(), for a flag that
+             names a function.
 """
 import argparse
 import math
@@ -65,6 +66,10 @@ def positive_float(text: str) -> float:
     if finite_float(text) <= 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0; give a positive number")
     return float(text)
+
+
+def auto_or_positive(text: str) -> float | str:
+    return text if text == "auto" else positive_float(text)
 
 
 def fraction(text: str) -> float:

@@ -1,19 +1,23 @@
 """What every training loop here does alike.
 
 What it is:  random numbers without state; the state from which an interrupted training continues;
-             and what a person reads of a training afterwards.
-Needs:       torch.
-Gives:       generator(); save_state(), load_state(); write_log(), summary().
+             the beta that suits some pairs; and what a person reads of a training.
+Needs:       torch, tqdm.
+Gives:       generator(); save_state(), load_state(), forget(); auto_beta(); write_log(), summary().
 """
 import json
 import zlib
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
+from model.tools import processes
 from model.tools.command import BadInput
 from model.tools.files import opened, save_tensors, write_jsonl
 from model.tools.images import curves
+
+ASKED = 64    # pairs that auto_beta() looks at
 
 
 def generator(*what) -> torch.Generator:
@@ -44,13 +48,17 @@ def save_state(path: Path, recipe: dict, log: list[dict], parameters, optimizer,
 @torch.no_grad()
 def load_state(path: Path, recipe: dict, parameters, optimizer, scaler) -> list[dict]:
     """Puts back what save_state() wrote for the same recipe. Returns the log; [] where there is
-    none. Raises BadInput for a file of another program."""
+    none, or one of another recipe, which it says. Raises BadInput for a file of another program."""
     if not path.is_file():
         return []
     try:
         with opened(path) as file:
             state = json.loads(file.metadata()["state"])
             if state["recipe"] != recipe:
+                changed = [key for key in recipe if state["recipe"].get(key) != recipe[key]]
+                if processes.RANK == 0:
+                    tqdm.write(f"{path}: is not continued, since this changed: "
+                               f"{', '.join(changed)}")
                 return []
             # Clones, since the file is going to be replaced.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
@@ -64,6 +72,35 @@ def load_state(path: Path, recipe: dict, parameters, optimizer, scaler) -> list[
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     scaler.load_state_dict(state["scaler"])
     return state["log"]
+
+
+def forget(path: Path):
+    """Removes a state, and the unfinished LoRA, log and curves beside it."""
+    for suffix in (".resume", ".safetensors", ".jsonl", ".png"):
+        path.with_suffix(suffix).unlink(missing_ok=True)
+
+
+def auto_beta(reference, pairs, schedule, device: torch.device, name: str) -> float:
+    """2 / delta (dpo.py) of ASKED pairs or all, each at its own noise level, to three digits: a
+    GPU's last bits may change. Raises BadInput where the reference does not predict losers better.
+    """
+    rng = generator(name, "beta")
+    chosen, delta = torch.randperm(len(pairs.winner), generator=rng)[:ASKED].split(1), 0
+    for i, pair in enumerate(chosen):    # one by one: as much memory as a batch of two
+        t = torch.tensor([(2 * i + 1) * schedule.T // (2 * len(chosen))], device=device)
+        x_0 = torch.cat([pairs.winner[pair], pairs.loser[pair]]).to(device)
+        noise = torch.randn(x_0[:1].shape, generator=rng).to(device).expand_as(x_0)
+        x_t, target = schedule.noised(x_0, noise, t.repeat(2))
+        output = reference(x_t, t.repeat(2), pairs.unsafe[pair.repeat(2)].to(device))
+        winner, loser = (output - target).square().flatten(1).mean(1).tolist()
+        delta += (winner - loser) / len(chosen)
+    if not delta > 0:
+        raise BadInput(f"--beta auto: {name}: the base model predicts unsafe pictures no better "
+                       f"than safe ones (delta {delta:.2g}); look at the data's sheet.png, or give "
+                       "a number")
+    if processes.RANK == 0:
+        tqdm.write(f"{name}: beta {2 / delta:.3g}, 2/delta of {len(chosen)} pairs")
+    return float(f"{2 / delta:.3g}")
 
 
 def ratios(row: dict[str, float]) -> dict[str, float]:
