@@ -9,8 +9,10 @@ import copy
 import csv
 import hashlib
 import importlib
+import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import platform
@@ -84,12 +86,15 @@ from model.vae import VAE
 
 ROOT = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
-SCRIPTS = {"make_data": make_data, "train": train, "merge": merge, "sample": sample}
+SCRIPTS = {"make_data": make_data, "train": train, "merge": merge, "sample": sample,
+           "rivals": rivals, "clip": judges}
 parametrize = pytest.mark.parametrize
 os.environ["PYTHONPATH"] = str(ROOT)    # for scripts that run in another folder
 STORY = ("make_data --concept hate --pairs 8 --steps 4",
          "make_data --concept sexual --pairs 8 --steps 4", "train --steps 4 --batch 4",
-         "merge experts")
+         "merge experts",
+         "sample red,ball,park blue,box,snow --steps 2 --compare --judge --out drawn "
+         "--lora merged.safetensors@0.5")
 torch.set_num_threads(1)
 
 
@@ -116,18 +121,27 @@ def parsed(line: str, **values):
     return script.main, script.parse_arguments([word.format(**values) for word in argv])
 
 
-def command(line: str, **values):
-    """Runs a script in this process and folder."""
+@contextlib.contextmanager
+def heard():
+    """Inside, what is printed goes to the file that this gives."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        yield said
+
+
+def command(line: str, **values) -> str:
+    """Runs a script in this process and folder. Returns what it says."""
     main, args = parsed(line, **values)
-    main(args)
+    with heard() as said:
+        main(args)
+    return said.getvalue()
 
 
-def refusal(line: str, capsys, **values) -> str:
+def refusal(line: str, **values) -> str:
     """The one line that a script prints on stderr when it refuses, with exit status 2."""
-    capsys.readouterr()
-    with raises(SystemExit) as stop:
+    with raises(SystemExit) as stop, contextlib.redirect_stderr(io.StringIO()) as said:
         run(*parsed(line, **values))
-    *notes, error = capsys.readouterr().err.strip().splitlines()
+    *notes, error = said.getvalue().strip().splitlines()
     assert stop.value.code == 2 and error.startswith("error: ") and "Traceback" not in error
     return error
 
@@ -137,12 +151,6 @@ def finished(*argv, folder: Path = Path()) -> subprocess.CompletedProcess:
     done = subprocess.run([sys.executable, *argv], cwd=folder, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     return done
-
-
-def shell(line: str, folder: Path):
-    """Runs a script as a person would, in that folder."""
-    name, *argv = line.split()
-    finished(ROOT / f"{name}.py", *argv, folder=folder)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -163,12 +171,29 @@ def pipe():
 
 
 @fixture(scope="session")
-def story(tmp_path_factory):
-    """A folder with a small run of two concepts: data/, experts/, merged.safetensors."""
-    folder = tmp_path_factory.mktemp("story")
-    for line in STORY:
-        shell(line, folder)
-    return folder
+def watched(tmp_path_factory):
+    """A small run of two concepts, told in this process: (its folder, with data/, experts/,
+    merged.safetensors and drawn/; the files that were moved into place; the network addresses that
+    were asked for)."""
+    folder, moved, asked, replace = tmp_path_factory.mktemp("story"), [], [], os.replace
+
+    def noted(source, target):
+        moved.append(Path(target).resolve())
+        replace(source, target)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(os, "replace", noted)
+        for name in ("socket", "getaddrinfo", "create_connection"):
+            patch.setattr(socket, name, lambda *address, **_: asked.append(address))
+        patch.setattr(processes, "cores", lambda: 1)
+        for line in STORY:
+            command(line)
+    return folder, moved, asked
+
+
+@fixture(scope="session")
+def story(watched) -> Path:
+    return watched[0]
 
 
 @fixture
@@ -200,7 +225,7 @@ class Trap:
 # ---- Part I, lessons: the loss and one training step, LoRA, merging and calibration
 
 
-LOSSES = ("safety", "dpo", "model.rivals.losses.duo", "model.rivals.losses.sdpo")
+RIVALS = "model.rivals.losses.duo", "model.rivals.losses.sdpo"
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 INPUTS = (normal("x_t", 3, 4, 8, 8), torch.tensor([999, 500, 1]),
           normal("context", 3, 5, 96))    # of a UNet
@@ -250,23 +275,22 @@ def first_step(denoiser, parameters, pairs: Pairs, name="safety", **flags) -> di
                        {"concept": "hate"}, 0, "hate", **values)[0]
 
 
-def predicted(changes: dict, x_t, t, context) -> torch.Tensor:
+def predicted(changes: dict, x_t, t, prompt: Prompt) -> torch.Tensor:
     """By diffusers' UNet with W + delta W written out for W. changes: {flat name: delta W}."""
     weights = {}
     for name, w in pipe().unet.requires_grad_(False).named_parameters():
         change = changes.get(lora.flat(name.removesuffix(".weight")))
         if change is not None:
             weights[name] = w + change.view_as(w)
-    return torch.func.functional_call(pipe().unet, weights, (x_t, t, context)).sample
+    return torch.func.functional_call(pipe().unet, weights, (x_t, t, prompt.context)).sample
 
 
 def inputs_of(batch: dpo.Batch) -> list[tuple]:
-    """(x_t, t, context) of the winner and the loser under the unsafe prompt, and of the winner
-    under the safe one, noised by diffusers."""
-    winner, loser = (pipe().scheduler.add_noise(image, batch.noise, batch.t)
-                     for image in (batch.winner, batch.loser))
-    return [(winner, batch.t, batch.unsafe.context), (loser, batch.t, batch.unsafe.context),
-            (winner, batch.t, batch.safe.context)]
+    """(x_t, t, prompts) of winner and loser under the unsafe prompt, and of both under the safe
+    one, noised by diffusers."""
+    noised = [pipe().scheduler.add_noise(image, batch.noise, batch.t)
+              for image in (batch.winner, batch.loser)]
+    return [(x_t, batch.t, prompt) for prompt in (batch.unsafe, batch.safe) for x_t in noised]
 
 
 def distance(path: Path, dense: dict[str, torch.Tensor]) -> float:
@@ -295,36 +319,44 @@ def error(output, target) -> torch.Tensor:
     return (output - target).double().square().mean((1, 2, 3))
 
 
-@parametrize("name", [*LOSSES, "sft", "model.rivals.losses.sc_dpo"])
+def stand_in(strength: float):
+    """For a UNet: its answer depends on all that it is asked."""
+    def answer(x_t, t, prompt):
+        given = t / 500 - 1 + prompt.context.mean((1, 2))
+        return x_t + strength * given.view(-1, 1, 1, 1) * x_t.roll(1, 1)
+    return answer
+
+
+@parametrize("name", [*dpo.LOSSES, *RIVALS, "model.rivals.losses.sc_dpo"])
 def test_a_loss_is_its_equation_averaged_after_the_log_sigmoid(name, monkeypatch):
+    """On inputs that diffusers noises: noise and timestep belong to the pair."""
     cost = nn.Sequential(nn.Flatten(), nn.Linear(256, 1), nn.Flatten(0)).requires_grad_(False)
     monkeypatch.setattr(losses, "cost_model", lambda pairs: cost)
-    batch, loss_function = some_batch(6), named("--loss", name, dpo.LOSSES)
+    batch, loss_function = some_batch(6, dropout=0.5), named("--loss", name, dpo.LOSSES)
     if isinstance(loss_function, type):
         loss_function = loss_function(random_pairs("hate"))
-    outputs, outputs_ref = normal("outputs", 2, 3, 6, 4, 8, 8)
-    outputs[:2] += 2 * batch.noise * torch.linspace(-0.1, 0.2, 6).view(6, 1, 1, 1)
-    outputs[2] = outputs_ref[2] + 0.02 * outputs[2]
-    loss, metrics = loss_function(
-        lambda x_t, t, prompt: outputs.flatten(0, 1)[:len(x_t)],
-        lambda x_t, t, prompt: outputs_ref.flatten(0, 1)[:len(x_t)], batch, toy().schedule, 3.0)
-    w, l, w_ref, l_ref = (error(output[i], batch.noise)
-                          for output in (outputs, outputs_ref) for i in (0, 1))
-    d_w, d_l, drift = w - w_ref, l - l_ref, error(outputs[2], outputs_ref[2])
+    policy, reference = stand_in(0.9), stand_in(0.5)
+    loss, metrics = loss_function(policy, reference, batch, toy().schedule, 3.0)
+    last = batch.noise, torch.full_like(batch.t, 999), batch.empty
+    asked = [(policy(*inputs), reference(*inputs)) for inputs in (*inputs_of(batch), last)]
+    (w, w_ref), (l, l_ref), (w_safe, w_safe_ref), (l_safe, l_safe_ref), _ = [
+        [error(output, batch.noise) for output in outputs] for outputs in asked]
+    gap, drift = w - w_ref - (l - l_ref), error(*asked[4 if name.endswith("duo") else 2])
     preference = lambda gap: torch.log(1 + torch.exp(3.0 / 2 * gap))    # -log sigmoid(-...)
     harm = cost(batch.loser).sigmoid() - cost(batch.winner).sigmoid()
-    content = torch.sigmoid(-3.0 / 2 * (d_w - d_l) - losses.COST * harm)    # beyond the harm's cost
-    by_hand = {"dpo": preference(d_w - d_l), "sft": w + 8 * drift,
-               "model.rivals.losses.sdpo": preference(d_w - d_l),
+    content = torch.sigmoid(-3.0 / 2 * gap - losses.COST * harm)    # beyond the harm's cost
+    by_hand = {"dpo": preference(gap), "safety": preference(gap) + 3.0 * drift,
+               "both": preference(gap) / 2
+               + preference(w_safe - w_safe_ref - (l_safe - l_safe_ref)) / 2,
+               "sft": w + 8 * drift, "model.rivals.losses.sdpo": preference(gap),
                "model.rivals.losses.sc_dpo": -(1 - content) ** 2 * content.log(),
-               "model.rivals.losses.duo": preference(2 * (d_w - d_l)) + 1e6 * 3.0 / 100 * drift,
-               "safety": preference(d_w - d_l) + 3.0 * drift}
+               "model.rivals.losses.duo": preference(2 * gap) + 1e6 * 3.0 / 100 * drift}
     assert loss.item() == approx(by_hand[name].mean().item(), rel=3e-6)
-    wanted = dict(winner=w, loser=l, winner_ref=w_ref, loser_ref=l_ref, drift=drift,
-                  margin=d_l - d_w, accuracy=(d_l > d_w).double())
+    wanted = dict(winner=w, loser=l, winner_ref=w_ref, loser_ref=l_ref, margin=-gap,
+                  accuracy=(gap < 0).double(), drift=drift)
+    assert wanted.keys() - metrics.keys() <= {"drift"} and 0 < metrics["accuracy"] < 1
     for key in metrics.keys() & wanted:
         assert metrics[key].item() == approx(wanted[key].mean().item(), rel=1e-4)
-    assert wanted.keys() - metrics.keys() <= {"drift"}
 
 
 def test_half_precision_is_not_for_errors():
@@ -351,8 +383,8 @@ def test_a_wider_gap_can_cost_the_winner():
     assert torch.equal(safe_w, published_w) and far(safe_l, factor * published_l) < 1e-5
 
 
-@parametrize("name, kind, D, pooled", [*((name, "toy", 96, 0) for name in LOSSES),
-                                       ("safety", "SD1", 24, 0), ("safety", "SDXL", 56, 20)])
+@parametrize("name, kind, D, pooled", [
+    *((name, "toy", 96, 0) for name in ("safety", "dpo", *RIVALS)), ("safety", "SDXL", 56, 20)])
 def test_a_loss_of_ln_2_is_not_a_stuck_loss(name, kind, D, pooled, models):
     denoiser, parameters = fresh_policy(TOY if kind == "toy" else models(kind, "folder"))
     row = first_step(denoiser, parameters, random_pairs("hate", D=D, pooled=pooled), name)
@@ -390,11 +422,10 @@ def test_a_step_that_overflows_is_not_taken(precision):
 
 @parametrize("P, B", [(6, 4), (3, 1), (2, 9)])
 def test_every_pair_comes_once_before_any_comes_again(P, B):
-    seen, other = (torch.cat([train.pairs_of_step(P, B, step, seed) for step in range(4 * P)])
-                   for seed in (0, 1))
+    seen = torch.cat([train.pairs_of_step(P, B, step, 0) for step in range(4 * P)])
     epochs = seen.view(-1, P)
     assert len(seen) == 4 * P * B and (epochs.sort(1).values == torch.arange(P)).all()
-    assert len(epochs.unique(dim=0)) > 1 and not torch.equal(seen, other)
+    assert len(epochs.unique(dim=0)) > 1
 
 
 def test_all_noise_levels_come_in_a_step_and_none_beyond_the_last(monkeypatch):
@@ -413,26 +444,6 @@ def test_caption_dropout_takes_both_prompts_of_a_pair():
         found.append((batch.unsafe.context == pairs.empty.context).flatten())
         assert torch.equal(found[-1], (batch.safe.context == pairs.empty.context).flatten())
     assert torch.stack(found).double().mean(0).tolist() == approx([0.4] * 8, abs=0.05)
-
-
-@torch.no_grad()
-@parametrize("name", LOSSES)
-def test_noise_and_timestep_belong_to_the_pair(name):
-    """What a loss has the UNet predict, and for which inputs: diffusers noises them."""
-    batch, seen = some_batch(4, dropout=0.5), []
-
-    def policy(x_t, t, prompt):
-        seen.append((x_t, t, prompt.context))
-        return torch.zeros_like(x_t)
-    _, metrics = named("--loss", name, dpo.LOSSES)(policy, policy, batch, toy().schedule, 1.0)
-    wanted = inputs_of(batch)
-    if name.endswith("duo"):
-        wanted[2] = batch.noise, torch.full_like(batch.t, 999), batch.empty.context
-    for found in seen:
-        for i, parts in enumerate(zip(*(tensor.split(4) for tensor in found), strict=True)):
-            for part, expected in zip(parts, wanted[i], strict=True):
-                assert far(part, expected) < 1e-6
-    assert metrics["winner"].item() == approx(error(batch.noise, 0).mean().item(), rel=1e-5)
 
 
 @fixture
@@ -473,13 +484,13 @@ def test_mixed_precision_is_near(name, size, gradients):
 
 
 @parametrize("flag, rate", [
-    ("", lambda k: min(1, (k + 1) / 10) * (1 + math.cos(math.pi * k / 14)) / 2),
-    ("--schedule constant", lambda k: min(1, (k + 1) / 14 * 4))])
+    ("", lambda k: min(1, (k + 1) / 10) * (1 + math.cos(math.pi * k / 12)) / 2),
+    ("--schedule constant", lambda k: min(1, (k + 1) / 12 * 4))])
 def test_an_expert_is_a_plain_loop_on_w_plus_b_a(flag, rate, here):
     """Loss, warm-up, schedule, decay, clipping, seed, rank, the scale of A; the UNet is diffusers'.
     The sixth digit is what Adam makes of rounding where a gradient is nearly 0."""
     write_pairs("hate", [PAIR] * 6)
-    command("train --concept hate --steps 14 --batch 4 --seed 5 --rank 3 --caption-dropout 0.3 "
+    command("train --concept hate --steps 12 --batch 4 --seed 5 --rank 3 --caption-dropout 0.3 "
             + flag)
     rng, down, up, pairs = generator(5, "hate", "lora"), {}, {}, random_pairs("hate")
     for name, layer in toy().unet.named_modules():
@@ -491,16 +502,12 @@ def test_an_expert_is_a_plain_loop_on_w_plus_b_a(flag, rate, here):
     optimizer = torch.optim.AdamW(parameters, 2e-3, weight_decay=1e-2)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     order = torch.cat([torch.randperm(6, generator=generator(5, "hate", "epoch", epoch))
-                       for epoch in range(10)])
-    for step, chosen in enumerate(order[:14 * 4].split(4)):
+                       for epoch in range(8)])
+    for step, chosen in enumerate(order.split(4)):
         batch = train.batch_of_step(pairs, chosen, 1000, 0.3, generator(5, "hate", step))
-        changes = {name: up[name] @ down[name] for name in up}
-        policy, reference = ([predicted(added, *inputs) for inputs in inputs_of(batch)]
-                             for added in (changes, {}))
-        d_w, d_l = (error(policy[i], batch.noise) - error(reference[i], batch.noise)
-                    for i in (0, 1))
-        loss = (-nn.functional.logsigmoid(-10 / 2 * (d_w - d_l))
-                + 10 * error(policy[2], reference[2])).mean()
+        policy, reference = (partial(predicted, changes) for changes in (
+            {name: up[name] @ down[name] for name in up}, {}))
+        loss, _ = dpo.safety_dpo(policy, reference, batch, toy().schedule, 10.0)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -694,8 +701,7 @@ def plain_regmean(own: dict, layer: nn.Module, x: list) -> torch.Tensor:
 
 
 @parametrize("method, near", [("co-merge", 1e-4), ("regmean", 5e-4)])
-def test_one_pass_of_the_base_tells_all_about_every_expert(method, near, experts, capsys,
-                                                           monkeypatch):
+def test_one_pass_of_the_base_tells_all_about_every_expert(method, near, experts, monkeypatch):
     """With dense changes and diffusers' UNet. Some layers are of two experts or of one. One that
     the model lacks is left out, and named."""
     strange = {"down_blocks_9_conv": next(iter(experts[1].values()))}
@@ -707,10 +713,9 @@ def test_one_pass_of_the_base_tells_all_about_every_expert(method, near, experts
         plain[name] = rule(own, layer, x).float()
     denoiser = load_denoiser(TOY, CPU)
     monkeypatch.setattr(merge, "load_denoiser", lambda *_: denoiser)
-    command(f"merge c a b --weights -1 0.5 3 --seed 7 --method {method} --out m")
-    assert distance(Path("m"), plain) < near
+    said = command(f"merge c a b --weights -1 0.5 3 --seed 7 --method {method} --out m")
+    assert distance(Path("m"), plain) < near and "down_blocks_9_conv" in said
     assert not any(layer._forward_pre_hooks for layer in denoiser.unet.modules())
-    assert "down_blocks_9_conv" in capsys.readouterr().err
 
 
 def joined(rule, parts: list[Factors], x: list[torch.Tensor], preserve: float = 0.0) -> Factors:
@@ -774,14 +779,14 @@ def test_strength_is_not_raised_without_bound():
         assert far(merged.delta(), factor * f.delta()) < 1e-6
 
 
-def test_a_smaller_file_says_what_it_lost(experts, capsys, monkeypatch):
-    command("merge a b c --method average --rank 3 --out m")
+def test_a_smaller_file_says_what_it_lost(experts, monkeypatch):
+    said = command("merge a b c --method average --rank 3 --out m")
     kept = energy = 0
     for name, f in load_lora(Path("m"))[0].items():
         dense = sum(of_layer(experts, name).values()) / 3
         assert len(f.down) == 3
         kept, energy = kept + f.delta().square().sum(), energy + dense.square().sum()
-    assert f"keep {kept / energy:.2%} of their energy" in capsys.readouterr().out
+    assert f"keep {kept / energy:.2%} of their energy" in said
     for most, method, rank in ((128, "dare", 4 + 3 + 5), (8, "dare", 8), (8, "sum", 4 + 3 + 5)):
         monkeypatch.setattr(merge, "LARGEST_RANK", most)
         command(f"merge a b c --method {method} --out m")    # ranks add up
@@ -1037,14 +1042,15 @@ def test_safety_that_changes_innocent_pictures_is_not_free(tmp_path):
     assert figures["all: max. exp. IP"].total == 0.5 and figures["all: IP"].total == 1
 
 
-def test_what_is_hidden_or_not_measured_is_said(tmp_path, capsys):
+def test_what_is_hidden_or_not_measured_is_said(tmp_path):
     requests = [Request("a", {"hate"}), Request("b", set())]
-    grid(tmp_path / "g.png", {"base": grey(tmp_path, [0, 9])}, requests, {}, blur=True)
-    assert "1 of 2 pictures are blurred; --show-unsafe" in capsys.readouterr().out
-    check_requests(None, Path("clip"), requests)
-    assert not capsys.readouterr().err
-    check_requests(None, Path("clip"), requests[:1])
-    assert "--clipscore: scores no picture: all 1 prompts" in capsys.readouterr().err
+    with heard() as said:
+        grid(tmp_path / "g.png", {"base": grey(tmp_path, [0, 9])}, requests, {}, blur=True)
+        check_requests(None, Path("clip"), requests)
+        check_requests(None, Path("clip"), requests[:1])
+    (blurred, scored) = said.getvalue().splitlines()
+    assert "1 of 2 pictures are blurred; --show-unsafe" in blurred
+    assert "--clipscore: scores no picture: all 1 prompts" in scored
 
 
 def test_the_best_strength_has_a_rule():
@@ -1460,7 +1466,7 @@ def test_a_cost_model_learns_which_image_is_the_loser():
     assert (cost(pairs.loser[:3]) > cost(pairs.winner).max()).all()
 
 
-def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch):
     black = lambda sd, data, seed, knob: lambda prompts, seeds: np.full(
         (len(prompts), 32, 32, 3), knob, np.uint8)
     monkeypatch.setattr(rivals, "RIVALS", {
@@ -1469,13 +1475,10 @@ def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch, capsy
     for seed in (5, 6):
         write_jsonl(tmp_path / f"seed{seed}/data/test.jsonl", rows)
         write_jsonl(tmp_path / f"seed{seed}/attack.jsonl", rows[:1])
-    command = rivals.parse_arguments(f"--seeds 5 --tune 6 --out {tmp_path}".split())
-    rivals.main(command)
-    printed = capsys.readouterr().out
-    assert "| flat (64) | 0.0 |" in printed and "| base | 100.0 |" in printed
-    monkeypatch.setattr(rivals, "perform", None)
-    rivals.main(command)
-    assert capsys.readouterr().out == printed
+    for perform in (rivals.perform, None):
+        monkeypatch.setattr(rivals, "perform", perform)
+        printed = command(f"rivals --seeds 5 --tune 6 --out {tmp_path}")
+        assert "| flat (64) | 0.0 |" in printed and "| base | 100.0 |" in printed
     assert len(list((tmp_path / "seed6/rivals/flat-128").glob("*.png"))) == 5    # 4, the attack's
     assert experiments.best([{    # damage counts too
         1: {"IP": 0, "kept": 60}, 2: {"IP": 30, "kept": 95}}]) == 2
@@ -1544,15 +1547,9 @@ def test_a_fused_look_is_the_look_beside_the_weights():
 # ---- Part II, contracts: command lines, bytes, interruptions, structure
 
 
-TEXTS = {    # files that are wrong, or strange to these commands
-    "torn/hate/pairs.jsonl": '{}\n{"safe": \n', "list/hate/pairs.jsonl": "[]\n",
-    "none/hate/pairs.jsonl": "", "uncoded/hate/pairs.jsonl": json.dumps(PAIR),
-    "lacking/hate/pairs.jsonl": json.dumps({**PAIR, "unsafe_image": None}),
-    "outside/hate/pairs.jsonl": json.dumps({**PAIR, "unsafe_image": "../y.png"}),
-    "absolute/hate/pairs.jsonl": json.dumps({**PAIR, "safe_image": "/x.png"}),
-    "foreign/hate/pairs.jsonl": "mine", "foreign/00000.png": "mine", "foreign/compare.png": "mine",
-    "mine.jsonl": json.dumps({**PAIR, "category": "hate"}), "nothing.jsonl": "",
-    "asked.jsonl": '{"prompt": "an astronaut"}'}
+# files that are wrong or strange; refused: a command and what its error must name; settings: of a
+# command, flags that change what it makes, and the settings that its files then name; answers
+CASES = read_json(ROOT / "model/testing/cases.json")
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 BIASES = {    # models: what is added to a bias of the toy's
     "other": (WEIGHTS, "conv_in.bias", 0.05), "nan": (WEIGHTS, "conv_in.bias", math.nan),
@@ -1607,10 +1604,10 @@ def bench(story, tmp_path_factory):
     file.rename(file.with_suffix(".bin"))
     for name, (part, bias, more) in BIASES.items():
         spoil(folder / "models" / name / part, lambda tensors: tensors[bias].add_(more))
-    for name in (*TEXTS, *PICKLES):
+    for name in (*CASES["files"], *PICKLES):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        if name in TEXTS:
-            (folder / name).write_text(TEXTS[name])
+        if name in CASES["files"]:
+            (folder / name).write_text(CASES["files"][name])
         elif name.endswith((".pt", ".ckpt", ".resume")):    # a zip, as torch.save writes it
             torch.save(Trap(), folder / name)
         else:
@@ -1621,168 +1618,35 @@ def bench(story, tmp_path_factory):
     return folder
 
 
-REFUSED = {    # command: what the error must name
-    "make_data --pair 3": "--pair 3",
-    "make_data --size 50": "--size 50",
-    "make_data --steps 5000": "--steps 5000",
-    "make_data --concept hat": "--concept hat",
-    "make_data --device warp": "--device warp",
-    "make_data --device meta": "--device meta",
-    "make_data --images nowhere": "--images nowhere",
-    "make_data --pairs 0": "'0' is not a whole number from 1",
-    "make_data --seed 99999999999": "'99999999999' is not a whole number",
-    "make_data --guidance nan": "'nan' is not a finite number",
-    "make_data --judge q16": "--judge q16",
-    "make_data --judge toy+nudenet": "--judge toy+nudenet",
-    "make_data --judge nudenet:eye": "--judge nudenet:eye",
-    "make_data --model nowhere": "nowhere: no such",
-    "make_data --model data": "data: has no unet folder",
-    "make_data --model models/bin": "pickled weights",
-    "make_data --model models/evil": "models/evil",
-    "make_data --concept hate --pairs 2 --steps 1 --out {away}": "none of 2 pairs was kept",
-    "make_data --prompts evil.csv": "evil.csv",
-    "make_data --prompts mine.jsonl --concept hat": "--concept hat",
-    "make_data --prompts mine.jsonl": "use --judge none",
-    "make_data --prompts mine.jsonl --images nowhere": "--images nowhere",
-    "make_data --llm data --concepts list.json": "use --judge none",
-    "make_data --llm data --concepts evil.json --judge none": "evil.json",
-    "make_data --llm data --concepts list.json --prompts mine.jsonl --judge none": "--prompts",
-    "make_data --concept hate --out pipe": "pipe",
-    "make_data --concept hate --out foreign":
-        "foreign/hate/pairs.jsonl: was not made by this program",
-    "train --loss magic": "--loss magic",
-    "train --loss os.path": "--loss os.path",
-    "train --concept hat": "data/hat/pairs.jsonl",
-    "train --data nowhere": "nowhere: no concept",
-    "train --concept ../data/hate": "'../data/hate': is not the name of a folder",
-    "train --lr -1": "-1 is not above 0",
-    "train --caption-dropout 1.5": "1.5 is not a share",
-    "train --concept hate --data torn": "pairs.jsonl line 2: not JSON",
-    "train --concept hate --data list": "line 1: not a JSON object",
-    "train --concept hate --data none": "none/hate/pairs.jsonl: holds no pairs",
-    "train --concept hate --data lacking": "line 1: unsafe_image",
-    "train --concept hate --data outside": "'../y.png' leaves the folder",
-    "train --concept hate --data absolute": "'/x.png' leaves the folder",
-    "train --concept hate --data uncoded": "uncoded/hate/latents.safetensors: is not there",
-    "train --concept hate --data few": "'winner': 3",
-    "train --concept hate --data no_winner": "no_winner/hate/latents.safetensors: holds {'loser'",
-    "train --concept hate --data evil": "evil/hate/pairs.jsonl",
-    "train --concept latents --data evil":
-        "evil/latents/latents.safetensors: not a safetensors file but a pickle",
-    "train --concept hate --data swapped --beta auto": "no better than safe ones (delta -0.",
-    "train --concept hate --steps 2 --out evil": "evil/.hate.resume: not a state to continue from",
-    "train --concept hate --lr 1e30 --steps 3 --batch 2": "--lr (1e+30)",
-    "train --concept hate --steps 2 --model models/nan": "conv_in.bias holds NaN",
-    "train --concept hate --model models/vae": "or not of this --model",
-    "train --concept hate --model models/text": "or not of this --model",
-    "train --concept hate --out mine.jsonl": "mine.jsonl is not a folder",
-    "merge empty": "empty: no LoRA file",
-    "merge nowhere.safetensors": "nowhere.safetensors: no such file",
-    "merge evil.safetensors": "evil.safetensors: not a safetensors file but a pickle",
-    "merge evil.pt": "evil.pt: not a safetensors file but a pickle",
-    "merge experts cut.safetensors": "cut.safetensors",
-    "merge experts mine.jsonl data/hate/sheet.png wide.safetensors": "wide.safetensors",
-    "merge experts other.safetensors": "other.safetensors: adapts other layers",
-    "merge other.safetensors other2.safetensors": "none of which this model has",
-    "merge experts stranger.safetensors": "stranger.safetensors: was trained on another base",
-    "merge experts --model models/other": "another base model than --model",
-    "merge experts --method dare --weights 9e37 --density 1e-4": "is not finite any more",
-    "merge experts nan.safetensors --method sum": "nan.safetensors",
-    "merge experts experts/hate.safetensors": "is listed twice",
-    "merge experts --method sum --out experts/hate.safetensors": "is one of the LoRAs",
-    "merge experts --method sum --out experts": "--out experts: is a folder",
-    "merge experts --method mean": "--method mean",
-    "merge experts --weights 1 2 3": "--weights: 3 numbers for 2",
-    "merge experts --method sum --density 0.3": "--density: --method sum",
-    "merge experts --preserve 0.3": "--preserve: --method co-merge",
-    "merge experts --method ties --density 0": "0 leaves nothing",
-    "merge experts --data nowhere": "nowhere/hate/pairs.jsonl",
-    "merge bare --model models/nan": "conv_in.bias holds NaN",
-    "merge wide.safetensors --fuse {toy}": "wide: down_blocks_0",
-    "merge experts --method sum --fuse {toy} --out data": "--out data: is not empty",
-    "merge experts --method sum --fuse evil.safetensors": "evil.safetensors",
-    "merge experts --method sum --out pipe": "pipe: cannot be written",
-    "merge experts --method sum --out .": "give a file's name",
-    "merge experts --method sum --out mine.jsonl/x/y": "mine.jsonl is not a folder",
-    "sample ": "nothing to generate",
-    "sample --prompts nothing.jsonl": "nothing to generate",
-    "sample --prompts evil.jsonl": "evil.jsonl",
-    "sample x --model evil.ckpt": "evil.ckpt: not a safetensors file but a pickle",
-    "sample x --steps 5000": "--steps 5000",
-    "sample x --model models/nan --out {away}": "conv_in.bias holds NaN",
-    "sample x --compare": "--compare",
-    "sample x --lora nowhere.safetensors": "nowhere.safetensors",
-    "sample x --lora pipe": "pipe: no such file",
-    "sample x --lora experts/hate.safetensors@strong": "'strong'",
-    "sample x --judge eye": "--judge eye",
-    "sample x --lora wide.safetensors": "is for a layer of shape",
-    "sample x --clipscore nowhere": "nowhere",
-    "sample x --lora other.safetensors": "none of which this model has",
-    "sample x --size 64 --judge": "not of 64",
-    "sample x --guidance 1e37 --out {away}": "numbers grew too large",
-    "sample x --out mine.jsonl": "mine.jsonl",
-    "sample x --judge": "use --judge none",
-    "sample x --out foreign": "foreign/00000.png: was not made by this program"}
-
-
-@parametrize("line, says", REFUSED.items())
-def test_bad_input_is_not_a_traceback(line, says, bench, tmp_path, monkeypatch, capsys):
+@parametrize("line, says", CASES["refused"].items())
+def test_bad_input_is_not_a_traceback(line, says, bench, tmp_path, monkeypatch):
     """One line that names what is wrong; and nothing is written, of a pickle nothing run."""
     monkeypatch.chdir(bench)
     before = contents(bench)
-    assert says in refusal(line, capsys, toy=TOY, away=tmp_path)
+    assert says in refusal(line, toy=TOY, away=tmp_path)
     assert contents(bench) == before
 
 
 @parametrize("rank, world", [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "0")])
-def test_a_rank_that_nobody_has_is_refused(rank, world, tmp_path, monkeypatch, capsys):
+def test_a_rank_that_nobody_has_is_refused(rank, world, tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
-    error = refusal("make_data --concept hate --out {out}", capsys, out=tmp_path / "data")
+    error = refusal("make_data --concept hate --out {out}", out=tmp_path / "data")
     assert f"RANK={rank} WORLD_SIZE={world}" in error and not list(tmp_path.iterdir())
 
 
-def test_a_full_gpu_is_not_a_crash(inside, monkeypatch, capsys):
+def test_a_full_gpu_is_not_a_crash(inside, monkeypatch):
     def full(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
     monkeypatch.setitem(dpo.LOSSES, "safety", full)
     before = contents(inside)
-    assert "--checkpointing" in refusal("train --concept hate --seed 1 --out new", capsys)
+    assert "--checkpointing" in refusal("train --concept hate --seed 1 --out new")
     assert contents(inside) == before
 
 
-RANK = " ss_network_alpha ss_network_dim"    # as other programs read it
-SETTINGS = {    # a command: {flags that change what it makes: settings that its files then name}
-    "make_data --concept hate --pairs 2 --steps 1 --judge none": {
-        "--seed 1": "pairs rows", "--steps 2": "steps", "--guidance 1": "guidance",
-        "--negative red": "negative", "--size 64": "size", "--pairs 3": "pairs rows",
-        "--model models/other": "guidance model", "--precision bf16": "precision",
-        "--model models/vae": "encoders guidance model", "--prompts mine.jsonl": "pairs rows"},
-    "make_data --concept hate --pairs 8 --steps 4": {"--judge none": "judge pairs"},
-    "make_data --prompts mine.jsonl --judge none --images data/hate/images": {
-        "--images data/sexual/images": "rows"},
-    "train --concept hate --steps 2 --batch 2": {
-        "--seed 1": "seed", "--model models/other": "base_model_hash", "--data second": "data_hash",
-        "--loss dpo": "loss", "--beta 50": "beta", "--steps 3": "steps", "--batch 4": "batch",
-        "--accumulate 2": "batch", "--lr 1e-3": "lr", "--rank 2": "rank" + RANK,
-        "--schedule constant": "schedule", "--beta auto": "beta beta_used",
-        "--caption-dropout 0.9": "caption_dropout", "--precision bf16": "precision"},
-    "sample red,ball,park blue,box,snow --steps 2 --batch 1": {
-        "--seed 1": "jobs", "--steps 3": "steps", "--guidance 1": "jobs", "--size 64": "size",
-        "--negative red": "negative", "--model models/other": "jobs model",
-        "--sampler ddim": "sampler", "--prompts asked.jsonl": "jobs",
-        "--images-per-prompt 2": "jobs", "--lora merged.safetensors": "loras",
-        "--lora merged.safetensors@0.5": "loras", "--precision bf16": "precision"},
-    "merge bare": {
-        "--model models/other": "", "--method sum": "method precision", "--data second": "",
-        "--weights 1 0.5": "weights", "--rank 2": "rank" + RANK,
-        "--precision bf16": "precision"},
-    "merge bare --method ties": {"--density 0.5": "density"},
-    "merge bare --method dare": {"--seed 1": "seed"},
-    "merge bare --method regmean": {"--preserve 0.5": "preserve"}}
-# Held by REFUSED, by every program, by the next test, by lessons, by files of other programs.
-ELSEWHERE = ("--device --out --concept --batch --help --llm --concepts --clipscore --checkpointing "
-             "--compile --joint --fuse --judge --compare --show-unsafe").split()
+# Held by "refused", by every program, by the next test, by lessons, by files of other programs.
+ELSEWHERE = ("--device --out --concept --batch --llm --concepts --clipscore --checkpointing "
+             "--joint --fuse --judge --compare --show-unsafe").split()
 
 
 def told_and_made(folder: Path) -> tuple[dict, dict]:
@@ -1812,7 +1676,7 @@ def plainly(bench, tmp_path_factory):
 
 
 @parametrize("line, flag, names", [
-    (line, flag, names) for line, flags in SETTINGS.items() for flag, names in flags.items()])
+    (line, *row) for line, flags in CASES["settings"].items() for row in flags.items()])
 def test_one_setting_changed_is_all_made_anew(line, flag, names, bench, plainly, tmp_path,
                                               monkeypatch):
     """In the folder where it was made before, byte for byte as in an empty one."""
@@ -1844,45 +1708,20 @@ def test_a_grid_hides_what_is_unsafe(bench, tmp_path, monkeypatch):
     assert changed == [picture, ["judge.json"], [*base, *grid, "judge.json"], grid]
 
 
-@parametrize("script", SCRIPTS)
-def test_a_new_flag_needs_a_row(script, capsys):
-    with raises(SystemExit):
-        SCRIPTS[script].parse_arguments(["--help"])
-    flags = re.findall(r"^  (?:-h, )?(--[\w-]+)", capsys.readouterr().out, re.M)
-    rows = [row for line in SETTINGS if line.startswith(script) for row in SETTINGS[line]]
-    known = {row.split()[0] for row in rows}
+@parametrize("script", list(SCRIPTS)[:4])
+def test_a_new_flag_needs_a_row(script):
+    flags = [action.option_strings[-1] for action in fuzz.flags_of(SCRIPTS[script])
+             if action.option_strings]
+    known = {flag.split()[0] for line, flags in CASES["settings"].items() for flag in flags
+             if line.startswith(script)}
     assert len(flags) > 8 and not set(flags) - known.union(ELSEWHERE)
 
 
-DRAWING = ("sample red,ball,park blue,box,snow --steps 2 --compare --judge "
-           "--lora merged.safetensors@0.5")
-
-
-@fixture(scope="module")
-def again(tmp_path_factory):
-    """The story told again, in one process and another folder, and drawn from: (folder, the files
-    that were moved into place, the network addresses that were asked for)."""
-    folder, moved, asked, replace = tmp_path_factory.mktemp("again"), [], [], os.replace
-
-    def watched(source, target):
-        moved.append(Path(target).resolve())
-        replace(source, target)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(os, "replace", watched)
-        for name in ("socket", "getaddrinfo", "create_connection"):
-            patch.setattr(socket, name, lambda *address, **_: asked.append(address))
-        patch.setattr(processes, "cores", lambda: 1)
-        for line in (*STORY, DRAWING):
-            command(line)
-    return folder, moved, asked
-
-
-def test_a_picture_says_how_it_was_made(again):
+def test_a_picture_says_how_it_was_made(story):
     """Where A1111 writes it, and as it writes it."""
     weights = (TOY / "unet/diffusion_pytorch_model.safetensors").read_bytes()
     known = hashlib.sha256(weights[0x100000:0x110000]).hexdigest()[:8]    # its oldest "model hash"
-    assert Image.open(again[0] / "samples/base/00001.png").text == {"parameters": (
+    assert Image.open(story / "drawn/base/00001.png").text == {"parameters": (
         "blue,box,snow\nSteps: 2, Sampler: DPM++ 2M, CFG scale: 3, Seed: 1, Size: 32x32, "
         f"Model hash: {known}")}
     text = parameters_of(np.zeros((8, 16, 3)), "a", "b", 3, "ddim", 7.5, 2, "c", size=None)
@@ -1890,62 +1729,75 @@ def test_a_picture_says_how_it_was_made(again):
                     "Size: 16x8, Model hash: c")
 
 
-def test_random_numbers_and_processes_are_no_excuse(inside, again):
+RETOLD = """import importlib, sys
+for name, *argv in map(str.split, sys.argv[1:]):
+    script = importlib.import_module(name)
+    script.main(script.parse_arguments(argv))"""
+
+
+def test_random_numbers_and_processes_are_no_excuse(story, here):
     """Other folders, other numbers of processes, and every byte the same: so neither times nor
     paths are in it."""
-    shell(DRAWING, inside)
-    assert contents(inside) == contents(again[0])
+    shutil.copytree(story / "data", "data")
+    finished("-c", RETOLD, *STORY[2:])
+    assert contents(here) == contents(story)
 
 
-def test_no_file_is_ever_half_there(again):
+def test_no_file_is_ever_half_there(watched):
     """Each was written elsewhere and moved."""
-    folder, moved, _ = again
+    folder, moved, _ = watched
     assert {path.resolve() for path in folder.rglob("*") if path.is_file()} <= set(moved)
 
 
-def test_what_says_that_all_is_done_comes_last(again):
+def test_what_says_that_all_is_done_comes_last(watched):
     for last, *others in ("hate/pairs.jsonl hate/sheet.png hate/images/00000_safe.png".split(),
                           "hate.safetensors hate.jsonl hate.png".split()):
-        place = [i for i, path in enumerate(again[1]) if path.match(last)]
+        place = [i for i, path in enumerate(watched[1]) if path.match(last)]
         for other in others:
-            assert place > [i for i, path in enumerate(again[1]) if path.match(other)] > []
+            assert place > [i for i, path in enumerate(watched[1]) if path.match(other)] > []
 
 
-def test_nothing_asks_the_network(again):
-    assert again[2] == []
+def test_nothing_asks_the_network(watched):
+    assert watched[2] == []
 
 
-def test_a_file_says_how_it_was_made(again):
+def test_a_file_says_how_it_was_made(story):
     """What it was made from, and with which settings (more: test_one_setting_changed...)."""
-    folder, hashes = again[0], {**contents(TOY), **contents(again[0])}
+    hashes = {**contents(TOY), **contents(story)}
     for name, expected in (
             ("experts/hate", {"concept": "hate", "beta": "10.0", "base_model_hash": hashes[WEIGHTS],
                               "data_hash": hashes["data/hate/latents.safetensors"]}),
             ("merged", {"concept": "hate,sexual", "method": "co-merge", "precision": "fp32"})):
-        assert expected.items() <= load_lora(folder / f"{name}.safetensors")[1].items()
+        assert expected.items() <= load_lora(story / f"{name}.safetensors")[1].items()
     row = {"prompt": "blue,box,snow", "seed": 1, "steps": 2, "guidance": 3.0, "sampler": "dpm++",
            "negative": "", "size": None, "file": "00001.png"}
-    assert row.items() <= read_jsonl(folder / "samples/base/index.jsonl")[1].items()
+    assert row.items() <= read_jsonl(story / "drawn/base/index.jsonl")[1].items()
 
 
-LAUNCH = """import signal, {script} as script, model.tools.processes
-signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background job has none
-script.SAVE_EVERY, model.tools.processes.cores = 1, lambda: {workers}
-script.run(script.main, script.parse_arguments())"""
+def begin(line: str, workers: int = 1):
+    """A command in a process of its own, which saves its state at every step: (the process, what
+    it and its workers will have said)."""
+    reader, writer = os.pipe()
 
-
-def begin(line: str, workers: int = 1) -> subprocess.Popen:
-    """A command in a process of its own, which saves its state at every step."""
-    script, *argv = line.split()
-    code = LAUNCH.format(script=script, workers=workers)
-    return subprocess.Popen([sys.executable, "-c", code, *argv], text=True, start_new_session=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    def started():
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)    # a background job has none
+        for output in (1, 2):
+            os.dup2(writer, output)
+        sys.stdout = sys.stderr = open(2, "w")
+        script = SCRIPTS[line.split()[0]]
+        script.SAVE_EVERY, processes.cores = 1, lambda: workers
+        run(*parsed(line))
+    process = multiprocessing.get_context("fork").Process(target=started)
+    process.start()
+    os.close(writer)
+    return process, open(reader)
 
 
 @parametrize("line, how, workers", [
     ("make_data --concept hate --pairs 10 --batch 1 --steps 2 --judge none", signal.SIGKILL, 2),
     ("train --concept hate --steps 10 --batch 2", signal.SIGKILL, 1),
-    ("sample a b c d e f g h i j k l --steps 3 --batch 1", signal.SIGINT, 2)])
+    ("sample a b c d e f g h i j --steps 2 --batch 1", signal.SIGINT, 2)])
 def test_a_stopped_command_has_lost_nothing(line, how, workers, inside):
     """Killed, or by Ctrl-C, which reaches all processes of a terminal, at a random moment: workers
     end too, and the same command, even twice at a time, gives an undisturbed one's files."""
@@ -1953,22 +1805,24 @@ def test_a_stopped_command_has_lost_nothing(line, how, workers, inside):
     command(line)
     whole = contents(made)
     shutil.rmtree(made)
-    stopped = begin(line, workers)
-    while stopped.poll() is None and {path.name for path in made.rglob("*.*")} <= {"settings.json"}:
+    stopped, said = begin(line, workers)
+    while stopped.is_alive() and {path.name for path in made.rglob("*.*")} <= {"settings.json"}:
         time.sleep(0.01)
     time.sleep(random.Random(line).uniform(0, 0.3))
     (os.killpg if how == signal.SIGINT else os.kill)(stopped.pid, how)
-    errors = stopped.communicate()[1]    # waits for the workers, whose output it is too
-    assert stopped.returncode in (0, 130, -signal.SIGKILL) and "Traceback" not in errors
+    assert "Traceback" not in said.read()    # which waits for the workers
+    stopped.join()
+    assert stopped.exitcode in (0, 130, -signal.SIGKILL)
     for folder in {path.parent for path in made.rglob("*.*")}:
         (folder / f".half.png.{stopped.pid}.tmp").write_text("half a picture")
-    both = [begin(line), begin(line)]
-    said = [process.communicate()[1][-500:] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    for process, said in [begin(line), begin(line)]:
+        last = said.read()[-500:]
+        process.join()
+        assert process.exitcode == 0, last
     assert contents(made) == whole
 
 
-def test_an_interrupted_training_forgets_nothing(inside, monkeypatch, capsys):
+def test_an_interrupted_training_forgets_nothing(inside, monkeypatch):
     """Weights, moments, random numbers, order of pairs and log; only the steps since the last saved
     state are taken again. A state of other settings is not taken up, finished work not repeated."""
     line = "train --concept hate --steps 6 --batch 3 --caption-dropout 0.3 --out "
@@ -1981,10 +1835,10 @@ def test_an_interrupted_training_forgets_nothing(inside, monkeypatch, capsys):
         taken.append(inputs[2].t.tolist())
         return loss_function(*inputs)
 
-    def resumed(flags: str) -> int:
+    def resumed(flags: str) -> tuple[int, str]:
         taken.clear()
-        command(f"{line}{flags}")
-        return len(taken)
+        said = command(f"{line}{flags}")
+        return len(taken), said
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
     monkeypatch.setitem(dpo.LOSSES, "safety", until_5)
     for out in ("cut", "other"):
@@ -1999,16 +1853,16 @@ def test_an_interrupted_training_forgets_nothing(inside, monkeypatch, capsys):
         with raises(BadInput):    # no expert yet
             expand([Path(out)])
     shutil.copy("other/.hate.resume", "state")
-    assert resumed("cut") == 2 and contents(Path("cut")) == contents(Path("whole"))
-    assert resumed("other --lr 1e-3 --steps 5") == 5
-    assert "is not continued, since this changed: steps, lr\n" in capsys.readouterr().out
+    assert resumed("cut")[0] == 2 and contents(Path("cut")) == contents(Path("whole"))
+    steps, said = resumed("other --lr 1e-3 --steps 5")
+    assert steps == 5 and "is not continued, since this changed: steps, lr\n" in said
     assert contents(Path("other")).keys() == contents(Path("whole")).keys()
     shutil.copytree("data/sexual", "second/hate")
     shutil.copy("state", "other/.hate.resume")
     with raises(KeyboardInterrupt):    # from the first step
         resumed("other --data second")
-    capsys.readouterr()
-    assert resumed("cut --precision fp32") == 0 and "already trained" in capsys.readouterr().out
+    steps, said = resumed("cut --precision fp32")
+    assert steps == 0 and "already trained" in said
 
 
 def test_a_scaler_is_a_part_of_the_state(tmp_path):
@@ -2034,7 +1888,7 @@ def test_a_joint_lora_takes_the_steps_of_all_experts(inside, monkeypatch):
     ("make_data --concept hate --pairs 3 --batch 2 --judge none --out made/hate", [2, 2, 1, 1],
      ("hate/pairs.jsonl", "hate/images/00001_safe.png")),
     ("sample a b c --batch 2 --out made/hate", [2, 1], ("00001.png",))])
-def test_only_what_is_missing_is_drawn(line, batches, remove, inside, monkeypatch, capsys):
+def test_only_what_is_missing_is_drawn(line, batches, remove, inside, monkeypatch):
     """With the settings that suit the model; other settings draw a folder anew, and say so."""
     drawn, made = [], Path("made/hate")
 
@@ -2054,29 +1908,27 @@ def test_only_what_is_missing_is_drawn(line, batches, remove, inside, monkeypatc
     command(line + " --batch 1")    # no property of a picture
     assert len(drawn) == len(batches) + half and contents(made) == whole
     shutil.copytree(TOY, "model")
-    capsys.readouterr()
-    command(f"{line} --model model")
+    said = command(f"{line} --model model")
     assert drawn[len(batches) + half:] == [(n, 25, 7.5) for n in batches]
-    assert "hate: was made with other settings" in capsys.readouterr().err
+    assert "hate: was made with other settings" in said
 
 
-def test_another_judge_draws_nothing_anew(in_greys, capsys):
+def test_another_judge_draws_nothing_anew(in_greys):
     """It chooses from the pictures that are there."""
     command("make_data --concept hate --pairs 8 --judge none")
     pictures = contents(Path("data/hate/images"))
     write_image(Path("data/hate/images/00000_unsafe.png"), drawn(0))    # grey is never unsafe
     write_image(Path("data/hate/images/00000_safe.png"), drawn(0, "kite"))
     shown = contents(Path("data/hate/images"))
-    command("make_data --concept hate --pairs 8 --judge toy")
-    assert "1 pairs; dropped" in capsys.readouterr().out
+    assert "1 pairs; dropped" in command("make_data --concept hate --pairs 8 --judge toy")
     assert contents(Path("data/hate/images")) == shown != pictures
 
 
-def test_pairs_that_were_edited_are_noticed(inside, monkeypatch, capsys):
+def test_pairs_that_were_edited_are_noticed(inside, monkeypatch):
     """Training refuses latents of other pairs; make_data.py encodes again, and draws nothing."""
     pairs = Path("data/hate/pairs.jsonl")
     write_jsonl(pairs, read_jsonl(pairs)[:3])
-    error = refusal("train --concept hate --steps 1 --out new", capsys)
+    error = refusal("train --concept hate --steps 1 --out new")
     assert "latents.safetensors: is not there, or not of these pairs" in error
     monkeypatch.setattr(StableDiffusion, "generate", None)
     command("make_data --concept hate --pairs 8 --steps 4")
@@ -2108,7 +1960,7 @@ def disk_for(size: int):
     "train --concept hate --steps 2 --batch 2", "merge experts",
     "merge experts --method sum --fuse {toy}",
     "sample red,box,park x --steps 1 --batch 1 --compare --judge --lora experts/hate.safetensors"])
-def test_a_full_disk_tears_nothing(line, inside, capsys):
+def test_a_full_disk_tears_nothing(line, inside):
     """One line names the file; there are whole files only, and with room the command goes on."""
     line += " --out {out}/x.safetensors"
     command(line, toy=TOY, out="whole")
@@ -2117,7 +1969,7 @@ def test_a_full_disk_tears_nothing(line, inside, capsys):
     for size in {sizes[-1], sizes[len(sizes) // 2]}:
         out = Path(f"for {size} bytes")
         with disk_for(size - 1):
-            error = refusal(line, capsys, toy=TOY, out=out)
+            error = refusal(line, toy=TOY, out=out)
         assert error.startswith(f"error: {out}/x.safetensors") and ".tmp" not in error
         assert contents(out).items() < whole.items()
         command(line, toy=TOY, out=out)
@@ -2198,12 +2050,12 @@ PROGRAMS = [path for path in FILES if "\ndef parse_arguments(" in path.read_text
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 @parametrize("path", PROGRAMS, ids=lambda path: path.stem)
-def test_every_program_has_help(path, monkeypatch, capsys):
+def test_every_program_has_help(path, monkeypatch):
     module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
-    with raises(SystemExit) as stop:
+    with raises(SystemExit) as stop, heard() as said:
         runpy.run_module(module, run_name="__main__")
-    assert not stop.value.code and capsys.readouterr().out.startswith("usage: ")
+    assert not stop.value.code and said.getvalue().startswith("usage: ")
 
 
 README = (ROOT / "README.md").read_text()
@@ -2483,7 +2335,7 @@ def test_every_program_finds_every_layer(family, tmp_path):
     "unet.{name}.lora_A.weight", "unet.{name}.lora.down.weight", "{old}_lora.down.weight",
     "lycoris_{flat}.lora_down.weight", "unet.{name}.lora_A.default_0.weight",
     "unet._orig_mod.{name}.lora_A.own.weight"])
-def test_one_lora_has_many_spellings(spelling, tmp_path, capsys):
+def test_one_lora_has_many_spellings(spelling, tmp_path):
     """Without an alpha the scale is 1, not 1/rank. What is left out is counted and named. A linear
     layer (SD 2's proj_in) is a convolution of one pixel (here), and a file of either fits."""
     unet, tensors = toy().unet, {}
@@ -2501,10 +2353,11 @@ def test_one_lora_has_many_spellings(spelling, tmp_path, capsys):
     alphas = {f"lora_unet_{flat}.alpha": torch.tensor(2.0) for flat in ours}
     for extra, scale in (({}, 1.0), (alphas, 0.5)):
         save_file(tensors | extra, tmp_path / "a")
-        loaded = match(unet, load_lora(tmp_path / "a")[0], "it")
-        said = capsys.readouterr().err
-        assert "1 text-encoder layers" in said and f"1 of {len(ours) + 1} layers" in said
-        assert "elsewhere" in said and loaded.keys() == ours.keys()
+        with heard() as said:
+            loaded = match(unet, load_lora(tmp_path / "a")[0], "it")
+        for words in ("1 text-encoder layers", f"1 of {len(ours) + 1} layers", "elsewhere"):
+            assert words in said.getvalue()
+        assert loaded.keys() == ours.keys()
         assert loaded[one].kernel == (1, 1)
         for name, f in loaded.items():
             assert torch.equal(f.delta(), scale * ours[name].up @ ours[name].down)
@@ -2525,24 +2378,25 @@ XL, V = ({"ss_base_model_version": version} for version in ("sdxl_base_v1-0", "s
     ("diffusion_model.output_blocks.2.1.conv", "up_blocks_0_upsamplers_0_conv"),
     ("unet.middle_block.2.in_layers.2", "mid_block_resnets_1_conv1"),
     ("lora_unet__orig_mod_conv_in", "conv_in")])
-def test_a_prefix_is_not_a_kind_of_lora(key, ours, here, capsys):
+def test_a_prefix_is_not_a_kind_of_lora(key, ours, here):
     """ComfyUI's (LoraSave), OneTrainer's, and of torch.compile; and what comes with a LoRA."""
     write_conv("a", key)
     for other in ("text_encoders.x.lora_up.weight", "clip_g.x.dora_scale", "bundle_emb.a.b"):
         spoil(Path("a"), adding(other, 2))
-    assert load_lora(Path("a"))[0].keys() == {ours}
-    assert "2 text-encoder layers and 1 embeddings are left out" in capsys.readouterr().err
+    with heard() as said:
+        assert load_lora(Path("a"))[0].keys() == {ours}
+    assert "2 text-encoder layers and 1 embeddings are left out" in said.getvalue()
 
 
 @parametrize("key, header, kept, named", [
     (CONV, XL, XL, XL_CONV), (CONV, V, V, CONV), (XL_CONV, {}, XL, XL_CONV), (CONV, {}, {}, CONV)])
-def test_one_layer_does_not_tell_the_family(key, header, kept, named, here, capsys):
+def test_one_layer_does_not_tell_the_family(key, header, kept, named, here):
     """Headers tell, and kohya's own names of SDXL's blocks; or else a note says so."""
     write_conv("a", key)
     write_conv("b", key, header)
-    command("merge a b --method sum --out c")
+    said = command("merge a b --method sum --out c")
     assert kept.items() <= load_lora(Path("c"))[1].items() and f"{named}.alpha" in load_file("c")
-    assert ("no header tells" in capsys.readouterr().err) == (not kept)
+    assert ("no header tells" in said) == (not kept)
 
 
 @parametrize("order", ["abc", "cba", "bca"])
@@ -2558,13 +2412,13 @@ def test_content_and_style_may_share_no_layer(order, here):
 
 
 @parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_eight_bits_are_read_and_too_few_to_write(dtype, models, here, capsys):
+def test_eight_bits_are_read_and_too_few_to_write(dtype, models, here):
     write_conv("a", CONV, dtype=dtype)
     assert load_lora(Path("a"))[0][CONV[10:]].delta().eq(1).all()
     file = shutil.copytree(models("SD1", "file").parent, here / "m") / "model.safetensors"
     spoil(file, lambda t: t.update({key: t[key].to(dtype) for key in t if key.startswith(UNET)}))
     load_denoiser(file, CPU)
-    assert "too coarse" in refusal("merge a --fuse {file}", capsys, file=file)
+    assert "too coarse" in refusal("merge a --fuse {file}", file=file)
 
 
 HARMLESS = "gaussian", "orthogonal"
@@ -2781,23 +2635,22 @@ def test_a_list_of_prompts_is_a_prompt_file(here):
     assert read_requests(Path("p.txt"))[0] == [Request("a ball, red"), Request(" {a box}")]
 
 
-def test_prompts_that_differ_too_late_are_one_prompt(in_greys, capsys):
+def test_prompts_that_differ_too_late_are_one_prompt(in_greys):
     """A pair of equal token ids trains nothing: dropped and counted, as what is cut is."""
     long = "a red ball on a beach " * 6
     rows = [{"unsafe": f"{long} emblem", "safe": f"{long} flower", "category": "hate"},
             {"unsafe": "an emblem", "safe": "a flower", "category": "hate"},
             {"unsafe": "an emblem", "safe": f"a flower {long}", "category": "sexual"}]
     write_jsonl(Path("p"), rows)
-    command("make_data --prompts p --judge none")
-    said = capsys.readouterr().out
+    said = command("make_data --prompts p --judge none")
     assert "hate: 1 of 2 pairs dropped, whose prompts are one to the model: it reads 16 t" in said
     assert "3 of 6 prompts are longer than the 16 tokens" in said
     assert [row["unsafe"] for row in read_pairs(Path("data"), "hate")] == ["an emblem"]
     write_jsonl(Path("p"), rows[:1])
-    assert "1 of 1 pairs dropped" in refusal("make_data --prompts p --judge none --out x", capsys)
+    assert "1 of 1 pairs dropped" in refusal("make_data --prompts p --judge none --out x")
     assert not Path("x").exists()
-    command("sample {long} x --steps 1", long=long)
-    assert "1 of 2 prompts are longer than the 16 tokens" in capsys.readouterr().err
+    said = command("sample {long} x --steps 1", long=long)
+    assert "1 of 2 prompts are longer than the 16 tokens" in said
 
 
 @parametrize("name", ["../out.png", "{absolute}", "link.png", "linked/out.png", "loop",
@@ -2845,13 +2698,12 @@ def in_greys(here, monkeypatch):
     monkeypatch.setattr(make_data, "generate", draw)
 
 
-def test_a_test_prompt_that_was_trained_on_measures_memory(in_greys, capsys):
+def test_a_test_prompt_that_was_trained_on_measures_memory(in_greys):
     """Left out, and counted. A row's seed comes from the row, not from its place."""
     coprov2("train.csv", QUIRKS)
     coprov2("test.csv", [("new", "1_0.jpg", "Hate"), ("new", "2_0.jpg", "sexual"),
                          ("one", "3_0.jpg", "Hate")])
-    command("make_data --prompts train.csv test.csv --judge none")
-    said = capsys.readouterr().out
+    said = command("make_data --prompts train.csv test.csv --judge none")
     assert "3 test prompts, 1 of them repeat another" in said and "1 prompts; 1 rows left" in said
     assert read_jsonl(Path("data/test.jsonl")) == [{"prompt": "new", "category": "hate"},
                                             {"prompt": "new", "category": "sexual"}]
@@ -2893,18 +2745,7 @@ def test_a_benchmark_brings_its_own_seeds(here):
     assert [row["guidance"] for row in read_jsonl(Path("c/index.jsonl"))] == [2] * 3
 
 
-@parametrize("answer, prompts", [
-    ("A ball on a lawn.\nA box in a room.", ["A ball on a lawn.", "A box in a room."]),
-    ("1. A ball\n2) A box\n(3) A ring\n**4.** **A hat**", ["A ball", "A box", "A ring", "A hat"]),
-    ('Sure! Here are 2:\n\n- A ball\n* "A box"\n\nLet me know!', ["A ball", "A box"]),
-    ('```json\n["A ball", "A box, open"]\n```', ["A ball", "A box, open"]),
-    ('Here:\n{"prompts": [{"id": 1, "prompt": "A ball"}]}\nEnjoy this!', ["A ball"]),
-    ("<think>I can't.\n- a plan</think>Safe prompt: “A ball”", ["A ball"]),
-    ("Certainly. Here it is: A ball\n\nNote: one word.", ["A ball"]),
-    ("Safe prompt:\nA man here: on a lawn, 3 people", ["A man here: on a lawn, 3 people"]),
-    ("I’m sorry, I can’t help with that.", "refusals"), ("Hm.\nI cannot assist.", "refusals"),
-    ("As an AI model I have rules. Instead:\n- Talk to somebody", "refusals"), ("", "empty"),
-    ("```\n```", "empty"), ("<think>still thinking", "empty"), ("[1, 2]", "empty")])
+@parametrize("answer, prompts", CASES["answers"])
 def test_language_models_do_not_answer_as_they_are_told(answer, prompts):
     expected = (prompts, "") if isinstance(prompts, list) else ([], prompts)
     assert language_model.parse(answer) == expected
@@ -2953,13 +2794,12 @@ def test_a_language_model_is_asked_as_it_was_taught(template, asked, tmp_path, m
     assert mask[:, -1].all() and not mask.all()
 
 
-def test_a_language_model_can_write_the_pairs(tmp_path, in_greys, capsys):
+def test_a_language_model_can_write_the_pairs(tmp_path, in_greys):
     """The same seed writes the same, all at once or not; --prompts draws it once more."""
     llm = strangers.write_language_model(tmp_path / "llm")
     Path("list.json").write_text('{"Hate": ["one thing", "another"], "My own": ["a third"]}')
     line = f"make_data --llm {llm} --concepts list.json --pairs 4 --judge none --out "
-    command(line + "a")
-    written = int(re.search(r"(\d+) of 12 pairs written", capsys.readouterr().out)[1])
+    written = int(re.search(r"(\d+) of 12 pairs written", command(line + "a"))[1])
     rows = read_jsonl(Path("a/prompts.jsonl"))
     assert len(rows) == written > 4 and {row["category"] for row in rows} == {"hate", "my-own"}
     command(line + "b --concept my-own")
@@ -2970,7 +2810,7 @@ def test_a_language_model_can_write_the_pairs(tmp_path, in_greys, capsys):
 
 
 # Pictures that exist, and judges
-def test_pictures_that_exist_are_not_drawn_again(in_greys, capsys):
+def test_pictures_that_exist_are_not_drawn_again(in_greys):
     """--images: cropped in the middle and resized; what cannot be read is dropped and counted."""
     for row in QUIRKS[:10]:
         side = 16 + 8 * int(row[1][12])
@@ -2981,19 +2821,19 @@ def test_pictures_that_exist_are_not_drawn_again(in_greys, capsys):
     also = [(*row[:2], "Hate") for row in QUIRKS[8:10]]
     coprov2("train.csv", [*QUIRKS[:10], *also])
     line = "make_data --prompts train.csv --images ."
-    command(line + " --concept hate")
-    assert "data/hate: 1 pairs; dropped 1 not readable" in capsys.readouterr().out
+    said = command(line + " --concept hate")
+    assert "data/hate: 1 pairs; dropped 1 not readable" in said
     command(line + " --concept violence")
     (row,) = read_pairs(Path("data"), "violence")
     image = Image.open(QUIRKS[5][1])    # 32 x 24
     expected = image.resize((32, 32), Image.Resampling.BICUBIC, (4, 0, 28, 24))
     assert np.array_equal(np.asarray(Image.open(row["safe_image"])), np.asarray(expected))
     command(line + " --concept violence --size 16")
-    assert "latents of 2 sizes" in refusal("train --joint --steps 1", capsys)
+    assert "latents of 2 sizes" in refusal("train --joint --steps 1")
 
 
-def test_both_pictures_of_a_pair_are_drawn_from_one_seed(again):
-    rows = read_pairs(again[0] / "data", "hate")
+def test_both_pictures_of_a_pair_are_drawn_from_one_seed(story):
+    rows = read_pairs(story / "data", "hate")
     for kind in ("safe", "unsafe"):
         drawn = toy().generate([row[kind] for row in rows], [row["seed"] for row in rows], 4, 3.0)
         assert furthest(read_images([row[f"{kind}_image"] for row in rows]), drawn) <= 1
@@ -3053,13 +2893,12 @@ def test_an_image_is_what_its_writer_saw(here):
     assert read_square(Path("clear.png"), 8) is None
 
 
-def test_a_judge_drops_what_does_not_show_its_prompt(in_greys, monkeypatch, capsys):
+def test_a_judge_drops_what_does_not_show_its_prompt(in_greys, monkeypatch):
     """Harm on the safe side, none on the unsafe one, or what it cannot make out."""
     kite, emblem, white = drawn(0, "kite"), drawn(0), np.full((32, 32, 3), 255, np.uint8)
     pairs = [(kite, kite), (emblem, emblem), (white, emblem), (emblem, kite), (kite, emblem)]
     monkeypatch.setattr(make_data, "generate", lambda settings, sd, rows: pairs)
-    command("make_data --concept violence --pairs 5")
-    said = capsys.readouterr().out
+    said = command("make_data --concept violence --pairs 5")
     assert "violence: 1 pairs; dropped 3 not safe; dropped 2 not unsafe" in said
     (row,) = read_pairs(Path("data"), "violence")
     assert row["safe_image"].name == "00004_safe.png"
@@ -3089,7 +2928,7 @@ def test_nudenet_reads_red_as_red(for_spots, here):
         assert not named_judge(f"nudenet:{name}", CPU, 320).judge([spots])[0].unsafe
 
 
-def test_either_judge_is_enough(for_spots, in_greys, clip, monkeypatch, capsys):
+def test_either_judge_is_enough(for_spots, in_greys, clip, monkeypatch):
     """And the verdict says whose it was; make_data.py keeps what they all agree on."""
     shutil.copytree(clip, "a+b")
     width = read_json(clip / "config.json")["projection_dim"]
@@ -3103,10 +2942,9 @@ def test_either_judge_is_enough(for_spots, in_greys, clip, monkeypatch, capsys):
         (True, "NudeNet: BUTTOCKS_EXPOSED")]
     pairs = [(black, spots), (black, nine), (black, black), (nine, spots), (spots, black)]
     monkeypatch.setattr(make_data, "generate", lambda settings, sd, rows: pairs)
-    command("make_data --concept hate --pairs 5 --judge q16:a+b+nudenet:spots")
-    assert "2 pairs; dropped 2 not safe; dropped 2 not unsafe" in capsys.readouterr().out
-    command("sample x --steps 1 --judge nudenet:i2p+nudenet")
-    assert "NudeNet 3.4.2" in capsys.readouterr().out
+    said = command("make_data --concept hate --pairs 5 --judge q16:a+b+nudenet:spots")
+    assert "2 pairs; dropped 2 not safe; dropped 2 not unsafe" in said
+    assert "NudeNet 3.4.2" in command("sample x --steps 1 --judge nudenet:i2p+nudenet")
     assert "NudeNet 3.4.2" in read_json(Path("samples/judge.json"))["judge"]
     monkeypatch.setitem(sys.modules, "nudenet", None)
     with refuses("pip install nudenet"):
@@ -3144,7 +2982,7 @@ def test_a_pickle_is_read_without_being_run(clip, here):
         with refuses("never opened; python -m model.judges.clip") as refused:
             judges.Q16(Path("clip"), CPU)
         words = re.search(r"clip (\S+ \S+) reads", str(refused.value))[1].split()
-        judges.main(judges.parse_arguments(words))
+        command("clip {} {}".format(*words))
         read = load_file(words[1])["prompts"].numpy()
         assert np.array_equal(read, numbers.astype("f4")) and not Path("sprung").exists()
         with refuses(r"\[2, 20\] but \[\[2, 768\]\]"):    # another CLIP's
@@ -3152,7 +2990,7 @@ def test_a_pickle_is_read_without_being_run(clip, here):
         Path(words[1]).unlink()
     Path("wrong.p").write_bytes(pickle.dumps(prompts[:, :20]))
     with refuses("wrong.p"):
-        judges.main(judges.parse_arguments(["wrong.p", "out"]))
+        command("clip wrong.p out")
 
 
 # A GPU, without one
