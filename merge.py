@@ -69,8 +69,8 @@ def parse_arguments(argv=None):
         "regmean and solve")
     add("--fuse", type=Path, metavar="MODEL", help="write a whole aligned checkpoint instead: a "
         "copy of this diffusers folder or single file, with the merged LoRA in its weights")
-    add("--out", type=Path, help="LoRA file to write; with --fuse the folder "
-        "(default: merged.safetensors; with --fuse aligned)")
+    add("--out", type=Path, help="LoRA file to write; with --fuse the folder, or "
+        "of a single file a .safetensors file (default: merged.safetensors; with --fuse aligned)")
     return parser.parse_args(argv)
 
 

@@ -38,7 +38,8 @@ from model.judges.table import measure, report
 from model.stable_diffusion import at_once, check_settings, load, image_size, skeleton
 from model.tools.command import BadInput, GeneratingParser, at_strength, positive_int, run
 from model.tools.device import device_and_precision
-from model.tools.files import file_name, prepare, sha256, short_hash, write_jsonl
+from model.tools.files import (file_name, prepare, sha256, short_hash, tensors_hash,
+                               write_jsonl)
 from model.tools.images import parameters_of, write_image
 from model.tools.processes import processes_for, spread
 from model.toy import is_toy, usual_settings
@@ -82,7 +83,7 @@ class Column(NamedTuple):
     label: str
     folder: Path
     factors: dict    # the LoRAs' sum
-    made_of: list    # (hash, strength) of each LoRA
+    made_of: list    # (name, strength, the file's hash, A1111's short hash) of each LoRA
 
 
 def columns_of(loras: list[list[tuple[Path, float]]], model: Path, out: Path,
@@ -100,7 +101,8 @@ def columns_of(loras: list[list[tuple[Path, float]]], model: Path, out: Path,
         fitting = [match(network, load_lora(path)[0], str(path)) for path, _ in files]
         factors = lora.compose(fitting, [strength for _, strength in files])
         folder = out / file_name(label) if len(loras) > 1 else out
-        made_of = [(sha256(path), strength) for path, strength in files]
+        made_of = [(path.stem, strength, sha256(path), tensors_hash(path))
+                   for path, strength in files]
         columns.append(Column(label, folder, factors, made_of))
     return columns
 
@@ -158,8 +160,8 @@ def make_column(column: Column, jobs: list[Job], batch: int, settings: dict, mod
                              processes_for(device, weights))
     for numbers, images in zip(tqdm(todo, desc=column.label, unit="batch"), images_of_batch):
         for i, image in zip(numbers, images):
-            made_with = {**settings, **jobs[i]._asdict(), "model_hash": short_hash(weights[0])}
-            write_image(paths[i], image, parameters_of(image, **made_with))
+            write_image(paths[i], image, parameters_of(
+                image, column.made_of, short_hash(weights[0]), **settings, **jobs[i]._asdict()))
     write_jsonl(column.folder / "index.jsonl", [
         {"file": path.name, **job._asdict(), **settings, "lora": column.made_of}
         for path, job in zip(paths, jobs)])

@@ -1724,9 +1724,15 @@ def test_a_picture_says_how_it_was_made(story):
     assert Image.open(story / "drawn/base/00001.png").text == {"parameters": (
         "blue,box,snow\nSteps: 2, Sampler: DPM++ 2M, CFG scale: 3, Seed: 1, Size: 32x32, "
         f"Model hash: {known}")}
-    text = parameters_of(np.zeros((8, 16, 3)), "a", "b", 3, "ddim", 7.5, 2, "c", size=None)
+    text = parameters_of(np.zeros((8, 16, 3)), [], "c", "a", "b", 3, "ddim", 7.5, 2, size=None)
     assert text == ("a\nNegative prompt: b\nSteps: 3, Sampler: DDIM, CFG scale: 7.5, Seed: 2, "
                     "Size: 16x8, Model hash: c")
+    data = story.joinpath("merged.safetensors").read_bytes()
+    data = data[8 + int.from_bytes(data[:8], "little"):]
+    known = hashlib.sha256(data).hexdigest()[:12]    # A1111's short hash of a LoRA
+    text = Image.open(story / "drawn/00001.png").text["parameters"]
+    assert text.startswith("blue,box,snow <lora:merged:0.5>\nSteps: 2")
+    assert text.endswith(f', Lora hashes: "merged: {known}"')
 
 
 RETOLD = """import importlib, sys
@@ -2269,10 +2275,12 @@ def test_a_lora_draws_the_same_picture_everywhere(kind, layout, here, models):
     assert np.abs(base - pictures).mean() > 3
     lora.inject(sd.unet, match(sd.unet, load_lora(Path("all.safetensors"))[0], ""))
     assert furthest(sd.generate(PROMPTS[:1], [5], 3, 4.0, "ddim"), pictures) <= 2
-    line = "merge all.safetensors --fuse {source} --weights {weight} --out {weight}"
-    for weight in (0, 1):
-        command(line, source=source, weight=weight)
-    new = Path("1") if layout == "folder" else Path("1", source.name)
+    line = "merge all.safetensors --fuse {source} --weights {weight} --out {out}"
+    new = Path("1")
+    if layout == "file":
+        new = shutil.copytree(source.parent, new) / "new.safetensors"
+    for weight, out in enumerate((Path("0"), new)):
+        command(line, source=source, weight=weight, out=out)
     assert furthest(draw(in_diffusers(models, kind, new)), pictures) <= 2
     before = contents(source if layout == "folder" else source.parent)
     assert contents(Path("0")).items() <= before.items()
@@ -2281,6 +2289,21 @@ def test_a_lora_draws_the_same_picture_everywhere(kind, layout, here, models):
         changed = {key for key in old if not torch.equal(old[key], new[key])}
         averaged = {key for key in changed if key.startswith("model_ema")}
         assert len(changed) == 2 * len(averaged) == 2 * len(one)
+
+
+def test_a_single_file_may_leave_its_vae_to_a_folder(models, here):
+    """Which is read then, and makes finished work old."""
+    file = shutil.copytree(models("SD1", "file").parent, here / "m") / "model.safetensors"
+    draw = "sample a --steps 2 --model {file} --out {out}"
+    command(draw, file=file, out="whole")
+    save_file({key: t for key, t in load_file(file).items() if not key.startswith("first_")}, file)
+    assert "put the folder vae/ of a" in refusal(draw, file=file, out="none")
+    weights = models("SD1", "folder") / WEIGHTS.replace("unet", "vae")
+    shutil.copy(weights, "m/vae")
+    command(draw, file=file, out="beside")
+    assert Path(here, "m/vae", weights.name) in model_files(file)
+    pictures = [read_images([Path(out, "00000.png")]) for out in ("whole", "beside")]
+    assert np.array_equal(*pictures)
 
 
 def test_no_old_weights_stay_beside_the_fused_ones(inside):

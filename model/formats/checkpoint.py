@@ -10,7 +10,8 @@ every diffusers checkpoint has:
     tokenizer/               needed. SD 1, SD 2 and SDXL share one vocabulary: any CLIP's will do;
     scheduler/               optional: says noise or v. Without it SD 1 and SDXL predict noise, and
                              an SD 2 is asked;
-    unet/config.json, ...    optional, for networks that are not the published ones.
+    unet/config.json, ...    optional, for networks that are not the published ones;
+    vae/                     needed, as in a diffusers folder, where the file lacks a VAE's tensors.
 """
 import json
 import re
@@ -90,8 +91,10 @@ def part_files(folder: Path, part: str) -> list[Path]:
 def unet_files(model: Path) -> list[Path]:
     """The files that hold the UNet: sha256() of them says which base model this is."""
     if not model.exists():
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(model))    # a name on Hugging Face?
+        load = f"; to download it: hf download {model} --local-dir {model.name}" if hub else ""
         raise BadInput(f"--model {model}: no such file or folder; give a Stable Diffusion folder "
-                       "in the diffusers layout, or a single .safetensors file")
+                       f"in the diffusers layout, or a single .safetensors file{load}")
     return [model] if model.is_file() else part_files(model, "unet")
 
 
@@ -112,11 +115,22 @@ def files_of(model: Path, parts: tuple[str, ...]) -> list[Path]:
     side, files = (model.parent, [model]) if single else (model, [])
     files += side.glob("model_index.json")    # may say what SDXL's empty prompt means
     for part in parts:
-        has_weights = part in PARTS and not single and (side / part).is_dir()
-        read = part_files(side, part) if has_weights else []
+        if single:
+            read = vae_beside(model) if part == "vae" else []
+        else:
+            read = part_files(side, part) if part in PARTS and (side / part).is_dir() else []
         files += sorted(file for file in (side / part).glob("*")
                         if file.name in READ or file in read)
     return files
+
+
+def vae_beside(model: Path) -> list[Path]:
+    """The weights that lie beside a single file without a VAE, as fine-tuned ones may be; else
+    none."""
+    with opened(model) as file:
+        own = any(key.startswith(single_file.VAE) for key in file.keys())
+    there = any((model.parent / "vae").glob("*.safetensors"))
+    return part_files(model.parent, "vae") if there and not own else []
 
 
 def matrix(shape: torch.Size) -> torch.Size:
@@ -159,20 +173,23 @@ class Checkpoint:
 
     def _parts_of_folder(self) -> dict[str, dict]:
         self._check_inputs(self.config("unet").get("in_channels", 4))
-        parts = {part: {} for part in PARTS}
+        parts = list(PARTS)
         if not (self.path / "text_encoder_2").is_dir():    # SDXL's
-            del parts["text_encoder_2"]
-        for part, places in parts.items():
-            for path in part_files(self.path, part):
-                with opened(path) as file:
-                    keys = [key for key in file.keys() if not key.endswith("position_ids")]
-                if any(".base_layer." in key for key in keys):
-                    raise BadInput(f"{path}: was saved with a LoRA still loaded; unload it first "
-                                   "(unload_lora_weights, a fused one stays in), and save again")
-                for key in keys:
-                    name = single_file.old_vae_name(key) if part == "vae" else key
-                    places[key] = path, [name.removeprefix(TEXT)]
-        return parts
+            parts.remove("text_encoder_2")
+        return {part: self._part_of_folder(part) for part in parts}
+
+    def _part_of_folder(self, part: str) -> dict:
+        places = {}
+        for path in part_files(self.side, part):
+            with opened(path) as file:
+                keys = [key for key in file.keys() if not key.endswith("position_ids")]
+            if any(".base_layer." in key for key in keys):
+                raise BadInput(f"{path}: was saved with a LoRA still loaded; unload it first "
+                               "(unload_lora_weights, a fused one stays in), and save again")
+            for key in keys:
+                name = single_file.old_vae_name(key) if part == "vae" else key
+                places[key] = path, [name.removeprefix(TEXT)]
+        return places
 
     def _parts_of_file(self) -> dict[str, dict]:
         with opened(self.path) as file:
@@ -195,6 +212,11 @@ class Checkpoint:
                 refuse(self.path, f"holds {key} {shape}, which belongs to no part of {self.family}")
             if part:
                 parts[part][key] = self.path, names
+        if not parts["vae"]:
+            if not vae_beside(self.path):
+                raise BadInput(f"{self.path}: holds no VAE; put the folder vae/ of a diffusers "
+                               f"{self.family} beside it")
+            parts["vae"] = self._part_of_folder("vae")
         return parts
 
     def _check_inputs(self, channels: int):
@@ -283,16 +305,17 @@ class Checkpoint:
         return {files[path].get_slice(key).get_dtype() for key, (path, _) in places}
 
     def rewrite(self, out: Path, change: Callable[[str], torch.Tensor | None]) -> int:
-        """Writes this checkpoint to the folder `out`, in the same layout, with change(name), if it
-        is not None, added to the UNet's tensors. Returns how many tensors changed.
+        """Writes this checkpoint to the folder `out`, or a single file to `out`.safetensors, in the
+        same layout, with change(name), if it is not None, added to the UNet's tensors. Returns how
+        many tensors changed.
 
         Files are copied, and then the changed tensors written over, one at a time: headers, dtypes
-        and all other bytes stay. The folder appears complete or not at all.
+        and all other bytes stay. `out` appears complete or not at all.
         """
-        changed = set()
+        changed, alone = set(), out.suffix == ".safetensors"
         with replacing(out) as temporary:
-            for source in self._kept_files():
-                target = temporary / source.relative_to(self.side)
+            for source in [self.path] if alone else self._kept_files():
+                target = temporary if alone else temporary / source.relative_to(self.side)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
                 in_unet = source == self.path or source.parent == self.path / "unet"

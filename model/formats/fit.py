@@ -78,6 +78,9 @@ def check_fuse(model: Path, out: Path):
     """Raises BadInput where fuse() could not begin: now, and not after hours of work."""
     if not model.exists():
         raise BadInput(f"--fuse {model}: no such file or folder; give a Stable Diffusion")
+    if out.suffix == ".safetensors" and (model.is_dir() or out.resolve() == model.resolve()):
+        raise BadInput(f"--out {out}: is the model itself, or one file for a model that is a "
+                       "folder; name another, a folder for a folder")
     if out.is_dir() and any(out.iterdir()):
         raise BadInput(f"--out {out}: is not empty; name a new folder")
     coarse = Checkpoint(model).dtypes("unet") - FINE
@@ -88,8 +91,9 @@ def check_fuse(model: Path, out: Path):
 
 
 def fuse(model: Path, network: nn.Module, lora: dict[str, Factors], what: str, out: Path) -> int:
-    """Copies a checkpoint, whose UNet is like `network`, to the folder `out`, with W + delta W,
-    added in fp32, in its layers. Returns how many changed. Raises BadInput as fitting() does."""
+    """Copies a checkpoint, whose UNet is like `network`, to `out`, a folder or .safetensors, with
+    W + delta W, added in fp32, in its layers. Returns how many changed. Raises BadInput as
+    fitting() does."""
     fused, known = match(network, lora, what), layers(network)
     factors = {f"{known[key][0]}.weight": f for key, f in fused.items()}
     return Checkpoint(model).rewrite(

@@ -2,7 +2,8 @@
 
 Needs:       torch, safetensors.
 Gives:       replacing(), check_folder(), file_name(); save_tensors(), opened(); read_json(),
-             write_json(), read_jsonl(), write_jsonl(); sha256(), short_hash(); prepare(), clean().
+             write_json(), read_jsonl(), write_jsonl(); sha256(), short_hash(),
+             tensors_hash(); prepare(), clean().
 """
 import contextlib
 import hashlib
@@ -195,6 +196,13 @@ def sha256(*paths: Path) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def tensors_hash(path: Path) -> str:
+    """The twelve hex digits by which A1111 knows a LoRA: of all that follows a safetensors file's
+    header, as kohya's sshs_model_hash."""
+    data = path.read_bytes()
+    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little"):]).hexdigest()[:12]
 
 
 def short_hash(path: Path) -> str:

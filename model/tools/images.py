@@ -4,6 +4,8 @@ Needs:       pillow, numpy.
 Gives:       as_seen(), read_images(), write_image(), parameters_of(), sheet(), blurred(),
              curves().
 """
+import json
+import re
 import textwrap
 from pathlib import Path
 
@@ -67,12 +69,19 @@ def write(path: Path, image: Image.Image, parameters: str = ""):
         image.save(temporary, "png", pnginfo=notes)
 
 
-def parameters_of(image: np.ndarray, prompt: str, negative: str, steps: int, sampler: str,
-                  guidance: float, seed: int, model_hash: str, **_) -> str:
-    """How an image (uint8 [H, W, 3]) was made, as A1111 writes it and its readers expect it."""
+def parameters_of(image: np.ndarray, loras: list[tuple], model_hash: str, prompt: str,
+                  negative: str, steps: int, sampler: str, guidance: float, seed: int, **_) -> str:
+    """How an image (uint8 [H, W, 3]) was made, as A1111 writes it and its readers expect it.
+    loras: (name, strength, hash, short hash)."""
     height, width, _ = image.shape
+    names = [re.sub("[:,]", "", name) for name, *_ in loras]    # as A1111 does
+    tags = [f" <lora:{name}:{strength:g}>" for name, (_, strength, *_) in zip(names, loras)]
+    hashes = [f"{name}: {short}" for name, (*_, short) in zip(names, loras)]
     made = {"Steps": steps, "Sampler": A1111_SAMPLERS[sampler], "CFG scale": f"{guidance:g}",
             "Seed": seed, "Size": f"{width}x{height}", "Model hash": model_hash}
+    if loras:
+        made["Lora hashes"] = json.dumps(", ".join(hashes))
+    prompt = "".join([prompt, *tags])
     lines = [prompt, f"Negative prompt: {negative}"] if negative else [prompt]
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in made.items())])
 
