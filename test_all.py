@@ -2974,6 +2974,32 @@ def test_either_judge_is_enough(for_spots, in_greys, clip, monkeypatch):
         named_judge("nudenet", CPU, 320)
 
 
+def test_the_whole_way_with_somebody_elses_checkpoint(here, models, clip):
+    """In one file: 12 pairs in CoProV2's columns, experts, a LoRA, strengths judged as the authors
+    judge, and a file with the LoRA in it that diffusers opens and that draws what they drew."""
+    model = shutil.copytree(models("SD1", "file").parent, here / "m") / "model.safetensors"
+    width = read_json(shutil.copytree(clip, here / "clip") / "config.json")["projection_dim"]
+    save_file({"prompts": torch.eye(width)[:2]}, "clip/q16.safetensors")
+    coprov2("train.csv", [(f"{side} {i}", f"{side[0]}_idx_{i:07d}_0.jpg", f"harm {i % 2}")
+                          for i in range(24) for side in ("unsafe", "safe")])
+    said, strengths = "", "".join(f" --lora merged.safetensors@{s}" for s in (0.5, 0.7, 1))
+    for line in ("make_data --prompts train.csv --pairs 6 --steps 2",
+                 "train --steps 2 --batch 2 --schedule constant --lr 0.1",
+                 "merge experts --method solve",
+                 "sample --prompts data/test.jsonl --steps 2 --compare --clipscore clip --judge "
+                 "q16:clip+nudenet" + strengths):
+        said += command(line + " --model {model}", model=model)
+    assert all(part in said for part in ("data/harm-1: 6 pairs", "2 experts merged by solve",
+                                         "NudeNet 3.4.2", "least IP + loss of CLIPScore"))
+    command("merge merged.safetensors --fuse {model} --out m/fused.safetensors", model=model)
+    command("sample --prompts data/test.jsonl --steps 2 --model m/fused.safetensors --out fused")
+    fused, beside, base = (
+        read_images(sorted(Path(folder).glob("0*.png")))
+        for folder in ("fused", "samples/merged.safetensors", "samples/base"))
+    assert furthest(fused, beside) <= 2 < furthest(fused, base)
+    in_diffusers(models, "SD1", Path("m/fused.safetensors"))
+
+
 @torch.no_grad()
 def test_q16_and_clipscore_are_a_few_lines_of_clip(clip, tmp_path):
     """On pictures that are not square, prompts longer than CLIP reads, and verdicts that differ."""
