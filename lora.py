@@ -37,7 +37,7 @@ class Factors(NamedTuple):
 
     def delta(self) -> torch.Tensor:
         """Dense delta W [O, I(*k*k)]. For tests and fusing; methods that can, avoid it."""
-        return self.scale * (self.up @ self.down)
+        return (self.up @ self.down).mul_(self.scale)
 
 
 def flat(name: str) -> str:
@@ -180,7 +180,7 @@ def compress(f: Factors, rank: int) -> tuple[Factors, torch.Tensor, torch.Tensor
     """
     Q_B, R_B = thin_qr(f.up)
     Q_A, R_A = thin_qr(f.down.T)
-    core = f.scale * R_B @ R_A.T
+    core = f.scale * (R_A.T if torch.equal(Q_B, R_B) else R_B @ R_A.T)    # B = 1: dense
     energy = core.square().sum()
     if min(core.shape) > 500 + 4 * rank:    # measured: a smaller SVD takes milliseconds
         Q = leading_directions(core, rank)

@@ -41,7 +41,7 @@ from model.tools.command import (BadInput, Parser, finite_float, fraction, named
                                  positive_int, run)
 from model.tools.device import device_and_precision
 from model.tools.files import check_folder, sha256
-from model.tools.processes import processes_for
+from model.tools.processes import in_threads, processes_for
 from model.tools.training import generator
 
 LARGEST_RANK = 128        # of ties and dare [ours: a usual LoRA's most]
@@ -253,8 +253,8 @@ READ_BY = {"density": ("ties", "dare"), "preserve": ("regmean", "solve")}
 def merge(experts: Experts, rule: Callable, statistics, rank: int | None, density: float | None,
           seed: int):
     """The merged LoRA, and the energy |delta W|^2 kept by and before re-compression, summed [2]."""
-    merged, energy = {}, torch.zeros(2, dtype=torch.float64)
-    for name, parts in tqdm(experts.layers(), total=len(experts.names), desc="merging"):
+    def merged(layer: tuple):
+        name, parts = layer
         layer = Layer(len(experts), density, generator(seed, name), statistics.get(name))
         # Of a single expert there is nothing to merge: not even its alpha is touched.
         f = rule(list(parts.values()), layer) if len(experts) > 1 else parts[0]
@@ -263,11 +263,12 @@ def merge(experts: Experts, rule: Callable, statistics, rank: int | None, densit
         total = sum(len(part.down) for part in parts.values())
         # The rules of this file are exact at that rank.
         most = rank or (total if rule in RULES.values() else min(LARGEST_RANK, total))
-        if most < len(f.down):
-            f, *kept = lora.compress(f, most)
-            energy += torch.stack(kept)
-        merged[name] = f
-    return merged, energy
+        return name, *(lora.compress(f, most) if most < len(f.down) else (f, 0.0, 0.0))
+
+    rows = list(tqdm(in_threads(merged, experts.layers()), total=len(experts.names),
+                     desc="merging"))
+    energies = torch.tensor([row[2:] for row in rows], dtype=torch.float64)
+    return {name: f for name, f, *_ in rows}, energies.sum(0)
 
 
 def main(args):

@@ -66,8 +66,8 @@ from model.judges.intervals import effective, max_exposed, mean_interval, share_
 from model.judges.table import best, Figure, measure, table
 from model.toy.toy_judge import NOTHING, ToyJudge, Verdict
 from model.lab import experiments
-from model.rivals import (attack, editing, finetune, guards, losses, steering, table as rivals,
-                          whitebox)
+from model.rivals import (attack, editing, finetune, guards, losses, merging, steering,
+                          table as rivals, whitebox)
 from model.schedule import NoiseSchedule, sample as solve, SAMPLERS, stratified_times
 from model.stable_diffusion import load, load_denoiser, StableDiffusion
 from model.testing import checkpoints, fuzz, strangers
@@ -777,6 +777,23 @@ def test_strength_is_not_raised_without_bound():
         statistic.products = dict.fromkeys(range(3), f.down)    # of inputs with E x x^T = 1
         merged = merge.co_merge(parts, merge.Layer(5, None, None, statistic))
         assert far(merged.delta(), factor * f.delta()) < 1e-6
+
+
+@parametrize("share", [0.001, 0.2, 0.7, 1.0])
+def test_trimming_is_exact(share):
+    """Also where many entries are equal, or all are 0."""
+    for delta in (normal("delta", 40, 30), normal("delta", 40, 30).round(), torch.zeros(40, 30)):
+        size = delta.abs().flatten()
+        least = size.sort(descending=True).values[max(1, int(share * 1200)) - 1]
+        trimmed = nn.functional.hardshrink(delta, merging.bound(delta, share))
+        assert torch.equal(trimmed, delta * (delta.abs() >= least))
+
+
+def test_a_merge_does_not_depend_on_the_number_of_cores(experts, monkeypatch):
+    for number in (1, 3):
+        monkeypatch.setattr("model.tools.processes.cores", lambda: number)
+        command(f"merge a b c --method ties --rank 3 --out {number}")
+    assert Path("1").read_bytes() == Path("3").read_bytes()
 
 
 def test_a_smaller_file_says_what_it_lost(experts, monkeypatch):
@@ -2384,6 +2401,30 @@ def test_one_lora_has_many_spellings(spelling, tmp_path):
         assert loaded[one].kernel == (1, 1)
         for name, f in loaded.items():
             assert torch.equal(f.delta(), scale * ours[name].up @ ours[name].down)
+
+
+def test_files_that_are_alike_are_not_mixed_up(here):
+    """Keys of one program's files are understood once: those with other shapes, spellings, orders,
+    dtypes, or other tensors before theirs are not taken for them; nor is a damaged one."""
+    factors = {(key, part): normal(f"{key} {part}", *((4, 6) if part == "down" else (6, 4)))
+               for key in ("conv_in", "conv_out") for part in ("down", "up")}
+    def written(name: str, spelling: str, dtype=torch.float32, order=1, extra={}):
+        tensors = {spelling.format(*key): factor.to(dtype) for key, factor in factors.items()}
+        save_file(extra | dict([*tensors.items()][::order]), name, {"name": name * 9})
+    dotted = "{}.lora.{}.weight"
+    written("a", dotted)
+    written("b", dotted, order=-1)
+    written("c", "lora_unet_{}.lora_{}.weight", extra={"lora_unet_conv_in.alpha": torch.tensor(8.)})
+    written("d", dotted, torch.float64)
+    written("e", dotted, extra={"clip_g.x.lora.up.weight": torch.ones(7)})
+    command("merge a b c d e --method sum --out m")
+    for key, times in (("conv_in", 6), ("conv_out", 5)):
+        delta = factors[key, "up"] @ factors[key, "down"]
+        assert far(load_lora(Path("m"))[0][key].delta(), times * delta) < 1e-6
+    factors["conv_out", "up"][0, 0] = torch.inf
+    written("b", dotted)
+    with refuses("^b: .* NaN"):
+        command("merge a b c --method sum")
 
 
 def write_conv(name: str, key: str, header={}, dtype=torch.float32):

@@ -1,18 +1,21 @@
 """Files: written whole or not at all, never unpickled, and the same bytes from the same command.
 
 Needs:       torch, safetensors.
-Gives:       replacing(), check_folder(), file_name(); save_tensors(), opened(); read_json(),
-             write_json(), read_jsonl(), write_jsonl(); sha256(), short_hash(),
-             tensors_hash(); prepare(), clean().
+Gives:       replacing(), check_folder(), file_name(); save_tensors(), opened(), finite(),
+             places(), read_tensors(); read_json(), write_json(), read_jsonl(), write_jsonl();
+             sha256(), short_hash(), tensors_hash(); prepare(), clean().
 """
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +23,9 @@ from safetensors import SafetensorError, safe_open
 from model.tools.command import BadInput
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-          torch.uint8: "U8"}    # as safetensors calls them
+          torch.uint8: "U8", torch.int32: "I32", torch.float64: "F64",
+          torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}    # safetensors' names
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def file_name(label: str) -> str:
@@ -144,6 +149,69 @@ def opened(path: Path):
                            "form") from None
         raise BadInput(f"{path}: not a readable safetensors file ({error}); copy or download it "
                        "again") from None
+
+
+def finite(x: torch.Tensor) -> bool:
+    """By its sum, which is infinite for large numbers too: the exact answer takes 20 times as
+    long."""
+    return bool(x.sum().isfinite() or x.isfinite().all())
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in its file: bytes from start to end, after the header."""
+    start: int
+    end: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@lru_cache
+def parsed(header: str) -> tuple[dict[str, Place], dict[str, str]]:
+    """({key: place}, sorted by key, and the metadata). Files of one program have one header, but
+    for the metadata, and there may be hundreds of them."""
+    entries = json.loads(header)
+    metadata = entries.pop("__metadata__", None) or {}
+    return {key: Place(*entry["data_offsets"], entry["dtype"], tuple(entry["shape"]))
+            for key, entry in sorted(entries.items())}, metadata
+
+
+def places(path: Path) -> tuple[dict[str, Place], dict[str, str]]:
+    """What parsed() says of a safetensors file. Raises BadInput as opened() does: the library has
+    checked what is read here."""
+    opened(path)
+    with open(path, "rb") as file:
+        header = file.read(int.from_bytes(file.read(8), "little")).decode()
+    first = '{"__metadata__":'
+    if not header.startswith(first):
+        return parsed(header)
+    metadata, end = json.JSONDecoder().raw_decode(header, len(first))
+    return parsed("{" + header[end:].lstrip(", "))[0], metadata or {}
+
+
+def read_tensors(paths: list[Path], wanted: dict[str, Place]) -> dict[str, torch.Tensor]:
+    """{key: what each file has there [files, numbers], fp32}, of files with the same places.
+    Neighbours of one dtype are read and checked as one: a LoRA has hundreds of small tensors.
+    Raises BadInput, naming the file, for NaN, infinity and unusual dtypes."""
+    runs, tensors, end = [], {}, None
+    for key, place in sorted(wanted.items(), key=lambda item: item[1]):
+        if end != (place.start, place.dtype):
+            runs.append([])
+        runs[-1].append(key)
+        end = place.end, place.dtype
+    for run in runs:
+        start, dtype = wanted[run[0]].start, wanted[run[0]].dtype
+        block = torch.empty(len(paths), wanted[run[-1]].end - start, dtype=torch.uint8)
+        for path, row in zip(paths, block):
+            with open(path, "rb") as file:
+                file.seek(8 + int.from_bytes(file.read(8), "little") + start)
+                if dtype not in BY_NAME or file.readinto(row.numpy()) < len(row):
+                    raise BadInput(f"{path}: {run[0]} of {dtype} cannot be read; save it as F32")
+            if not finite(row.view(BY_NAME[dtype]).float()):
+                raise BadInput(f"{path}: {run[0]} or a tensor after it holds NaN or infinity; make "
+                               "this file again")
+        sizes = [math.prod(wanted[key].shape) for key in run]
+        tensors.update(zip(run, block.view(BY_NAME[dtype]).float().split(sizes, 1)))
+    return tensors
 
 
 def read_json(path: Path) -> dict:

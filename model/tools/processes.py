@@ -6,14 +6,15 @@ What it is:  spread(): on a CPU, two small networks in two processes beat one in
              same step. A LoRA's gradients are a few MB: one sum a step costs nothing beside the
              UNet.
 Needs:       torch, tqdm; for torchrun the variables that it sets (RANK, WORLD_SIZE, LOCAL_RANK).
-Gives:       spread(), processes_for(), cores(); start(), RANK, WORLD, sum_over_all(),
-             wait().
+Gives:       spread(), in_threads(), processes_for(), cores(); start(), RANK, WORLD,
+             sum_over_all(), wait().
 """
 import multiprocessing
 import os
 import signal
 import threading
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import timedelta
 from pathlib import Path
@@ -90,6 +91,21 @@ def spread(make, work, items: list, processes: int):
         for worker in multiprocessing.active_children():
             worker.terminate()
         pool.shutdown()
+
+
+def in_threads(work, items):
+    """Yields work(item) for each item, in order, of which memory holds few: as many threads as
+    there are cores work ahead. For large tensors: torch works outside of Python's lock. With one
+    thread in each of torch's operations, as after set_num_threads(1), a result depends on the item
+    alone."""
+    ahead = deque()
+    with ThreadPoolExecutor(cores()) as pool:
+        for item in items:
+            ahead.append(pool.submit(work, item))
+            if len(ahead) > cores():
+                yield ahead.popleft().result()
+        for future in ahead:
+            yield future.result()
 
 
 def start(device: torch.device):
