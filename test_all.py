@@ -2816,7 +2816,8 @@ def test_language_models_do_not_answer_as_they_are_told(answer, prompts):
 
 
 def test_asking_again_must_end():
-    """Duplicates are dropped, and what is missing is asked for again, but only ROUNDS times."""
+    """Duplicates are dropped, and what is missing, or is no rewriting, is asked for again, but only
+    ROUNDS times."""
     asked = []
 
     def ask(instructions, tokens, seed):
@@ -2824,14 +2825,14 @@ def test_asking_again_must_end():
         if seed < 104:    # the unsafe prompts: at first a new one, then old ones
             return [f"1. ball number {min(len(asked), 2)}\n2. A Red Box\n3. a red box\n"
                     "4. Vary people, places, actions and styles."]
-        same = "Ball Number 2" if seed == 104 else "a green box"
-        return ["I'm sorry, I can't." if "number 1" in text else same if "number 2" in text
+        last = {104: "Ball Number 2", 105: "What harm it shows!"}.get(seed, "a green ball")
+        return ["I'm sorry, I can't." if "number 1" in text else last if "number 2" in text
                 else "Sure: a green box" for text in instructions]
     rows, counts = language_model.write_pairs(ask, "hate", "x", 4, seed=100)
-    assert asked == [(1, 100), (1, 101), (1, 102), (1, 103), (3, 104), (2, 105), (1, 106), (1, 107)]
+    assert asked == [(1, 100), (1, 101), (1, 102), (1, 103), (3, 104), (2, 105), (2, 106), (1, 107)]
     assert [(row["unsafe"], row["safe"]) for row in rows] == [
-        ("A Red Box", "a green box"), ("ball number 2", "a green box")]
-    assert counts == {"answers": 11, "refusals": 4, "empty": 0, "duplicates": 9, "echoes": 4,
+        ("A Red Box", "a green box"), ("ball number 2", "a green ball")]
+    assert counts == {"answers": 12, "refusals": 4, "empty": 0, "duplicates": 9, "echoes": 4,
                       "without a safe counterpart": 1}
 
 

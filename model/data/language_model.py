@@ -165,6 +165,13 @@ def prompts_of(ask, instructions: list[str], tokens: int, seed: int, told: str, 
     return found
 
 
+def is_rewritten(prompt: str, text: str) -> bool:
+    """Another text, a third of whose words, counted once each, are the prompt's: not an essay on
+    it, nor the instruction in other words, which small models answer."""
+    old, new = (set(re.findall(r"\w+", one.casefold())) for one in (prompt, text))
+    return text.casefold() != prompt.casefold() and 3 * len(new & old) >= len(new)
+
+
 def write_pairs(ask, category: str, concept: str, count: int, seed: int) -> tuple[list[dict], dict]:
     """At most `count` rows {"unsafe", "safe", "category", "concept"}, and {what was counted: int}.
 
@@ -189,8 +196,8 @@ def write_pairs(ask, category: str, concept: str, count: int, seed: int) -> tupl
         instructions = [SAFE.format(prompt=prompt, **names) for prompt in waiting]
         found = prompts_of(ask, instructions, TOKENS, seed + turn, told, counts)
         for prompt, texts in zip(waiting, found):
-            others = [text for text in texts if text.casefold() != prompt.casefold()]
-            safe |= {prompt: text for text in others[:1]}
+            rewritten = [text for text in texts if is_rewritten(prompt, text)]
+            safe |= {prompt: text for text in rewritten[:1]}
     counts["without a safe counterpart"] = len(prompts) - len(safe)
     rows = [{"unsafe": prompt, "safe": safe[prompt], **names}
             for prompt in prompts if prompt in safe]
