@@ -6,6 +6,7 @@ Gives:       BadInput, run(); PlainParser, Parser, GeneratingParser; and types o
              names a function.
 """
 import argparse
+import inspect
 import math
 import os
 import pkgutil
@@ -24,12 +25,15 @@ class BadInput(Exception):
 
 def named(flag: str, name: str, table: dict) -> Callable:
     """The function of this name in the table {name: function, or its dotted name}, or else of this
-    dotted name. Raises BadInput."""
-    found = table.get(name, name)
+    dotted name: one that takes as many arguments as the table's, or a class. Raises BadInput."""
+    found, like = table.get(name, name), next(filter(callable, table.values()))
     try:
         found = found if callable(found) else pkgutil.resolve_name(found)
-        if callable(found):
+        wanted, given = (len(inspect.signature(f).parameters) for f in (like, found))
+        if given == wanted or isinstance(found, type):
             return found
+        reason = f"it takes {given} arguments, not {wanted}"
+    except TypeError:
         reason = "it is not a function"
     except (ImportError, AttributeError, ValueError) as error:
         reason = error
