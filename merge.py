@@ -12,7 +12,7 @@ Gives:       merged.safetensors, of rank = the sum of the experts' ranks, and ex
 
     co-merge   row j of delta W is gamma times row j of the expert that is most active there
     regmean    does on each expert's inputs what that expert does, and nothing on safe ones
-    solve      regmean where inputs tell the experts apart, else co-merge
+    solve      regmean, and every expert gets back the strength that this takes from it
     average    delta W = 1/n sum_i delta W_i
     sum        delta W = sum_i delta W_i                         (task arithmetic, 2212.04089)
     ties, dare, and any function of your own: see model/rivals/merging.py
@@ -49,6 +49,8 @@ CALIBRATION_PAIRS = 24    # of each expert [ours: more changed nothing]
 PRESERVE = 0.1            # lambda [ours: 0.03 and 0.1 do not differ]
 RIDGE = 1e-2              # of the mean diagonal of M: inputs need not span all dimensions [ours]
 TOLD_APART = 2 / 3        # of their energy that experts keep where solving is worth it [ours]
+GIVEN_BACK = 2.5          # times what least squares leave of an expert, at most; above 3 plain
+                          # pictures get accessories [ours]
 
 
 def parse_arguments(argv=None):
@@ -90,6 +92,9 @@ def calibration(experts: Experts, data: Path, encoders_hash: str, denoiser: Deno
     also what it was trained to leave alone, the safe image under its safe prompt and under none.
     All noise levels come equally often."""
     for expert, concept in enumerate(experts.concepts):
+        if not (data / concept).is_dir():    # a merged LoRA, or another program's
+            raise BadInput(f"{experts.files[expert].path}: {data} has no pairs of {concept!r}; "
+                           "give the folder of all pairs as --data, or use --method average")
         pairs = read_latents(data, [concept], encoders_hash)
         few = slice(CALIBRATION_PAIRS)
         winner, loser = pairs.winner[few], pairs.loser[few]
@@ -107,19 +112,23 @@ def calibration(experts: Experts, data: Path, encoders_hash: str, denoiser: Deno
                              *(field[some].to(denoiser.device) for field in (x_t, t, prompt)))
 
 
+def per_rank(values: torch.Tensor, parts: list[Factors]) -> torch.Tensor:
+    """[n] -> [R]: of each expert as often as its rank says."""
+    return values.repeat_interleave(torch.tensor([len(f.down) for f in parts]))
+
+
 class Statistic:
     """What calibration tells of a layer. E_i is the mean over the inputs x of i's category, and
     G_i = E_i x x^T [I, I].
 
     activity  {i: E_i |delta W_i x| [O]}
-    energy    sum_i E_i |delta W_i x|^2
     products  {i: A_i G_i [r, I]}
     M [I, I]  sum_i (G_i + lambda G_i,safe), where regmean will solve; of ALL experts: one that does
               not adapt this layer wants nothing changed on its inputs. (Large for a convolution:
               530 MB for 3x3 of 1,280 channels.)
     """
     def __init__(self, parts: dict[int, Factors], solving: bool):
-        self.parts, self.solving, self.M, self.energy = parts, solving, 0.0, 0.0
+        self.parts, self.solving, self.M = parts, solving, 0.0
         self.activity, self.products = dict.fromkeys(parts, 0.0), dict.fromkeys(parts, 0.0)
 
     def add(self, x: torch.Tensor, inputs: Inputs):
@@ -132,23 +141,30 @@ class Statistic:
             narrow = x @ f.down.to(x.device).T                # [N, r]
             change = f.scale * narrow @ f.up.to(x.device).T   # [N, O]
             self.activity[i] += weight * change.abs().sum(0)
-            self.energy += weight * change.square().sum()
             self.products[i] += weight * narrow.T @ x
 
     def owner(self):
         """[O]: the place of the most active expert; of equals the first."""
         return torch.stack(list(self.activity.values())).argmax(0).cpu()
 
-    def wanted(self):
+    def wanted(self) -> Factors:
         """sum_i delta W_i G_i, as factors of scale 1: B = [s_1 B_1, ...], A = [A_1 G_1; ...]."""
         return add_changes([f._replace(down=self.products[i].cpu()) for i, f in self.parts.items()])
 
-    def kept(self, f: Factors):
-        """sum_i E_i <delta W_i x, delta W x> for a delta W of scale 1: of what the experts do on
-        their own inputs, their energy, what delta W does too. It is <wanted, delta W>, and
-        <B A, D C> is the sum of (B^T D) * (A C^T)."""
-        wanted = self.wanted()
-        return ((wanted.up.T @ f.up) * (wanted.down @ f.down.T)).sum()
+    def overlaps(self, f: Factors) -> torch.Tensor:
+        """[n, n]: E_i <delta W_i x, delta W'_j x> of changes delta W'_j that are stacked to f as
+        the experts are to their sum. In row i: how much each does of what expert i wants, on the
+        inputs of i. It is <delta W_i G_i, delta W'_j>, and <B A, D C> is the sum of
+        (B^T D) * (A C^T)."""
+        wanted, n = self.wanted(), len(self.parts)
+        products = (wanted.up.T @ f.up) * (wanted.down @ f.down.T)    # [R, R], R: sum of ranks
+        of = per_rank(torch.arange(n), list(self.parts.values()))
+        rows = products.new_zeros(n, len(of)).index_add(0, of, products)
+        return products.new_zeros(n, n).index_add(1, of, rows)
+
+    def energy(self) -> torch.Tensor:
+        """[n]: E_i |delta W_i x|^2, what each expert does on its own inputs."""
+        return self.overlaps(add_changes(list(self.parts.values()))).diagonal()
 
 
 @torch.no_grad()
@@ -209,11 +225,11 @@ def co_merge(parts, layer):
     that is most active there on its own inputs; every other expert's row is dropped. That weakens
     all of them, for which one factor gamma makes up [ours; README, eq. 9]."""
     merged = keep_rows(parts, layer.statistic.owner())
-    kept = layer.statistic.kept(merged)
+    energy, kept = layer.statistic.energy().sum(), layer.statistic.overlaps(merged).sum()
     if kept <= 0:    # it works against its experts: more of it would do harm
         return merged
     # Rows dealt out among n experts with nothing in common need n; more would blow up noise.
-    gamma = min((layer.statistic.energy / kept).item(), len(parts))
+    gamma = min((energy / kept).item(), len(parts))
     return merged._replace(up=gamma * merged.up)
 
 
@@ -234,13 +250,21 @@ def regmean(parts, layer):
 
 
 def solve(parts, layer):
-    """regmean() where inputs tell the experts apart, else co_merge() [ours]. Prompts tell them
-    apart: cross-attention's keys, values and output, which keep 0.8 to 0.9 of the experts' energy.
-    Elsewhere the inputs are images, much the same in every category, on which the experts ask for
-    different things; the least squares answer to that is their average, which keeps a third."""
-    solved = regmean(parts, layer)
-    apart = layer.statistic.kept(solved) > TOLD_APART * layer.statistic.energy
-    return solved if apart else co_merge(parts, layer)
+    """regmean(), which weakens every expert; and their strength is given back [ours]. Expert j's
+    part delta W_j G_j M^-1 gets the factor c_j (README, eq. 11), such that on its own inputs every
+    expert finds all of its energy again.
+
+    That is for layers where inputs tell the experts apart, as prompts do: in cross-attention's
+    keys, values and output 0.7 to 0.9 of the energy is kept. Elsewhere the inputs are images, much
+    the same in every category, on which experts ask for different things, and least squares gives
+    little more than their mean: so the mean itself is taken, as often as c may be at most.
+    """
+    solved, energy = regmean(parts, layer), layer.statistic.energy()
+    overlaps = layer.statistic.overlaps(solved)
+    if overlaps.sum() < TOLD_APART * energy.sum():
+        return lora.stack(parts, [GIVEN_BACK / layer.n] * len(parts))
+    c = torch.linalg.lstsq(overlaps, energy[:, None]).solution[:, 0].clamp(1, GIVEN_BACK)
+    return solved._replace(up=solved.up * per_rank(c, parts))
 
 
 RULES = {"co-merge": co_merge, "regmean": regmean, "solve": solve, "average": average,

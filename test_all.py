@@ -749,12 +749,24 @@ def test_solving_loses_nothing_where_experts_do_not_meet(monkeypatch):
         assert far(rows @ solved(parts, x).delta().T, rows @ f.delta().T) < 1e-5
 
 
-def test_what_inputs_do_not_tell_apart_is_not_solved():
-    """Of two experts on the same inputs least squares keeps the average: rows are dealt out."""
+def test_what_solving_takes_from_an_expert_is_given_back(monkeypatch):
+    """On its own inputs each finds all of its energy again. Not where inputs hardly tell experts
+    apart: there their mean is made larger, and nothing is made larger without bound."""
+    monkeypatch.setattr(merge, "RIDGE", 0.0)
     parts = [Factors(normal(f"A{i}", 3, 12), normal(f"B{i}", 8, 3), 6.0) for i in range(2)]
-    same, apart = [SAFE] * 2, [SAFE * (torch.arange(12) < 6), SAFE * (torch.arange(12) >= 6)]
-    for x, rule in ((same, merge.co_merge), (apart, merge.regmean)):
-        assert torch.equal(joined(merge.solve, parts, x).delta(), joined(rule, parts, x).delta())
+    shared = torch.arange(12) > 9
+    apart = [SAFE * ((torch.arange(12) < 6) ^ (i == 1) | shared) for i in range(2)]
+    solved, weak = joined(merge.solve, parts, apart), joined(merge.regmean, parts, apart)
+    lost = False
+    for x, f in zip(apart, parts):
+        own, merged, least = x @ f.delta().T, x @ solved.delta().T, x @ weak.delta().T
+        assert far((own * merged).sum(), own.square().sum()) < 1e-4
+        lost |= (own * least).sum() < 0.99 * own.square().sum()
+    assert lost
+    same = joined(merge.solve, parts, [SAFE] * 2)
+    assert far(same.delta(), 2.5 / 2 * sum(f.delta() for f in parts)) < 1e-6
+    monkeypatch.setattr(merge, "GIVEN_BACK", 1.0)
+    assert far(joined(merge.solve, parts, apart).delta(), weak.delta()) < 1e-6
 
 
 def test_every_layer_of_a_unet_can_be_adapted():
@@ -773,7 +785,6 @@ def test_strength_is_not_raised_without_bound():
         parts = [f._replace(up=times * f.up) for times in (1, share, 0)]
         statistic = merge.Statistic(dict(enumerate(parts)), False)
         statistic.activity = dict.fromkeys(range(3), torch.ones(96))
-        statistic.energy = sum(part.delta().square().sum() for part in parts)
         statistic.products = dict.fromkeys(range(3), f.down)    # of inputs with E x x^T = 1
         merged = merge.co_merge(parts, merge.Layer(5, None, None, statistic))
         assert far(merged.delta(), factor * f.delta()) < 1e-6
