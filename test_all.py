@@ -338,7 +338,7 @@ def test_a_loss_is_its_equation_averaged_after_the_log_sigmoid(name, monkeypatch
     """On inputs that diffusers noises: noise and timestep belong to the pair."""
     cost = nn.Sequential(nn.Flatten(), nn.Linear(256, 1), nn.Flatten(0)).requires_grad_(False)
     monkeypatch.setattr(losses, "cost_model", lambda pairs: cost)
-    batch, loss_function = some_batch(6, dropout=0.5), named("--loss", name, dpo.LOSSES)
+    batch, loss_function = some_batch(5, dropout=0.5), named("--loss", name, dpo.LOSSES)
     if isinstance(loss_function, type):
         loss_function = loss_function(random_pairs("hate"))
     policy, reference = stand_in(0.9), stand_in(0.5)
@@ -347,7 +347,8 @@ def test_a_loss_is_its_equation_averaged_after_the_log_sigmoid(name, monkeypatch
     asked = [(policy(*inputs), reference(*inputs)) for inputs in (*inputs_of(batch), last)]
     (w, w_ref), (l, l_ref), (w_safe, w_safe_ref), (l_safe, l_safe_ref), _ = [
         [error(output, batch.noise) for output in outputs] for outputs in asked]
-    gap, drift = w - w_ref - (l - l_ref), error(*asked[4 if name.endswith("duo") else 2])
+    is_duo = name.endswith("duo")
+    gap, drift = w - w_ref - (l - l_ref), error(*asked[4 if is_duo else 2])
     preference = lambda gap: torch.log(1 + torch.exp(3.0 / 2 * gap))    # -log sigmoid(-...)
     harm = cost(batch.loser).sigmoid() - cost(batch.winner).sigmoid()
     content = torch.sigmoid(-3.0 / 2 * gap - losses.COST * harm)    # beyond the harm's cost
@@ -359,7 +360,8 @@ def test_a_loss_is_its_equation_averaged_after_the_log_sigmoid(name, monkeypatch
                "model.rivals.losses.duo": preference(2 * gap) + 1e6 * 3.0 / 100 * drift}
     assert loss.item() == approx(by_hand[name].mean().item(), rel=3e-6)
     wanted = dict(winner=w, loser=l, winner_ref=w_ref, loser_ref=l_ref, margin=-gap,
-                  accuracy=(gap < 0).double(), drift=drift)
+                  accuracy=(gap < 0).double(), drift=drift,
+                  preference=preference(gap + gap * is_duo))
     assert wanted.keys() - metrics.keys() <= {"drift"} and 0 < metrics["accuracy"] < 1
     for key in metrics.keys() & wanted:
         assert metrics[key].item() == approx(wanted[key].mean().item(), rel=1e-4)

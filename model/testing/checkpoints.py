@@ -11,6 +11,7 @@ named by counting blocks, and not by the table in model/formats/single_file.py, 
 import re
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import diffusers
@@ -133,9 +134,10 @@ def full_size(family: str, path: Path, dtype: torch.dtype = torch.float32) -> Pa
     return path
 
 
+@cache
 def small_pipeline(kind: str) -> diffusers.DiffusionPipeline:
-    """A whole Stable Diffusion of this kind, that draws 64 x 64 pixels, in diffusers. The same
-    weights in every call."""
+    """A whole Stable Diffusion of this kind, that draws 64 x 64 pixels, in diffusers. The same one
+    in every call."""
     scheduler = CONFIGS[SCHEDULERS.get(kind, "SDXL")]["scheduler"]
     pipe = pipeline({"vae": VAES["SD"], **SMALL[kind], "scheduler": scheduler})
     for part in pipe.components.values():
