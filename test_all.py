@@ -335,7 +335,7 @@ def stand_in(strength: float):
 
 @parametrize("name", [*dpo.LOSSES, *RIVALS, "model.rivals.losses.sc_dpo"])
 def test_a_loss_is_its_equation_averaged_after_the_log_sigmoid(name, monkeypatch):
-    """On inputs that diffusers noises: noise and timestep belong to the pair."""
+    """On inputs that diffusers noises."""
     cost = nn.Sequential(nn.Flatten(), nn.Linear(256, 1), nn.Flatten(0)).requires_grad_(False)
     monkeypatch.setattr(losses, "cost_model", lambda pairs: cost)
     batch, loss_function = some_batch(5, dropout=0.5), named("--loss", name, dpo.LOSSES)
@@ -365,6 +365,15 @@ def test_a_loss_is_its_equation_averaged_after_the_log_sigmoid(name, monkeypatch
     assert wanted.keys() - metrics.keys() <= {"drift"} and 0 < metrics["accuracy"] < 1
     for key in metrics.keys() & wanted:
         assert metrics[key].item() == approx(wanted[key].mean().item(), rel=1e-4)
+
+
+@parametrize("name", [*dpo.LOSSES, *RIVALS])
+def test_noise_and_timestep_belong_to_the_pair(name):
+    """Or two equal images would differ."""
+    batch, loss_function = some_batch(4), named("--loss", name, dpo.LOSSES)
+    _, metrics = loss_function(stand_in(0.9), stand_in(0.5), batch._replace(loser=batch.winner),
+                               toy().schedule, 1.0)
+    assert metrics["winner"] == metrics["loser"] > 0 == metrics["margin"]
 
 
 def test_half_precision_is_not_for_errors():
