@@ -2010,7 +2010,7 @@ def disk_for(size: int):
     "sample red,box,park x --steps 1 --batch 1 --compare --judge --lora experts/hate.safetensors"])
 def test_a_full_disk_tears_nothing(line, inside):
     """One line names the file; there are whole files only, and with room the command goes on."""
-    line += " --out {out}/x.safetensors"
+    line += " --out {out}/x"
     command(line, toy=TOY, out="whole")
     whole = contents("whole")
     sizes = sorted(path.stat().st_size for path in Path("whole").rglob("*") if path.is_file())
@@ -2018,7 +2018,7 @@ def test_a_full_disk_tears_nothing(line, inside):
         out = Path(f"for {size} bytes")
         with disk_for(size - 1):
             error = refusal(line, toy=TOY, out=out)
-        assert error.startswith(f"error: {out}/x.safetensors") and ".tmp" not in error
+        assert error.startswith(f"error: {out}/x") and ".tmp" not in error
         assert contents(out).items() < whole.items()
         command(line, toy=TOY, out=out)
         assert contents(out) == whole
