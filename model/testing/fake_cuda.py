@@ -124,7 +124,9 @@ def main(*lines: str):
     # FakeTensorMode remembers tensors weakly, and module.to() does not like that.
     swap = mock.patch("weakref.getweakrefs", lambda value: [])
     torch._C._set_only_lift_cpu_tensors(True)    # torch.tensor(..., device="cuda") passes by here
-    with cuda, numbers, swap, FakeCUDA():
+    # FakeTensorMode is this thread's alone.
+    alone = mock.patch("model.tools.processes.in_threads", map)
+    with cuda, numbers, swap, alone, FakeCUDA():
         check()
         for line in lines:
             half, *words = line.split()
