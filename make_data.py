@@ -97,17 +97,13 @@ def make_images(out: Path, rows: dict[str, list[dict]], batch: int, start, work,
                     write_image(path, image)
 
 
-def finish(out: Path, rows: dict[str, list[dict]], judge, model: Path, device: torch.device,
-           precision: str):
+def finish(out: Path, rows: dict[str, list[dict]], judge, encoders_hash: str, start, workers: int):
     """Makes pairs.jsonl and latents.safetensors of every concept whose images are there."""
-    encoders_hash, sd = sha256(*encoder_files(model)), None
     for concept in rows:
-        folder = out / concept
-        if not (folder / "pairs.jsonl").is_file():
-            print(list_pairs(folder, rows[concept], judge))
-        if not current(folder, encoders_hash):
-            sd = sd or load(model, device, precision)
-            write_latents(sd, out, concept, encoders_hash)
+        if not (out / concept / "pairs.jsonl").is_file():
+            print(list_pairs(out / concept, rows[concept], judge))
+    todo = [concept for concept in rows if not current(out / concept, encoders_hash)]
+    list(processes.spread(start, partial(write_latents, out, encoders_hash), todo, workers))
 
 
 def write_tests(out: Path, source: Source):
@@ -134,12 +130,13 @@ def main(args):
         check_prompts(judge, ["what a language model writes"])
     source = source_of(model, args.concept, args.pairs, args.seed, args.prompts, args.images,
                        args.llm, args.concepts, out, device)
+    start = partial(load, model, device, precision)
     if args.images:
-        settings, start, work = {"size": size}, None, partial(read, size)
+        settings, start_drawing, work = {"size": size}, None, partial(read, size)
     else:
         settings = {"size": args.size, "steps": steps, "guidance": guidance,
                     "negative": args.negative}
-        start, work = partial(load, model, device, precision), partial(generate, settings)
+        start_drawing, work = start, partial(generate, settings)
         for rows in source.rows.values():
             check_prompts(judge, [row["unsafe"] for row in rows])
     if processes.RANK == 0:
@@ -150,10 +147,10 @@ def main(args):
             "model": sha256(*model_files(model))}, judge)
     processes.wait()
     workers = processes.processes_for(device, unet_files(model))
-    make_images(out, source.rows, batch, start, work, workers)
+    make_images(out, source.rows, batch, start_drawing, work, workers)
     processes.wait()
     if processes.RANK == 0:
-        finish(out, source.rows, judge, model, device, precision)
+        finish(out, source.rows, judge, sha256(*encoder_files(model)), start, workers)
         write_tests(out, source)
 
 

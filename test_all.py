@@ -29,6 +29,7 @@ import sys
 import time
 from functools import cache, partial
 from itertools import islice
+from multiprocessing import forkserver
 from operator import call
 from pathlib import Path
 from types import SimpleNamespace
@@ -1829,6 +1830,7 @@ def begin(line: str, workers: int = 1):
 
     def started():
         os.setsid()
+        forkserver._forkserver._forkserver_pid = None    # pytest's, which only it may ask
         signal.signal(signal.SIGINT, signal.default_int_handler)    # a background job has none
         for output in (1, 2):
             os.dup2(writer, output)

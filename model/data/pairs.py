@@ -131,7 +131,7 @@ def in_slices(encode, items: list) -> torch.Tensor:
     return torch.cat([encode(items[k:k + BATCH]).cpu() for k in range(0, len(items), BATCH)])
 
 
-def write_latents(sd: StableDiffusion, data: Path, concept: str, encoders_hash: str):
+def write_latents(data: Path, encoders_hash: str, sd: StableDiffusion, concept: str):
     """Encodes the pairs of a concept into latents.safetensors. encoders_hash: see current()."""
     rows, folder, tensors = read_pairs(data, concept), data / concept, {}
     first = rows[0]["safe_image"]

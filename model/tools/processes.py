@@ -12,6 +12,7 @@ Gives:       spread(), in_threads(), processes_for(), cores(); start(), RANK, WO
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -27,6 +28,10 @@ from model.tools.command import BadInput
 
 RANK, WORLD = 0, 1    # this process's number, and how many there are, once start() was called
 STATE = None          # what make() gave to this worker process
+# Workers are forked from a process that has imported these, which take seconds, and done no more.
+# (Forks of this process could hang: threads do not fork.)
+CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+CONTEXT.set_forkserver_preload(["torch._dynamo", "transformers.models.clip.modeling_clip"])
 
 
 def cores() -> int:
@@ -76,8 +81,7 @@ def spread(make, work, items: list, processes: int):
         return
     # Ctrl-C reaches all processes of a terminal. The workers inherit that they leave it to us.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    pool = ProcessPoolExecutor(min(processes, len(items)), multiprocessing.get_context("spawn"),
-                               begin_worker, (make,))
+    pool = ProcessPoolExecutor(min(processes, len(items)), CONTEXT, begin_worker, (make,))
     futures = [pool.submit(call_worker, work, item) for item in items]
     signal.signal(signal.SIGINT, before)
     try:
