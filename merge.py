@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import lora
 from lora import Factors
-from model.data.pairs import read_latents
+from model.data.pairs import Pairs, read_latents
 from model.formats.checkpoint import encoder_files, unet_files
 from model.formats.experts import Experts
 from model.formats.fit import check_fuse, fuse, match_experts
@@ -78,38 +78,32 @@ def parse_arguments(argv=None):
 
 class Inputs(NamedTuple):
     """A batch of what the UNet is calibrated on."""
-    expert: int | None    # whose category it is of; None: safe inputs
-    weight: float         # its share of that expert's inputs; of safe ones, times lambda
+    own: bool        # what an expert was trained to change; else safe inputs
+    weight: float    # its share of the expert's inputs; of safe ones, times lambda
     x_t: torch.Tensor
     t: torch.Tensor
     prompt: Prompt
 
 
-def calibration(experts: Experts, data: Path, encoders_hash: str, denoiser: Denoiser,
-                preserve: float | None, seed: int):
-    """Yields Inputs: what each expert was trained to change, its unsafe prompts, on the unsafe and
-    on the safe image, where sampling starts out and where it should end. With preserve (lambda)
-    also what it was trained to leave alone, the safe image under its safe prompt and under none.
-    All noise levels come equally often."""
-    for expert, concept in enumerate(experts.concepts):
-        if not (data / concept).is_dir():    # a merged LoRA, or another program's
-            raise BadInput(f"{experts.files[expert].path}: {data} has no pairs of {concept!r}; "
-                           "give the folder of all pairs as --data, or use --method average")
-        pairs = read_latents(data, [concept], encoders_hash)
-        few = slice(CALIBRATION_PAIRS)
-        winner, loser = pairs.winner[few], pairs.loser[few]
-        unsafe, safe = pairs.unsafe[few], pairs.safe[few]
-        empty = safe.replaced(torch.tensor([True]), pairs.empty)
-        kinds = [("", expert, 1.0, loser, unsafe.followed_by(unsafe))]
-        if preserve:
-            kinds.append(("safe ", None, preserve, winner, safe.followed_by(empty)))
-        for kind, owner, weight, second, prompt in kinds:
-            x_0, rng = torch.cat([winner, second]), generator(seed, "calibration", kind + concept)
-            t = stratified_times(len(x_0), denoiser.schedule.T, rng)
-            x_t = denoiser.schedule.add_noise(x_0, torch.randn(x_0.shape, generator=rng), t)
-            for some in torch.arange(len(t)).split(at_once(denoiser.reduction * x_0.shape[-1])):
-                yield Inputs(owner, weight * len(some) / len(t),
-                             *(field[some].to(denoiser.device) for field in (x_t, t, prompt)))
+def calibration(pairs: Pairs, concept: str, denoiser: Denoiser, preserve: float | None, seed: int):
+    """Yields Inputs: what an expert was trained to change, its unsafe prompts, on the unsafe and on
+    the safe image, where sampling starts out and where it should end. With preserve (lambda) also
+    what it was trained to leave alone, the safe image under its safe prompt and under none. All
+    noise levels come equally often."""
+    few = slice(CALIBRATION_PAIRS)
+    winner, loser, unsafe, safe = (
+        field[few] for field in (pairs.winner, pairs.loser, pairs.unsafe, pairs.safe))
+    empty = safe.replaced(torch.tensor([True]), pairs.empty)
+    kinds = [("", 1.0, loser, unsafe.followed_by(unsafe))]
+    if preserve:
+        kinds.append(("safe ", preserve, winner, safe.followed_by(empty)))
+    for kind, weight, second, prompt in kinds:
+        x_0, rng = torch.cat([winner, second]), generator(seed, "calibration", kind + concept)
+        t = stratified_times(len(x_0), denoiser.schedule.T, rng)
+        x_t = denoiser.schedule.add_noise(x_0, torch.randn(x_0.shape, generator=rng), t)
+        for some in torch.arange(len(t)).split(at_once(denoiser.reduction * x_0.shape[-1])):
+            yield Inputs(not kind, weight * len(some) / len(t),
+                         *(field[some].to(denoiser.device) for field in (x_t, t, prompt)))
 
 
 def per_rank(values: torch.Tensor, parts: list[Factors]) -> torch.Tensor:
@@ -121,61 +115,60 @@ class Statistic:
     """What calibration tells of a layer. E_i is the mean over the inputs x of i's category, and
     G_i = E_i x x^T [I, I].
 
-    activity  {i: E_i |delta W_i x| [O]}
+    activity  {i: E_i |delta W_i x| [O]}, of the experts that adapt the layer
     products  {i: A_i G_i [r, I]}
     M [I, I]  sum_i (G_i + lambda G_i,safe), where regmean will solve; of ALL experts: one that does
               not adapt this layer wants nothing changed on its inputs. (Large for a convolution:
               530 MB for 3x3 of 1,280 channels.)
     """
-    def __init__(self, parts: dict[int, Factors], solving: bool):
-        self.parts, self.solving, self.M = parts, solving, 0.0
-        self.activity, self.products = dict.fromkeys(parts, 0.0), dict.fromkeys(parts, 0.0)
+    def __init__(self, solving: bool):
+        self.solving, self.M, self.activity, self.products = solving, 0.0, {}, {}
 
-    def add(self, x: torch.Tensor, inputs: Inputs):
-        """x [N, I]: what the layer multiplies."""
-        i, weight = inputs.expert, inputs.weight / len(x)
+    def add(self, x: torch.Tensor, weight: float, i: int, f: Factors | None):
+        """x [N, I]: what the layer multiplies; f: of expert i, which was trained to change it."""
+        weight /= len(x)
         if self.solving:
             self.M += weight * x.T @ x
-        if i in self.parts:
-            f = self.parts[i]
+        if f:
             narrow = x @ f.down.to(x.device).T                # [N, r]
             change = f.scale * narrow @ f.up.to(x.device).T   # [N, O]
-            self.activity[i] += weight * change.abs().sum(0)
-            self.products[i] += weight * narrow.T @ x
+            self.activity[i] = self.activity.get(i, 0) + weight * change.abs().sum(0)
+            self.products[i] = self.products.get(i, 0) + weight * narrow.T @ x
 
-    def owner(self):
+    def owner(self) -> torch.Tensor:
         """[O]: the place of the most active expert; of equals the first."""
         return torch.stack(list(self.activity.values())).argmax(0).cpu()
 
-    def wanted(self) -> Factors:
+    def wanted(self, parts: list[Factors]) -> Factors:
         """sum_i delta W_i G_i, as factors of scale 1: B = [s_1 B_1, ...], A = [A_1 G_1; ...]."""
-        return add_changes([f._replace(down=self.products[i].cpu()) for i, f in self.parts.items()])
+        return add_changes([f._replace(down=product.cpu())
+                            for f, product in zip(parts, self.products.values())])
 
-    def overlaps(self, f: Factors) -> torch.Tensor:
+    def overlaps(self, parts: list[Factors], f: Factors) -> torch.Tensor:
         """[n, n]: E_i <delta W_i x, delta W'_j x> of changes delta W'_j that are stacked to f as
-        the experts are to their sum. In row i: how much each does of what expert i wants, on the
+        the parts are to their sum. In row i: how much each does of what expert i wants, on the
         inputs of i. It is <delta W_i G_i, delta W'_j>, and <B A, D C> is the sum of
         (B^T D) * (A C^T)."""
-        wanted, n = self.wanted(), len(self.parts)
-        products = (wanted.up.T @ f.up) * (wanted.down @ f.down.T)    # [R, R], R: sum of ranks
-        of = per_rank(torch.arange(n), list(self.parts.values()))
-        rows = products.new_zeros(n, len(of)).index_add(0, of, products)
-        return products.new_zeros(n, n).index_add(1, of, rows)
+        wanted, of = self.wanted(parts), per_rank(torch.arange(len(parts)), parts)
+        products = (wanted.up.T @ f.up) * (wanted.down @ f.down.T)    # [R, R]
+        rows = products.new_zeros(len(parts), len(of)).index_add(0, of, products)
+        return rows.new_zeros(len(parts), len(parts)).index_add(1, of, rows)
 
-    def energy(self) -> torch.Tensor:
+    def energy(self, parts: list[Factors]) -> torch.Tensor:
         """[n]: E_i |delta W_i x|^2, what each expert does on its own inputs."""
-        return self.overlaps(add_changes(list(self.parts.values()))).diagonal()
+        return self.overlaps(parts, add_changes(parts)).diagonal()
 
 
 @torch.no_grad()
-def measure(denoiser: Denoiser, statistics, inputs):
-    """Fills {layer: its statistic} in ONE pass of the base UNet for all experts, since x does not
-    depend on them: it is what the base's layers meet, nearly what the merged model's will meet."""
+def measure(denoiser: Denoiser, statistics, i: int, expert: dict[str, Factors], inputs):
+    """Tells {layer: its statistic} what the base UNet's layers meet on the inputs of expert i:
+    nearly what the merged model's will meet, and known before anything is merged."""
     adaptable, hooks = lora.layers(denoiser.unet), []
     for name, statistic in statistics.items():
-        hook = lambda layer, args, to=statistic: to.add(lora.rows(layer, args[0]), now)
+        hook = lambda layer, args, to=statistic, f=expert.get(name): to.add(
+            lora.rows(layer, args[0]), now.weight, i, f if now.own else None)
         hooks.append(adaptable[name][1].register_forward_pre_hook(hook))
-    for now in tqdm(inputs, desc="calibrating"):
+    for now in inputs:
         output = denoiser.predict(now.x_t, now.t, now.prompt)
         denoiser.finite(output, "what the UNet predicts for a calibration input")
     for hook in hooks:
@@ -184,17 +177,25 @@ def measure(denoiser: Denoiser, statistics, inputs):
 
 def calibrate(experts: Experts, model: Path, data: Path, device: torch.device, precision: str,
               preserve: float | None, seed: int):
-    """{layer: its statistic}. Raises BadInput if the experts are not for this model."""
+    """{layer: its statistic}, by ONE pass of the base UNet over the inputs of all experts; an
+    expert's factors are in memory while its inputs pass. Raises BadInput if the experts are not for
+    this model, or one has no pairs."""
     files = unet_files(model)
     processes_for(device, files)    # gives a small network one thread, as in training
     if experts.metadata.get("base_model_hash") not in (None, sha256(*files)):
         raise BadInput(f"{experts.files[0].path}: was trained on another base model than --model "
                        f"{model}; give that model")
-    denoiser = load_denoiser(model, device, precision)
+    for file, concept in zip(experts.files, experts.concepts):
+        if not (data / concept).is_dir():    # a merged LoRA, or another program's
+            raise BadInput(f"{file.path}: {data} has no pairs of {concept!r}; give the folder of "
+                           "all pairs as --data, or use --method average")
+    denoiser, encoders_hash = load_denoiser(model, device, precision), sha256(*encoder_files(model))
     match_experts(denoiser.unet, experts)
-    statistics = {name: Statistic(parts, preserve is not None) for name, parts in experts.layers()}
-    inputs = calibration(experts, data, sha256(*encoder_files(model)), denoiser, preserve, seed)
-    measure(denoiser, statistics, inputs)
+    statistics = {name: Statistic(preserve is not None) for name in experts.names}
+    for i, concept in enumerate(tqdm(experts.concepts, desc="calibrating")):
+        pairs = read_latents(data, [concept], encoders_hash)
+        measure(denoiser, statistics, i, experts.lora(i),
+                calibration(pairs, concept, denoiser, preserve, seed))
     return statistics
 
 
@@ -225,7 +226,8 @@ def co_merge(parts, layer):
     that is most active there on its own inputs; every other expert's row is dropped. That weakens
     all of them, for which one factor gamma makes up [ours; README, eq. 9]."""
     merged = keep_rows(parts, layer.statistic.owner())
-    energy, kept = layer.statistic.energy().sum(), layer.statistic.overlaps(merged).sum()
+    energy = layer.statistic.energy(parts).sum()
+    kept = layer.statistic.overlaps(parts, merged).sum()
     if kept <= 0:    # it works against its experts: more of it would do harm
         return merged
     # Rows dealt out among n experts with nothing in common need n; more would blow up noise.
@@ -244,7 +246,7 @@ def regmean(parts, layer):
 
         A = [A_1 G_1; ...; A_n G_n] M^-1,    B = [s_1 B_1, ..., s_n B_n]
     """
-    M, wanted = layer.statistic.M.cpu().double(), layer.statistic.wanted()
+    M, wanted = layer.statistic.M.cpu().double(), layer.statistic.wanted(parts)
     M.diagonal().add_(RIDGE * M.diagonal().mean() + 1e-30)    # of no input at all: 0
     return wanted._replace(down=torch.linalg.solve(M, wanted.down.double().T).T.float())
 
@@ -259,8 +261,8 @@ def solve(parts, layer):
     the same in every category, on which experts ask for different things, and least squares gives
     little more than their mean: so the mean itself is taken, as often as c may be at most.
     """
-    solved, energy = regmean(parts, layer), layer.statistic.energy()
-    overlaps = layer.statistic.overlaps(solved)
+    solved, energy = regmean(parts, layer), layer.statistic.energy(parts)
+    overlaps = layer.statistic.overlaps(parts, solved)
     if overlaps.sum() < TOLD_APART * energy.sum():
         return lora.stack(parts, [GIVEN_BACK / layer.n] * len(parts))
     c = torch.linalg.lstsq(overlaps, energy[:, None]).solution[:, 0].clamp(1, GIVEN_BACK)

@@ -738,10 +738,10 @@ def test_one_pass_of_the_base_tells_all_about_every_expert(method, near, experts
 
 def joined(rule, parts: list[Factors], x: list[torch.Tensor], preserve: float = 0.0) -> Factors:
     """By a rule that calibrates on rows x[i] [N, I] of each expert, and on safe ones, SAFE."""
-    statistic = merge.Statistic(dict(enumerate(parts)), True)
+    statistic = merge.Statistic(True)
     for i, rows in enumerate(x):
-        statistic.add(rows, merge.Inputs(i, 1.0, None, None, None))
-    statistic.add(SAFE, merge.Inputs(None, preserve, None, None, None))
+        statistic.add(rows, 1.0, i, parts[i])
+    statistic.add(SAFE, preserve, 0, None)
     return rule(parts, merge.Layer(len(parts), None, None, statistic))
 
 
@@ -801,7 +801,7 @@ def test_strength_is_not_raised_without_bound():
     f = random_expert(0, 4, 4.0)["mid_block_attentions_0_proj_in"]
     for share, factor in ((3, 2.5), (-0.8, 3), (-2, 1)):    # (1 + share^2) / (1 + share)
         parts = [f._replace(up=times * f.up) for times in (1, share, 0)]
-        statistic = merge.Statistic(dict(enumerate(parts)), False)
+        statistic = merge.Statistic(False)
         statistic.activity = dict.fromkeys(range(3), torch.ones(96))
         statistic.products = dict.fromkeys(range(3), f.down)    # of inputs with E x x^T = 1
         merged = merge.co_merge(parts, merge.Layer(5, None, None, statistic))

@@ -59,6 +59,11 @@ class Experts:
                 raise BadInput(f"{file.path}: {name} is for a layer of shape {shape}, in "
                                f"{other.path} of {known}; merge experts of one model")
 
+    def lora(self, i: int) -> dict[str, Factors]:
+        """Expert i, times its weight."""
+        weight, lora = self.weights[i], self.files[i].read(self.names)
+        return {name: f._replace(up=weight * f.up) for name, f in lora.items()}
+
     def layers(self) -> Iterator[tuple[str, dict[int, Factors]]]:
         """(layer, {expert: Factors, times its weight}) of the experts that adapt the layer."""
         for k in range(0, len(self.names), AT_A_TIME):

@@ -72,10 +72,10 @@ def score(folder: str, experts: str, device: str):
     """Co-Merge's pass of what forward() takes."""
     denoiser = load_denoiser(Path(folder), torch.device(device))
     paths, inputs = sorted(Path(experts).glob("*.safetensors")), random_inputs(denoiser)
-    statistics = {name: merge.Statistic(parts, False)
-                  for name, parts in Experts(paths, [1.0]).layers()}
+    experts = Experts(paths, [1.0])
+    statistics = {name: merge.Statistic(False) for name in experts.names}
     with torch.no_grad():
         denoiser.predict(*inputs)
     yield
-    merge.measure(denoiser, statistics, [merge.Inputs(0, 1.0, *inputs)])
+    merge.measure(denoiser, statistics, 0, experts.lora(0), [merge.Inputs(True, 1.0, *inputs)])
     yield
