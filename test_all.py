@@ -493,11 +493,16 @@ def test_less_memory_is_the_same_gradient(batch, accumulate, checkpointing, call
 
 @parametrize("name, size", [("bf16", 0.03), ("fp16", 0.005)])
 def test_mixed_precision_is_near(name, size, gradients):
-    """fp16 with a scaler, undone before clipping. The LoRA and its gradient are fp32."""
-    pairs = random_pairs("hate")
+    """fp16 with a scaler, undone before clipping. The LoRA and its gradient are fp32, and autocast
+    leaves in fp32 what half precision would spoil."""
+    pairs, mixed = random_pairs("hate"), []
     for precision in ("fp32", name):
-        first_step(*fresh_policy(precision=precision), pairs, precision=precision, batch_size=2)
+        denoiser, parameters = fresh_policy(precision=precision)
+        denoiser.unet.register_forward_pre_hook(
+            lambda *_: mixed.append(torch.is_autocast_enabled("cpu")))
+        first_step(denoiser, parameters, pairs, precision=precision, batch_size=2)
     exact, found = gradients
+    assert mixed == [False, False, True, True]    # policy and reference, twice
     assert 1e-5 < far(found, exact) < size and found.dtype == torch.float32
 
 
