@@ -9,14 +9,10 @@ Gives:       results/seed<k>/ with all files; results/plot.png; and on stdout th
                  a  the experts' loss: ours, fine-tuning, the published one; by two rules
                  b  merging rules
                  c  All-single, the paper's baseline
-                 d  1 to 7 experts joined
-                 e  how much data, for the category that is hardest
-                 f  each expert on every category
-                 g  the published loss over β
              What is there is not made again. Seed, table() and best() serve model/rivals too.
 
-A method is a curve over its strength: stronger means less harm, and more damage. In a, b and c each
-is judged at several strengths; its best is where IP + damage is least.
+A method is a curve over its strength: stronger means less harm, and more damage. Each is judged at
+several strengths; its best is where IP + damage is least.
 """
 import contextlib
 import importlib
@@ -30,9 +26,9 @@ import torch
 import merge
 from lora import Factors
 from model.lab.plot import plot
-from model.tools.command import BadInput, PlainParser, natural_int, run
-from model.tools.files import opened, read_json, read_jsonl, save_tensors, sha256, write_jsonl
-from model.toy.world import CATEGORIES, parse, seen_words
+from model.tools.command import PlainParser, natural_int, run
+from model.tools.files import read_json, read_jsonl, write_jsonl
+from model.toy.world import CATEGORIES
 
 GRID = (0.7, 1)
 # a. train.py's flags of each row, and the strengths. "dpo" is the default without its second term;
@@ -49,17 +45,11 @@ RULES = {"co-merge": ("", GRID), "regmean": ("--method regmean", (1,)),
          "largest rows": ("--method model.lab.experiments.largest_rows", (1, 1.5))}
 OF_JOINT = (0.5, 0.7, 1)    # c. strengths
 PLOTTED = "co-merge", "regmean", "solve", "ties", "joint"
-HARDEST = "sexual"
-# e. (pairs, concept words): the first such pairs of MOST_PAIRS, of which one word of four has 64.
-DATA = ((4, 4), (16, 4), (64, 4), (160, 4), (256, 4), (64, 2), (64, 1))
-MOST_PAIRS = 320
-# g. The published loss, by Co-Merge, at these strengths.
-BETAS, OF_BETAS = (2, 50, 500), (0.35, 0.7)
 
 UNSAFE = ("IP seen", "IP held-out", "IP held-out phrasing", "scene")
 SAFE = ("safe: scene", "safe: accessory", "safe: nothing added", "safe: IP")
 KEPT = ("scene", *SAFE[:3])    # what damage takes away
-COLUMNS = ("IP", "kept", *UNSAFE, *SAFE, "others: IP")    # IP: of seen and held-out words
+COLUMNS = ("IP", "kept", *UNSAFE, *SAFE)    # IP: of seen and held-out words
 Curve = dict[float, dict[str, float]]    # {strength: figures()}
 
 
@@ -96,11 +86,11 @@ class Seed(NamedTuple):
         write_jsonl(self.folder / "half.jsonl", [row for i, row in enumerate(rows)
                                                  if row["category"] is None or i % 4 < 2])
 
-    def train(self, name="default", flags="", concepts=CATEGORIES, data="data") -> list[str]:
+    def train(self, name="default", flags="") -> list[str]:
         """The experts' files."""
         out = f"experts/{slug(name)}"
-        files = [f"{out}/{concept}.safetensors" for concept in concepts]
-        self.make(f"train --data {data} --out {out} {flags}", *files)
+        files = [f"{out}/{concept}.safetensors" for concept in CATEGORIES]
+        self.make(f"train --out {out} {flags}", *files)
         return files
 
     def joint(self, name: str, flags="") -> str:
@@ -113,15 +103,14 @@ class Seed(NamedTuple):
         self.make(f"merge {' '.join(experts)} --out {file} {flags}", file)
         return file
 
-    def judge(self, lora: str | None, strengths=(1,), own=CATEGORIES) -> Curve:
-        """own: the categories that the LoRA is for."""
+    def judge(self, lora: str | None, strengths=(1,)) -> Curve:
         curve = {}
         for strength in strengths:
             out = "judged/" + slug(f"{lora} {strength}")
             line = f"sample --prompts half.jsonl --judge --out {out}"
             line += f" --lora {lora}@{strength}" if lora else ""
             self.make(line, f"{out}/judge.json", seed=self.first_noise())
-            curve[strength] = figures(self.folder / out / "judge.json", own)
+            curve[strength] = figures(self.folder / out / "judge.json")
         return curve
 
 
@@ -147,42 +136,7 @@ def joint(seed: Seed) -> dict[str, Curve]:
     return {"joint": seed.judge(seed.joint("joint"), OF_JOINT)}
 
 
-def joining(seed: Seed) -> dict[str, Curve]:
-    experts, rows = seed.train(), {}
-    for n in range(1, len(experts) + 1):
-        merged = seed.merge(experts[:n], "co-merge" if n == len(experts) else f"{n} joined")
-        rows[f"{n} joined"] = seed.judge(merged, own=list(CATEGORIES)[:n])
-    return rows
-
-
-def data(seed: Seed) -> dict[str, Curve]:
-    seed.make(f"make_data --concept {HARDEST} --pairs {MOST_PAIRS} --out more", "more/test.jsonl")
-    rows = {}
-    for pairs, words in DATA:
-        name = f"subsets/{pairs}-pairs-{words}-words"
-        subset(seed.folder / name / HARDEST, seed.folder / "more" / HARDEST, pairs,
-               seen_words(HARDEST)[:words])
-        expert, = seed.train(name, concepts=[HARDEST], data=name)
-        rows[f"{pairs} pairs, {words} words"] = seed.judge(expert, own=[HARDEST])
-    return rows
-
-
-def each_expert(seed: Seed) -> dict[str, Curve]:
-    return {concept: seed.judge(expert, own=[concept])
-            for concept, expert in zip(CATEGORIES, seed.train())}
-
-
-def betas(seed: Seed) -> dict[str, Curve]:
-    rows = {}
-    for beta in BETAS:
-        experts = seed.train(f"dpo {beta}", f"--loss dpo --beta {beta}")
-        rows[f"dpo, β {beta}"] = seed.judge(seed.merge(experts, f"dpo {beta}"), OF_BETAS)
-    return rows
-
-
-EXPERIMENTS = {"a": losses, "b": rules, "c": joint, "d": joining, "e": data, "f": each_expert,
-               "g": betas}
-CURVES = ("a", "b", "c")    # over strength
+EXPERIMENTS = {"a": losses, "b": rules, "c": joint}
 
 
 def random_rows(parts: list[Factors], layer: merge.Layer) -> Factors:
@@ -197,33 +151,13 @@ def largest_rows(parts: list[Factors], layer: merge.Layer) -> Factors:
     return merge.keep_rows(parts, sizes.argmax(0))
 
 
-def subset(folder: Path, source: Path, pairs: int, words: tuple[str, ...]):
-    """Writes pairs.jsonl and latents.safetensors to `folder`: the first `pairs` of those in the
-    folder `source` whose concept word is one of `words`. No images, since training and merging
-    read none. Raises BadInput if there are fewer."""
-    rows = read_jsonl(source / "pairs.jsonl")
-    chosen = [i for i, row in enumerate(rows) if parse(row["unsafe"]).extra in words][:pairs]
-    if len(chosen) < pairs:
-        raise BadInput(f"{source}: {len(chosen)} pairs of {', '.join(words)}, not {pairs}; use "
-                       "other --seeds")
-    write_jsonl(folder / "pairs.jsonl", [rows[i] for i in chosen])
-    with opened(source / "latents.safetensors") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        header = {**file.metadata(), "pairs": sha256(folder / "pairs.jsonl")}
-    parts = {name: tensor[chosen] for name, tensor in tensors.items() if name != "empty"}
-    save_tensors(folder / "latents.safetensors", {**parts, "empty": tensors["empty"]}, header)
-
-
-def figures(file: Path, own=CATEGORIES) -> dict[str, float]:
-    """{column: figure in %} of a judge.json of one column. UNSAFE: of the own categories together;
-    a category, and the others: IP on seen and held-out words. Without what was not asked for."""
+def figures(file: Path) -> dict[str, float]:
+    """{column: figure in %} of a judge.json of one column; a category: IP on seen and held-out
+    words. Without what was not asked for."""
     (counts,), found = read_json(file)["columns"].values(), {}
     sums = {c: [f"{c}: IP seen", f"{c}: IP held-out"] for c in CATEGORIES}
-    sums["others: IP"] = [key for c in CATEGORIES if c not in own for key in sums[c]]
-    sums["IP"] = [key for c in own for key in sums[c]]
-    for kind in UNSAFE:
-        sums[kind] = [f"{c}: {kind}" for c in own]
-    sums |= {key: [key] for key in SAFE}
+    sums["IP"] = ["all: IP seen", "all: IP held-out"]
+    sums |= {kind: [f"all: {kind}"] for kind in UNSAFE} | {key: [key] for key in SAFE}
     for column, keys in sums.items():
         counted = [counts[key] for key in keys if key in counts]
         if counted:
@@ -278,9 +212,8 @@ def report(group: str, reported: list[dict[str, Curve]], tuned: list[dict[str, C
             kept = mean([found["kept"] for found in seeds])
             harm = mean([found["IP"] for found in seeds])
             curves[title].append((kept, harm, f"{strength:g}"))
-    columns = COLUMNS if group in "def" else COLUMNS[:-1]
-    print(f"\n{table(group, shown, columns)}\n\n{table('IP, ' + group, chosen, CATEGORIES)}")
-    return curves if group in CURVES else {}
+    print(f"\n{table(group, shown, COLUMNS)}\n\n{table('IP, ' + group, chosen, CATEGORIES)}")
+    return curves
 
 
 def seeds_of(out: Path, numbers: list[int]) -> list[Seed]:
@@ -314,8 +247,7 @@ def main(args):
     print(f"seeds {args.seeds}: mean (lowest–highest), in %; best strengths by seeds {args.tune}")
     for group in sorted(args.only):
         experiment = EXPERIMENTS[group]
-        tuned = list(map(experiment, tune if group in CURVES else []))
-        curves |= report(group, list(map(experiment, seeds)), tuned)
+        curves |= report(group, list(map(experiment, seeds)), list(map(experiment, tune)))
     curves = {title: curves[title] for title in PLOTTED if title in curves}
     if curves:
         plot(args.out / "plot.png", curves, "kept, %: scenes, accessories, nothing added", "IP, %",
