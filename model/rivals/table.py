@@ -10,8 +10,8 @@ What it is:  the table of rivals: methods that steer the sampling (steering.py),
 Needs:       the embedded toy; the folders of model/lab/experiments.py, or the time to make in them
              what is missing.
 Gives:       results/seed<k>/attack.jsonl and rivals/<method>-<knob>/, images and judge.json; and
-             on stdout a Markdown table of means and ranges over the --seeds; results/rivals.png, an
-             image of each method and category. What is there is not made again.
+             on stdout a Markdown table of means and ranges over the --seeds. What is there is not
+             made again.
 
 A refusal shows neither harm nor scene, and so costs what it refuses.
 """
@@ -38,9 +38,9 @@ from model.rivals.finetune import fine_tune, fuse, has_look
 from model.stable_diffusion import load
 from model.tools import processes
 from model.tools.command import natural_int, run
-from model.tools.files import read_json, read_jsonl, write_json
-from model.tools.images import read_images, sheet, write_image
-from model.toy import TOY, world
+from model.tools.files import read_json, write_json
+from model.tools.images import write_image
+from model.toy import TOY
 from model.toy.toy_judge import ToyJudge
 
 COLUMNS = ("kept", *UNSAFE, *SAFE, "safe: change", "attack: IP", "look", "preparation, s", "cost")
@@ -52,10 +52,6 @@ class Rival(NamedTuple):
     images [B, S, S, 3]; sd is the rival's own, and may be changed."""
     knobs: tuple
     prepare: Callable
-
-
-def base(sd, data: Path, seed: int, knob: None):
-    return steering.plain(sd)
 
 
 # A function of the seed that makes a LoRA, unless it is there -> its file. The losses of losses.py
@@ -88,7 +84,7 @@ def with_look(way: str, sd, data: Path, seed: int, knob: float):
 
 
 RIVALS = {
-    "base": Rival((None,), base),
+    "base": Rival((None,), lambda sd, *_: steering.plain(sd)),
     **{name: Rival(STRENGTHS, partial(trained, name)) for name in LORAS},
     "negative prompt": Rival((2.0, 3.0, 5.0, 7.5), steering.negative_prompt),
     "SLD": Rival(tuple(steering.PRESETS), steering.safe_latent_diffusion),
@@ -165,18 +161,6 @@ def perform_all(work: Callable, jobs: list):
     list(tqdm(processes.spread(None, work, todo, processes.cores()), total=len(todo)))
 
 
-def show(jobs: list[Job], path: Path):
-    """Writes a sheet of images of one seed, a method a column: of each category the first judged
-    prompt with the held-out word, from one noise."""
-    rows, cells = read_jsonl(jobs[0].seed.folder / "half.jsonl"), []
-    words = [world.parse(row["prompt"]).extra for row in rows]
-    held_out = [world.held_out_word(category) for category in world.CATEGORIES]
-    for number in [words.index(word) for word in held_out if word in words]:
-        images = read_images([job.folder() / f"{number:05d}.png" for job in jobs])
-        cells += zip(images, [rows[number]["prompt"]] + [""] * (len(jobs) - 1))
-    sheet(path, cells, len(jobs), tuple(job.name for job in jobs))
-
-
 def parse_arguments(argv=None):
     parser = flags("Compares other ways to make it safe, in one table.", RIVALS, RIVALS)
     parser.add_argument("--tune", type=natural_int, nargs="+", default=[100],
@@ -212,7 +196,6 @@ def main(args):
     print(f"\nseeds {args.seeds}: mean (lowest–highest), in %; change of 255; knobs by seeds "
           f"{args.tune}; preparation in CPU seconds, without a LoRA's training; cost of an image, "
           "of the base's")
-    show([job for job in reported if job.seed == seeds[0]], args.out / "rivals.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Damaged files and odd command lines. `python -m model.testing.fuzz files --cases 5000`
+"""Damaged files and odd command lines, of which test_all.py tries some.
 
 What it is:  each case comes from its number. A damaged file is read, or refused by BadInput,
              within 20 seconds; a command with odd flags ends well, or with exit status 2, one line
@@ -14,9 +14,7 @@ import io
 import os
 import random
 import re
-import resource
 import shutil
-import tempfile
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -35,8 +33,7 @@ from model.formats.checkpoint import encoder_files
 from model.formats.lora_file import load as load_lora
 from model.stable_diffusion import load
 from model.testing.checkpoints import single_file
-from model.tools import processes
-from model.tools.command import BadInput, PlainParser, at_strength, natural_int, positive_int, run
+from model.tools.command import BadInput, at_strength, run
 from model.tools.files import sha256
 from model.tools.images import read_images
 from model.toy import TOY
@@ -49,7 +46,6 @@ TEXTS = {
                '"a, b","hate, violence",12,7.5\nc,shocking,3,7\n',
     "coprov2.csv": "prompt,image,category\nu 0,u_idx0.png,\"{'hate'}\"\ns 0,s_idx0.png,\"{'hate'}\""
                    "\nu 1,u_idx1.png,\"{'hate'}\"\ns 1,s_idx1.png,\"{'hate'}\"\n"}
-STORY = {make_data: "--pairs 2", train: "--steps 3 --batch 2", merge: "experts"}
 # What works and is small; a case adds one to three flags to it.
 SCRIPTS = {
     make_data: "--concept hate --pairs 1 --steps 1 --batch 1 --judge none --out new",
@@ -211,28 +207,3 @@ def fuzz_commands(cases: int, seed: int, folder: Path, story: Path) -> int:
             before = workplace(folder, story)
     os.chdir(here)
     return refused
-
-
-def parse_arguments(argv=None):
-    parser = PlainParser("Tries damaged files, or odd command lines.")
-    parser.add_argument("what", choices=["files", "commands"])
-    parser.add_argument("--cases", type=positive_int, default=1000, help="how many")
-    parser.add_argument("--seed", type=natural_int, default=1, help="of the cases")
-    return parser.parse_args(argv)
-
-
-def main(args):
-    processes.cores = lambda: 1    # workers would not be watched
-    fuzz = {"files": fuzz_files, "commands": fuzz_commands}[args.what]
-    with tempfile.TemporaryDirectory() as story, tempfile.TemporaryDirectory() as folder:
-        with contextlib.chdir(story):
-            for script, line in STORY.items():
-                script.main(script.parse_arguments(line.split()))
-        # An absurd size in a header must not be asked for.
-        resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-        refused = fuzz(args.cases, args.seed, Path(folder, "cases"), Path(story))
-    print(f"{refused} of {args.cases} refused in one line, the others read or done")
-
-
-if __name__ == "__main__":
-    run(main, parse_arguments())

@@ -1,4 +1,4 @@
-"""Speed and memory beside diffusers and PEFT. `python -m model.testing.bench image`
+"""Speed and memory, beside diffusers' and PEFT's. `python -m model.testing.bench image`
 
     image     an image with guidance: SD 1.5 at 256 and 512 px (2 steps), SDXL at 512 and 1024 (1)
     train     a DPO step on SD 1.5: 256 px, one pair, a LoRA of rank 4, in fp32 and bf16
@@ -32,10 +32,7 @@ from model.tools.command import BadInput, PlainParser, positive_int, run
 
 LIMIT = 1800
 HEADS = "ready, s", "first, s", "last, s", "peak, GiB"
-# (our flags, PEFT's rule and rank)
-MERGES = [("--method sum", "cat 4"), ("--method average", None),
-          ("--method sum --rank 4", "svd 4"), ("--method ties --rank 28", "ties_svd 28"),
-          ("--method dare --density 0.2 --rank 28", "dare_linear_svd 28")]
+MERGES = ("sum", "average", "sum --rank 4", "ties --rank 28", "dare --density 0.2 --rank 28")
 
 
 def parse_arguments(argv=None):
@@ -79,24 +76,26 @@ def compare(rounds: int, jobs: dict[str, str]):
         print(line, flush=True)
 
 
-def image(folder: Path, rounds: int, experts):
+# A bench yields the jobs of a table, whose first row the others are compared with.
+
+def image(folder: Path, experts):
     for family, steps, sides in (("SD 1", 2, (256, 512)), ("SDXL", 1, (512, 1024))):
         for dtype in ("float32", "bfloat16")[family == "SDXL":]:    # SDXL in fp32: 10 GB
             model = full_size(family, folder / f"{steps}-{dtype}", getattr(torch, dtype))
             for side in sides:
                 title, job = f"{family} {dtype} {side}", f"image {model} {dtype} {side} {steps}"
-                compare(rounds, {f"diffusers, {title}": f"peers {job} cpu",
-                                 f"ours, {title}": f"ours {job} cpu"})
+                yield {f"diffusers, {title}": f"peers {job} cpu",
+                       f"ours, {title}": f"ours {job} cpu"}
 
 
-def train(folder: Path, rounds: int, experts):
+def train(folder: Path, experts):
     model = full_size("SD 1", folder / "model")
     ours, peer = f"ours step {model} 256 --device cpu --batch 1", f"peers step {model} 256 1 cpu"
-    compare(rounds, {
+    yield {
         "one forward": f"ours forward {model} cpu", "ours": ours,
         "ours, --checkpointing": f"{ours} --checkpointing",
         "ours, --precision bf16": f"{ours} --precision bf16",
-        "diffusers + PEFT": f"{peer} fp32", "diffusers + PEFT, bf16": f"{peer} bf16"})
+        "diffusers + PEFT": f"{peer} fp32", "diffusers + PEFT, bf16": f"{peer} bf16"}
 
 
 def random_experts(model: Path, folder: Path, n: int) -> Path:
@@ -106,20 +105,16 @@ def random_experts(model: Path, folder: Path, n: int) -> Path:
     return folder
 
 
-def merge(folder: Path, rounds: int, experts: list[int]):
+def merge(folder: Path, experts: list[int]):
     model = full_size("SD 1", folder / "model")
     for n in experts:
         files = random_experts(model, folder / str(n), n)
-        for flags, rule in MERGES:
-            jobs = {f"ours, {n}: {flags[9:]}": f"ours combine {files} {flags}"}
-            if rule and n <= 100:    # PEFT would need 180,000 modules for 700
-                jobs[f"PEFT, {n}: {rule}"] = f"peers combine {files} {rule}"
-            compare(rounds, jobs)
-        compare(rounds, {"one forward": f"ours forward {model} cpu",
-                         f"scoring {n} experts": f"ours score {model} {files} cpu"})
+        yield {f"{n}: {rule}": f"ours combine {files} --method {rule}" for rule in MERGES}
+        yield {"one forward": f"ours forward {model} cpu",
+               f"scoring {n} experts": f"ours score {model} {files} cpu"}
 
 
-def gpu(folder: Path, rounds: int, experts):
+def gpu(folder: Path, experts):
     if not torch.cuda.is_available():
         raise BadInput("gpu: torch finds no CUDA device here; use a machine with one")
     print(torch.cuda.get_device_name())
@@ -127,16 +122,16 @@ def gpu(folder: Path, rounds: int, experts):
         model = full_size(family, folder / str(side), torch.bfloat16)
         files = random_experts(model, folder / f"{side}-experts", 7)
         job = f"image {model} bfloat16 {side} 25 cuda"
-        compare(rounds, {f"{family}: diffusers": f"peers {job}", "ours": f"ours {job}"})
-        compare(rounds, {f"{family}: one forward": f"ours forward {model} cuda",
-                         "scoring 7 experts": f"ours score {model} {files} cuda"})
+        yield {f"{family}: diffusers": f"peers {job}", "ours": f"ours {job}"}
+        yield {f"{family}: one forward": f"ours forward {model} cuda",
+               "scoring 7 experts": f"ours score {model} {files} cuda"}
         for pairs in (1, 4, 16):
             ours = f"ours step {model} {side} --device cuda --precision bf16 --batch {pairs}"
             peer = f"peers step {model} {side} {pairs} cuda bf16"
-            compare(rounds, {
+            yield {
                 f"{pairs} pairs: diffusers + PEFT": peer,
                 "the same, checkpointing": f"{peer} checkpointing",
-                "ours": ours, "ours, --checkpointing": f"{ours} --checkpointing"})
+                "ours": ours, "ours, --checkpointing": f"{ours} --checkpointing"}
 
 
 BENCHES = {"image": image, "train": train, "merge": merge, "gpu": gpu}
@@ -145,7 +140,8 @@ BENCHES = {"image": image, "train": train, "merge": merge, "gpu": gpu}
 def main(args):
     print(f"{os.cpu_count()} cores, torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
-        BENCHES[args.what](Path(folder), args.rounds, args.experts)
+        for jobs in BENCHES[args.what](Path(folder), args.experts):
+            compare(args.rounds, jobs)
 
 
 if __name__ == "__main__":

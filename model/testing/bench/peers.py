@@ -1,8 +1,7 @@
 """diffusers' and PEFT's jobs (clock.py): an image; a step of Diffusion-DPO as the official release
-takes it; merging."""
-from pathlib import Path
-
+takes it."""
 import diffusers
+import peft
 import torch
 import torch.nn.functional as F
 
@@ -24,7 +23,6 @@ def image(folder: str, dtype: str, side: str, steps: str, device: str):
 
 def models(folder: str, device: str, dtype: torch.dtype, checkpointing: str):
     """(pipeline, a second UNet as the reference, the LoRA's parameters), frozen but for these."""
-    import peft
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype).to(device)
     reference = type(pipe.unet).from_pretrained(folder, subfolder="unet", torch_dtype=dtype)
     for part in (reference.to(device), *pipe.components.values()):
@@ -76,31 +74,3 @@ def step(folder: str, side: str, pairs: str, device: str, precision: str, checkp
         optimiser.step()
         optimiser.zero_grad()
         yield
-
-
-def combine(experts: str, rule: str, rank: str):
-    """add_weighted_adapter. Ready when all adapters are in memory."""
-    import peft
-    from model.formats.lora_file import load
-    loras = [load(path)[0] for path in sorted(Path(experts).glob("*.safetensors"))]
-    network = torch.nn.Module()
-    for name, f in loras[0].items():    # weights are pages that nobody touches
-        layer = torch.nn.utils.skip_init(torch.nn.Linear, f.down.shape[1], len(f.up), bias=False)
-        network.add_module(name, layer)
-    config = peft.LoraConfig(r=4, lora_alpha=4, target_modules=list(loras[0]))
-    adapted, names = peft.PeftModel(network, config, "0"), [str(i) for i in range(len(loras))]
-    for name, lora in zip(names, loras):
-        if name != "0":
-            adapted.add_adapter(name, config)
-        state = {}
-        for key, f in lora.items():
-            state[f"base_model.model.{key}.lora_A.weight"] = f.down
-            state[f"base_model.model.{key}.lora_B.weight"] = f.up
-        peft.set_peft_model_state_dict(adapted, state, name)
-    del loras
-    yield
-    with torch.no_grad():
-        adapted.add_weighted_adapter(names, [1.0] * len(names), "merged", rule,
-                                     svd_rank=int(rank), density=0.2)
-    adapted.save_pretrained(f"{experts}/peft", selected_adapters=["merged"])
-    yield
