@@ -13,7 +13,6 @@ every diffusers checkpoint has:
     unet/config.json, ...    optional, for networks that are not the published ones;
     vae/                     needed, as in a diffusers folder, where the file lacks a VAE's tensors.
 """
-import json
 import re
 import shutil
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import nn
 
 from model.formats import single_file
 from model.tools.command import BadInput
-from model.tools.files import opened, read_json, replacing
+from model.tools.files import opened, places, read_json, replacing
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
          "text_encoder": "model", "text_encoder_2": "model"}
@@ -339,9 +338,8 @@ class Checkpoint:
         names |= {"model_ema." + key.removeprefix("model.").replace(".", ""): name
                   for key, name in names.items()}
         changed = set()
+        starts = {place.key: place.start for place in places(source)[0]}
         with opened(source) as file, open(target, "r+b") as written:
-            size = int.from_bytes(written.read(8), "little")
-            header = json.loads(written.read(size))
             for key in [key for key in file.keys() if key in names]:
                 delta, old = change(names[key]), file.get_tensor(key)
                 if delta is None or not delta.any():    # strength 0 is the same file, bit for bit
@@ -351,7 +349,7 @@ class Checkpoint:
                 if not new.isfinite().all():
                     raise BadInput(f"{source}: {key} is not finite any more with the LoRA in it; "
                                    "use a lower strength")
-                written.seek(8 + size + header[key]["data_offsets"][0])
+                written.seek(starts[key])
                 written.write(new.contiguous().view(torch.uint8).numpy().data)
                 changed.add(names[key])
         return changed

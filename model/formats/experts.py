@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora import Factors
-from model.formats.lora_file import FAMILIES, VERSION, LoRAFile, read_all
+from model.formats.lora_file import FAMILIES, VERSION, LoRAFile
 from model.tools.command import BadInput
 
 AT_A_TIME = 8    # layers of all experts that memory holds
@@ -68,7 +68,7 @@ class Experts:
         """(layer, {expert: Factors, times its weight}) of the experts that adapt the layer."""
         for k in range(0, len(self.names), AT_A_TIME):
             names = self.names[k:k + AT_A_TIME]
-            loras = read_all(self.files, names)
+            loras = [file.read(names) for file in self.files]
             for name in names:
                 parts = {i: lora[name] for i, lora in enumerate(loras) if name in lora}
                 yield name, {i: f._replace(up=self.weights[i] * f.up) if self.weights[i] != 1 else f

@@ -30,7 +30,7 @@ import torch
 from lora import Factors, flat
 from model.formats.single_file import original_name, unet_name
 from model.tools.command import BadInput
-from model.tools.files import finite, places, read_json, read_tensors, save_tensors
+from model.tools.files import Place, finite, places, read_json, read_tensors, save_tensors
 
 # How wide the prompt is tells the family. So other programs call it: (name, ss_base_model_version,
 # modelspec.architecture, .implementation (whose names the layers have), .resolution).
@@ -138,42 +138,45 @@ def peft_alphas(path: Path, metadata: dict[str, str]) -> tuple[list, bool]:
 
 
 @lru_cache
-def names_of(sizes: tuple) -> tuple[dict, dict, int, int]:
-    """What keys mean, of ((key, shape), ...) in order: {flat name: {part: key}}, {flat name:
-    (r, O, I)}, and how many layers of text encoders and embeddings there are. Worked out once for
-    files that are alike. Raises BadInput as LoRAFile does, without the file's name."""
-    names, shapes, adapters, shape_of = {}, {}, set(), dict(sizes)
-    texts, embeddings = ({match[0] for match in map(pattern.match, shape_of) if match}
+def layers_of(places: tuple[Place, ...]) -> tuple[dict, dict, dict, int, int]:
+    """What keys mean: {flat name: {part: place}}, {flat name: (r, O, I)}, {flat name: dotted name},
+    and how many layers of text encoders and embeddings there are. Worked out once for files that
+    are alike. Raises BadInput as LoRAFile does, without the file's name."""
+    layers, shapes, dots, adapters = {}, {}, {}, set()
+    texts, embeddings = ({match[0] for place in places if (match := pattern.match(place.key))}
                          for pattern in (TEXT_ENCODER, EMBEDDING))
-    for key, shape in sizes:
+    for place in places:
+        key = place.key
         if TEXT_ENCODER.match(key) or EMBEDDING.match(key):
             continue
         plain = re.sub(r"_orig_mod[._]", "", key.replace(".processor.", "."))    # torch.compile's
         match = KEY.fullmatch(plain)
         if not match:
             check_kind(key)
-            raise BadInput(f"key {key!r} {list(shape)} belongs to no known LoRA spelling; is this "
-                           "a plain LoRA for a UNet?")
+            raise BadInput(f"key {key!r} {list(place.shape)} belongs to no known LoRA spelling; is "
+                           "this a plain LoRA for a UNet?")
         dotted, ending, adapter = match.groups()
         adapters |= {adapter} - {None}    # names, of PEFT's that end with one
         if dotted.endswith("to_out"):    # old files leave out to_out's index
             dotted += ".0"
-        names.setdefault(flat(unet_name(dotted)), {"dotted": dotted})[ENDINGS[ending]] = key
+        name = flat(unet_name(dotted))
+        dots[name] = dotted
+        layers.setdefault(name, {})[ENDINGS[ending]] = place
     if len(adapters) > 1:
         raise BadInput(f"holds several adapters, {sorted(adapters)}; save each to a file of its "
                        "own")
-    for name, keys in names.items():
-        down, up, alpha = (shape_of.get(keys.get(part), ()) for part in PARTS)
+    for name, parts in layers.items():
+        down, up, alpha = (parts[part].shape if part in parts else () for part in PARTS)
         if (not {len(down), len(up)} <= {2, 4} or not math.prod(up[1:]) == down[0] > 0
                 or math.prod(alpha) != 1):
             raise BadInput(f"{name} is not a matching pair of LoRA factors; the file is damaged or "
                            "of another kind")
         shapes[name] = (down[0], up[0], math.prod(down[1:]))
-    if not any(map(UNET_LAYER.match, names)):
-        raise BadInput(f"holds no LoRA for the UNet of a Stable Diffusion ({len(names)} layers of "
+    if not any(map(UNET_LAYER.match, layers)):
+        raise BadInput(f"holds no LoRA for the UNet of a Stable Diffusion ({len(layers)} layers of "
                        f"another model, {len(texts)} layers of text encoders); give a file written "
                        "by train.py or merge.py")
-    return names, shapes, len(texts), len(embeddings)
+    return layers, shapes, dots, len(texts), len(embeddings)
 
 
 class LoRAFile:
@@ -190,16 +193,14 @@ class LoRAFile:
     """
     def __init__(self, path: Path):
         self.path = path
-        self.places, metadata = places(path)
-        self.metadata = dict(metadata)
-        sizes = tuple((key, place.shape) for key, place in self.places.items())
-        peft = any(".lora_A." in key for key in self.places)
+        tensors, self.metadata = places(path)
+        peft = any(".lora_A." in place.key for place in tensors)
         try:
             self.alphas, self.rslora = peft_alphas(path, self.metadata) if peft else ([], False)
-            self.keys, self.shapes, texts, embeddings = names_of(sizes)
+            self.layers, self.shapes, self.dots, texts, embeddings = layers_of(tensors)
         except BadInput as error:
             raise BadInput(f"{path}: {error}") from None
-        if any(key.startswith(KOHYA_XL) for key in self.places):
+        if any(place.key.startswith(KOHYA_XL) for place in tensors):
             self.metadata.setdefault(VERSION, FAMILIES[2048][1])
         widths = {name: I for name, (_, _, I) in self.shapes.items()}
         self.width = prompt_width(widths, self.metadata.get(VERSION))
@@ -207,38 +208,26 @@ class LoRAFile:
             print(f"note: {path}: its {texts} text-encoder layers and {embeddings} embeddings are "
                   "left out, only the UNet's part is used", file=sys.stderr)
 
-    def alpha(self, dotted: str, rank: int) -> float:
+    def alpha(self, name: str, rank: int) -> float:
         """A layer's alpha where the file has no tensor for it."""
         for pattern, alpha in self.alphas:
-            if pattern.match(dotted):    # rsLoRA: the scale is alpha / sqrt(rank)
+            if pattern.match(self.dots[name]):    # rsLoRA: the scale is alpha / sqrt(rank)
                 return alpha * rank ** 0.5 if self.rslora else alpha
         return float(rank)
 
     def read(self, names) -> dict[str, Factors]:
         """Those of its layers. Raises BadInput if one is not finite."""
-        return read_all([self], names)[0]
-
-
-def read_all(files: list[LoRAFile], names) -> list[dict[str, Factors]]:
-    """read() of each file. Those that are alike are read as one: it takes a fifth of the time."""
-    loras, alike = [{} for _ in files], {}
-    for file, lora in zip(files, loras):
-        alike.setdefault(id(file.places), []).append((file, lora))
-    for group in alike.values():
-        file, _ = group[0]
-        known = [name for name in names if name in file.keys]
-        wanted = [key for name in known for part, key in file.keys[name].items() if part in PARTS]
-        tensors = read_tensors([file.path for file, _ in group],
-                               {key: file.places[key] for key in wanted})
-        for name in known:
-            keys, (r, O, I) = file.keys[name], file.shapes[name]
-            downs = tensors[keys["down"]].view(len(group), r, I)
-            ups = tensors[keys["up"]].view(len(group), O, r)
-            alphas = (tensors[keys["alpha"]].flatten().tolist() if "alpha" in keys
-                      else [file.alpha(keys["dotted"], r) for file, _ in group])
-            for (_, lora), down, up, alpha in zip(group, downs, ups, alphas):
-                lora[name] = Factors(down, up, alpha, file.places[keys["down"]].shape[2:])
-    return loras
+        layers = {name: self.layers[name] for name in names if name in self.layers}
+        tensors = read_tensors(self.path, [
+            parts[part] for parts in layers.values() for part in PARTS if part in parts])
+        lora = {}
+        for name, parts in layers.items():
+            down, up, *alpha = (tensors[parts[part].key] for part in PARTS if part in parts)
+            r, O, I = self.shapes[name]
+            lora[name] = Factors(down.view(r, I), up.view(O, r),
+                                 alpha[0].item() if alpha else self.alpha(name, r),
+                                 parts["down"].shape[2:])
+        return lora
 
 
 def load(path: Path) -> tuple[dict[str, Factors], dict[str, str]]:

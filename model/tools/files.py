@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import sys
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -158,59 +157,52 @@ def finite(x: torch.Tensor) -> bool:
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in its file: bytes from start to end, after the header."""
+    """Where a tensor lies in its file: bytes from start to end."""
+    key: str
     start: int
     end: int
     dtype: str
     shape: tuple[int, ...]
 
 
-@lru_cache
-def parsed(header: str) -> tuple[dict[str, Place], dict[str, str]]:
-    """({key: place}, sorted by key, and the metadata). Files of one program have one header, but
-    for the metadata, and there may be hundreds of them."""
-    entries = json.loads(header)
-    metadata = entries.pop("__metadata__", None) or {}
-    return {key: Place(*entry["data_offsets"], entry["dtype"], tuple(entry["shape"]))
-            for key, entry in sorted(entries.items())}, metadata
-
-
-def places(path: Path) -> tuple[dict[str, Place], dict[str, str]]:
-    """What parsed() says of a safetensors file. Raises BadInput as opened() does: the library has
-    checked what is read here."""
+def places(path: Path) -> tuple[tuple[Place, ...], dict[str, str]]:
+    """Of a safetensors file: the places, sorted by key, and the metadata. Raises BadInput as
+    opened() does: the library has checked what is read here."""
     opened(path)
     with open(path, "rb") as file:
-        header = file.read(int.from_bytes(file.read(8), "little")).decode()
-    first = '{"__metadata__":'
-    if not header.startswith(first):
-        return parsed(header)
-    metadata, end = json.JSONDecoder().raw_decode(header, len(first))
-    return parsed("{" + header[end:].lstrip(", "))[0], metadata or {}
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    metadata = header.pop("__metadata__", None) or {}
+    return tuple(Place(key, *(8 + size + offset for offset in entry["data_offsets"]),
+                       entry["dtype"], tuple(entry["shape"]))
+                 for key, entry in sorted(header.items())), metadata
 
 
-def read_tensors(paths: list[Path], wanted: dict[str, Place]) -> dict[str, torch.Tensor]:
-    """{key: what each file has there [files, numbers], fp32}, of files with the same places.
-    Neighbours of one dtype are read and checked as one: a LoRA has hundreds of small tensors.
-    Raises BadInput, naming the file, for NaN, infinity and unusual dtypes."""
-    runs, tensors, end = [], {}, None
-    for key, place in sorted(wanted.items(), key=lambda item: item[1]):
-        if end != (place.start, place.dtype):
+def read_tensors(path: Path, wanted: list[Place]) -> dict[str, torch.Tensor]:
+    """{key: what lies there, flat and fp32}. Neighbours of one dtype are read and checked as one: a
+    LoRA has hundreds of small tensors, for which the library takes long. Raises BadInput, naming
+    the file, for NaN, infinity and unusual dtypes."""
+    runs, tensors = [], {}
+    for place in sorted(wanted, key=lambda place: place.start):
+        last = runs[-1][-1] if runs else place
+        if (last.end, last.dtype) != (place.start, place.dtype):
             runs.append([])
-        runs[-1].append(key)
-        end = place.end, place.dtype
-    for run in runs:
-        start, dtype = wanted[run[0]].start, wanted[run[0]].dtype
-        block = torch.empty(len(paths), wanted[run[-1]].end - start, dtype=torch.uint8)
-        for path, row in zip(paths, block):
-            with open(path, "rb") as file:
-                file.seek(8 + int.from_bytes(file.read(8), "little") + start)
-                if dtype not in BY_NAME or file.readinto(row.numpy()) < len(row):
-                    raise BadInput(f"{path}: {run[0]} of {dtype} cannot be read; save it as F32")
-            if not finite(row.view(BY_NAME[dtype]).float()):
-                raise BadInput(f"{path}: {run[0]} or a tensor after it holds NaN or infinity; make "
-                               "this file again")
-        sizes = [math.prod(wanted[key].shape) for key in run]
-        tensors.update(zip(run, block.view(BY_NAME[dtype]).float().split(sizes, 1)))
+        runs[-1].append(place)
+    with open(path, "rb") as file:
+        for run in runs:
+            first = run[0]
+            if first.dtype not in BY_NAME:
+                raise BadInput(f"{path}: {first.key} of {first.dtype} cannot be read; save it as "
+                               "F32")
+            file.seek(first.start)
+            data = torch.empty(run[-1].end - first.start, dtype=torch.uint8)
+            file.readinto(data.numpy())
+            block = data.view(BY_NAME[first.dtype]).float()
+            if not finite(block):
+                raise BadInput(f"{path}: {first.key} or a tensor after it holds NaN or infinity; "
+                               "make this file again")
+            parts = block.split([math.prod(place.shape) for place in run])
+            tensors |= {place.key: part for place, part in zip(run, parts)}
     return tensors
 
 
