@@ -265,8 +265,9 @@ def solve(parts, layer):
     overlaps = layer.statistic.overlaps(parts, solved)
     if overlaps.sum() < TOLD_APART * energy.sum():
         return lora.stack(parts, [GIVEN_BACK / layer.n] * len(parts))
-    c = torch.linalg.lstsq(overlaps, energy[:, None]).solution[:, 0].clamp(1, GIVEN_BACK)
-    return solved._replace(up=solved.up * per_rank(c, parts))
+    # torch's default driver starts from memory that nobody has set: bytes would differ.
+    c = torch.linalg.lstsq(overlaps, energy[:, None], driver="gelsd").solution[:, 0]
+    return solved._replace(up=solved.up * per_rank(c.clamp(1, GIVEN_BACK), parts))
 
 
 RULES = {"co-merge": co_merge, "regmean": regmean, "solve": solve, "average": average,
