@@ -110,7 +110,8 @@ class Seed(NamedTuple):
             line = f"sample --prompts half.jsonl --judge --out {out}"
             line += f" --lora {lora}@{strength}" if lora else ""
             self.make(line, f"{out}/judge.json", seed=self.first_noise())
-            curve[strength] = figures(self.folder / out / "judge.json")
+            counts, = read_json(self.folder / out / "judge.json")["columns"].values()
+            curve[strength] = figures(counts)
         return curve
 
 
@@ -151,11 +152,10 @@ def largest_rows(parts: list[Factors], layer: merge.Layer) -> Factors:
     return merge.keep_rows(parts, sizes.argmax(0))
 
 
-def figures(file: Path) -> dict[str, float]:
-    """{column: figure in %} of a judge.json of one column; a category: IP on seen and held-out
-    words. Without what was not asked for."""
-    (counts,), found = read_json(file)["columns"].values(), {}
-    sums = {c: [f"{c}: IP seen", f"{c}: IP held-out"] for c in CATEGORIES}
+def figures(counts: dict[str, dict]) -> dict[str, float]:
+    """{column: figure in %} of a column of judge.json; a category: IP on seen and held-out words.
+    Without what was not asked for."""
+    found, sums = {}, {c: [f"{c}: IP seen", f"{c}: IP held-out"] for c in CATEGORIES}
     sums["IP"] = ["all: IP seen", "all: IP held-out"]
     sums |= {kind: [f"all: {kind}"] for kind in UNSAFE} | {key: [key] for key in SAFE}
     for column, keys in sums.items():

@@ -9,7 +9,7 @@ What it is:  the table of rivals: methods that steer the sampling (steering.py),
              against prompts that avoid the words (attack.py).
 Needs:       the embedded toy; the folders of model/lab/experiments.py, or the time to make in them
              what is missing.
-Gives:       results/seed<k>/attack.jsonl and rivals/<method>-<knob>/, images and judge.json; and
+Gives:       results/seed<k>/attack.jsonl and rivals/<method>-<knob>/, images and figures.json; and
              on stdout a Markdown table of means and ranges over the --seeds. What is there is not
              made again.
 
@@ -112,7 +112,7 @@ class Job(NamedTuple):
         return self.seed.folder / "rivals" / slug(self.name + knob)
 
     def file(self) -> Path:
-        return self.folder() / "judge.json"
+        return self.folder() / "figures.json"
 
     def base(self) -> "Job":
         return Job(self.seed, "base")
@@ -133,12 +133,12 @@ def perform(_, job: Job):
     spent = time.process_time() - prepared
     for i, image in enumerate(images):
         write_image(job.folder() / f"{i:05d}.png", image)
-    folders = {job.name: job.folder(), "base": job.base().folder()}
+    folders = {"own": job.folder(), "base": job.base().folder()}
     judge = ToyJudge.load(TOY / "judge")
-    measured = measure(folders, requests, judge, base="base").figures[job.name]
+    measured = measure(folders, requests, judge, base="base").figures["own"]
     write_json(job.file(), {
-        "columns": {job.name: {key: vars(figure) for key, figure in measured.items()}},
-        "attack: IP": steering.ip(images[len(requests):]),
+        **figures({key: vars(figure) for key, figure in measured.items()}),
+        "safe: change": measured["safe: change"].mean, "attack: IP": steering.ip(images[len(requests):]),
         "look": 100 * float(np.mean([has_look(image) for image in images])),
         "preparation, s": prepared - started, "images, s": spent})
 
@@ -146,9 +146,7 @@ def perform(_, job: Job):
 def found(job: Job) -> dict[str, float]:
     """The figures of a finished job, by column."""
     own, bare = read_json(job.file()), read_json(job.base().file())
-    change = own["columns"][job.name].get("safe: change", {"total": 0, "n": 1})    # the base's: 0
-    return {**own, **figures(job.file()), "safe: change": change["total"] / change["n"],
-            "cost": own["images, s"] / bare["images, s"]}
+    return {**own, "cost": own["images, s"] / bare["images, s"]}
 
 
 def by_knob(seed: Seed, name: str) -> dict:

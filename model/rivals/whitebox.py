@@ -14,7 +14,7 @@ What it is:  how often an aligned model generates harm again, for a budget. The 
                  weights   a LoRA, with the prompts as they are: fine-tuning
              Who takes a safety LoRA off again has the base.
 Needs:       the folders of model/rivals/table.py: data, and the LoRAs of the models to attack.
-Gives:       results/seed<k>/attacks/<model>/<attack>-<category>.json; on stdout a table of IP;
+Gives:       results/seed<k>/attacks/<model>/<attack>.json; on stdout a table of IP;
              results/<attack>.png, IP over the budget.
 
 Letters: N prompts, K tokens, M allowed ones, P images, B batch, C H W a latent's shape, L tokens
@@ -152,23 +152,25 @@ class Job(NamedTuple):
     seed: Seed
     model: str
     attack: str
-    category: str
 
     def file(self) -> Path:
-        name = f"{self.attack}-{self.category}.json"
-        return self.seed.folder / "attacks" / slug(self.model) / name
+        return self.seed.folder / "attacks" / slug(self.model) / f"{self.attack}.json"
 
 
 def perform(_, job: Job):
-    """Writes {budget: IP in %}."""
+    """Writes {budget: IP in %, the mean of all categories}."""
     torch.set_num_threads(1)
-    sd, data = load(TOY, torch.device("cpu")), job.seed.folder / "data"
-    RIVALS[job.model].prepare(sd, data, job.seed.number, MODELS[job.model])
-    victim, harm = Victim(sd, data, job.category), {}
-    budgets, attack = BUDGETS[job.attack], ATTACKS[job.attack](victim, job.seed.number)
-    for step, states in enumerate(islice(attack, budgets[-1] + 1)):
-        if step in budgets:
-            harm[step] = victim.harm(states, 20_000_000 + 1000 * job.seed.number)
+    data, number, budgets = job.seed.folder / "data", job.seed.number, BUDGETS[job.attack]
+    harm = dict.fromkeys(budgets, 0.0)
+    for category in world.CATEGORIES:
+        sd = load(TOY, torch.device("cpu"))
+        RIVALS[job.model].prepare(sd, data, number, MODELS[job.model])
+        victim = Victim(sd, data, category)
+        attack = ATTACKS[job.attack](victim, number)
+        for step, states in enumerate(islice(attack, budgets[-1] + 1)):
+            if step in budgets:
+                of_category = victim.harm(states, 20_000_000 + 1000 * number)
+                harm[step] += of_category / len(world.CATEGORIES)
     write_json(job.file(), harm)
 
 
@@ -177,25 +179,22 @@ def parse_arguments(argv=None):
                  ["base", "Co-Merge", "joint", "UCE", "Diffusion-SDPO's loss"]).parse_args(argv)
 
 
-def mean_ip(seed: Seed, attack: str, budget: int, model: str) -> float:
-    """Of all categories."""
-    files = [Job(seed, model, attack, category).file() for category in world.CATEGORIES]
-    return mean([read_json(file)[str(budget)] for file in files])
+def found(seed: Seed, attack: str, budget: int, models) -> dict[str, float]:
+    """{model: IP in %}"""
+    return {model: read_json(Job(seed, model, attack).file())[str(budget)] for model in models}
 
 
 def main(args):
     models, rows = args.only, {}
     seeds = [Seed(number, args.out.resolve() / f"seed{number}") for number in args.seeds]
-    jobs = list(starmap(Job, product(seeds, models, ATTACKS, world.CATEGORIES)))
-    perform_all(perform, jobs)
+    perform_all(perform, list(starmap(Job, product(seeds, models, ATTACKS))))
     for attack, budgets in BUDGETS.items():
         curves = {model: [] for model in models}
         for budget in budgets:
-            found = [dict(zip(models, map(partial(mean_ip, seed, attack, budget), models)))
-                     for seed in seeds]
-            rows[f"{attack}, {budget}"] = found
+            row = rows[f"{attack}, {budget}"] = [found(seed, attack, budget, models)
+                                                 for seed in seeds]
             for model in models:
-                harm = mean([of_seed[model] for of_seed in found])
+                harm = mean([of_seed[model] for of_seed in row])
                 curves[model].append((budget, harm, str(budget)))
         plot(args.out / f"{attack}.png", curves, "steps of the attack", "IP, %", left=0)
     print(table("attack, budget in steps", rows, models))
