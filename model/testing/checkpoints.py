@@ -6,7 +6,8 @@ Gives:       small_pipeline(), folder(), single_file() of the kinds SD1, SD2, SD
              every_layer(); SMALL and VAES, configs.
 
 Every number differs where a mix-up could hide: heads by level, depth by level. The single files are
-named by counting blocks, and not by the table in model/formats/single_file.py, which they test.
+named by diffusers' own tables and by counting blocks, and not by the table in
+model/formats/single_file.py, which they test.
 """
 import re
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING as LDM
 from safetensors.torch import save_file
 
 import lora
@@ -151,11 +153,9 @@ def single_file(kind: str, path: Path) -> Path:
     """Writes small_pipeline(kind) as the file that the first code would have written, tensors that
     nobody reads included, with tokenizers and configs beside it. Returns the path."""
     with tempfile.TemporaryDirectory() as scratch:
-        whole = folder(kind, Path(scratch))
-        for file in [*whole.glob("*/*config.json"), *whole.glob("tokenizer*/*")]:
-            copy = path.parent / file.relative_to(whole)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, copy)
+        ignored = shutil.ignore_patterns("*.safetensors", "model_index.json")
+        shutil.copytree(folder(kind, Path(scratch)), path.parent, ignore=ignored,
+                        dirs_exist_ok=True)
     tensors = {key: tensor.clone().contiguous() for key, tensor in ldm_tensors(kind).items()}
     save_file(tensors, path, {"format": "pt"})
     return path
@@ -164,9 +164,7 @@ def single_file(kind: str, path: Path) -> Path:
 def unet_blocks(levels: int, first_up: int) -> dict[str, str]:
     """{start of a diffusers name: of the single file's}. first_up: the place of the first level's
     upsampling in its block."""
-    names = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-             "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-             "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+    names = {**LDM["unet"]["layers"], **LDM["unet"]["addition_embed_type"],
              "mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2",
              "mid_block.attentions.0": "middle_block.1"}
     for b in range(levels):
@@ -182,12 +180,11 @@ def unet_blocks(levels: int, first_up: int) -> dict[str, str]:
 
 def vae_blocks(levels: int) -> dict[str, str]:
     """The same of the VAE."""
-    names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
-    shared = {"conv_in": "conv_in", "conv_out": "conv_out", "conv_norm_out": "norm_out",
-              "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2",
-              "mid_block.attentions.0": "mid.attn_1"}
+    names = dict(LDM["vae"])
     for side in ("encoder", "decoder"):
-        names |= {f"{side}.{ours}": f"{side}.{theirs}" for ours, theirs in shared.items()}
+        names |= {f"{side}.mid_block.resnets.0": f"{side}.mid.block_1",
+                  f"{side}.mid_block.resnets.1": f"{side}.mid.block_2",
+                  f"{side}.mid_block.attentions.0": f"{side}.mid.attn_1"}
     for b in range(levels):
         up = levels - 1 - b
         for j in range(3):
@@ -211,7 +208,7 @@ def renamed(state: dict, prefix: str, blocks: dict[str, str], layers) -> dict:
     """A part's tensors by the single file's names."""
     tensors = {}
     for key, tensor in state.items():
-        block = max((name for name in blocks if key.startswith(name + ".")), key=len)
+        block = max((name for name in blocks if f"{key}.".startswith(f"{name}.")), key=len)
         inner = key[len(block):]
         if ".resnets." in block or "attn_1" in blocks[block]:
             for ours, theirs in layers:
