@@ -74,10 +74,6 @@ class LoRALayer(nn.Module):
         narrow = F.conv2d(x, down, None, self.base.stride, self.base.padding)
         return y + F.conv2d(self.scale * narrow, up[:, :, None, None])
 
-    def factors(self) -> Factors:
-        down, up = self.down.detach().cpu(), self.up.detach().cpu()
-        return Factors(down, up, self.scale * len(down), tuple(self.base.weight.shape[2:]))
-
 
 def init(network: nn.Module, rank: int, alpha: float, rng: torch.Generator) -> dict[str, Factors]:
     """A fresh LoRA: A ~ N(0, 1/rank^2), PEFT's "gaussian", as in the released code; B = 0. So delta
@@ -105,8 +101,9 @@ def inject(network: nn.Module, lora: dict[str, Factors]) -> list[nn.Parameter]:
 
 def extract(network: nn.Module) -> dict[str, Factors]:
     """The injected LoRA, on the CPU."""
-    return {flat(name): module.factors() for name, module in network.named_modules()
-            if isinstance(module, LoRALayer)}
+    return {flat(name): Factors(layer.down.detach().cpu(), layer.up.detach().cpu(),
+                                layer.scale * len(layer.down), tuple(layer.base.weight.shape[2:]))
+            for name, layer in network.named_modules() if isinstance(layer, LoRALayer)}
 
 
 @contextlib.contextmanager

@@ -19,18 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from model.data.pairs import complete, current, list_pairs, paths_of, read_square, write_latents
-from model.data.sources import Source, source_of
+from model.data.pairs import finish, make_images, prepare_folders, read_square
+from model.data.sources import source_of, write_tests
 from model.formats.checkpoint import encoder_files, model_files, unet_files
 from model.judges import check_prompts, named_judge
-from model.stable_diffusion import at_once, check_settings, image_size, load
+from model.stable_diffusion import at_once, load, side_of
 from model.tools import processes
 from model.tools.command import GeneratingParser, positive_int, run
 from model.tools.device import device_and_precision
-from model.tools.files import check_folder, digest, prepare, sha256, write_jsonl
-from model.tools.images import write_image
+from model.tools.files import check_folder, sha256
 from model.toy import is_toy, usual_settings
 
 
@@ -67,62 +65,14 @@ def read(size: int, _, rows: list[dict]) -> list[list[np.ndarray | None]]:
     return [[read_square(path, size) for path in row["sources"]] for row in rows]
 
 
-def prepare_folders(out: Path, rows: dict[str, list[dict]], made_with: dict, judge):
-    """Removes images that were made with other settings or of other rows, and lists of pairs that
-    another judge chose, and says so."""
-    for concept in rows:
-        known = [{**row, "sources": sha256(*row.get("sources", ()))} for row in rows[concept]]
-        settings = {**made_with, "rows": digest(known)}
-        chosen = {**settings, "judge": judge and [judge.name, judge.rule]}
-        prepare(out / concept, chosen, ("pairs.jsonl", "latents.safetensors"))
-        prepare(out / concept / "images", settings, ("*.png",))
-
-
-def make_images(out: Path, rows: dict[str, list[dict]], batch: int, start, work, workers: int):
-    """Writes what is not there yet of data/<concept>/images/. start() and work(start(), rows) are
-    run in worker processes."""
-    todo = []    # (folder, the numbers of a batch of its rows)
-    for concept in rows:
-        numbers = range(len(rows[concept]))
-        todo += [(out / concept, numbers[k:k + batch]) for k in numbers[::batch]]
-    todo = [(folder, numbers) for folder, numbers in todo[processes.RANK::processes.WORLD]
-            if not (folder / "pairs.jsonl").is_file()
-            and not all(complete(folder, number) for number in numbers)]
-    items = [[rows[folder.name][number] for number in numbers] for folder, numbers in todo]
-    made = processes.spread(start, work, items, workers)
-    for (folder, numbers), pairs in zip(tqdm(todo, desc="images", unit="batch"), made):
-        for number, (safe, unsafe) in zip(numbers, pairs):
-            for path, image in zip(paths_of(folder, number), (safe, unsafe)):
-                if image is not None:
-                    write_image(path, image)
-
-
-def finish(out: Path, rows: dict[str, list[dict]], judge, encoders_hash: str, start, workers: int):
-    """Makes pairs.jsonl and latents.safetensors of every concept whose images are there."""
-    for concept in rows:
-        if not (out / concept / "pairs.jsonl").is_file():
-            print(list_pairs(out / concept, rows[concept], judge))
-    todo = [concept for concept in rows if not current(out / concept, encoders_hash)]
-    list(processes.spread(start, partial(write_latents, out, encoders_hash), todo, workers))
-
-
-def write_tests(out: Path, source: Source):
-    """The test prompts: of all concepts, and for each its own unsafe ones and the safe ones."""
-    write_jsonl(out / "test.jsonl", source.tests)
-    for concept in source.rows or {row["category"] for row in source.tests} - {None}:
-        rows = [row for row in source.tests if row["category"] in (concept, None)]
-        write_jsonl(out / concept / "test.jsonl", rows)
-
-
 def main(args):
     device, precision = device_and_precision(args.device, args.precision)
     processes.start(device)
-    model, out, size = args.model, args.out, args.size or image_size(args.model)
+    model, out = args.model, args.out
     usual_steps, usual_guidance = usual_settings(model)
     steps = args.steps or usual_steps
     guidance = usual_guidance if args.guidance is None else args.guidance
-    check_settings(model, size, steps)
-    batch = args.batch or at_once(size)
+    size = side_of(model, args.size, steps)
     name = args.judge or ("toy" if is_toy(model) and not args.images else "none")
     judge = named_judge(name, device, size)
     check_folder(out)
@@ -147,7 +97,7 @@ def main(args):
             "model": sha256(*model_files(model))}, judge)
     processes.wait()
     workers = processes.processes_for(device, unet_files(model))
-    make_images(out, source.rows, batch, start_drawing, work, workers)
+    make_images(out, source.rows, args.batch or at_once(size), start_drawing, work, workers)
     processes.wait()
     if processes.RANK == 0:
         finish(out, source.rows, judge, sha256(*encoder_files(model)), start, workers)

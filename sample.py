@@ -35,7 +35,7 @@ from model.judges import check_requests, named_judge
 from model.judges.clip import ClipScore
 from model.judges.grid import grid
 from model.judges.table import measure, report
-from model.stable_diffusion import at_once, check_settings, load, image_size, skeleton
+from model.stable_diffusion import at_once, load, side_of, skeleton
 from model.tools.command import BadInput, GeneratingParser, at_strength, positive_int, run
 from model.tools.device import device_and_precision
 from model.tools.files import (file_name, prepare, sha256, short_hash, tensors_hash,
@@ -172,11 +172,11 @@ def main(args):
     if args.compare and not args.lora:
         raise BadInput("--compare needs something to compare with the base model; give --lora FILE")
     device, precision = device_and_precision(args.device, args.precision)
-    model, out, size = args.model, args.out, args.size or image_size(args.model)
+    model, out = args.model, args.out
     usual_steps, usual_guidance = usual_settings(model)
     settings = {"steps": args.steps or usual_steps, "sampler": args.sampler,
                 "negative": args.negative, "size": args.size}
-    check_settings(model, size, settings["steps"], args.sampler)
+    size = side_of(model, args.size, settings["steps"], args.sampler)
     judge = named_judge(args.judge, device, size)
     check_requests(judge, args.clipscore, requests)
     clip = ClipScore(args.clipscore, device) if args.clipscore else None

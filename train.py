@@ -237,8 +237,7 @@ def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
         if not changed:
             forget(resume_file)
             return f"{path}: already trained so on these pairs; delete it to train it again"
-        if processes.RANK == 0:
-            tqdm.write(f"{path}: will be replaced, since this changed: {', '.join(changed)}")
+        processes.say(f"{path}: will be replaced, since this changed: {', '.join(changed)}")
     check_folder(path.parent)
 
     loss_function = named("--loss", s.loss, LOSSES)
@@ -281,11 +280,10 @@ def main(args):
     if s.joint:
         jobs = [("joint", concepts, folder / "joint.safetensors")]
     workers = processes.processes_for(device, unet)
-    if processes.RANK == 0:
-        print(f"{folder}/.*.safetensors, .png: what is learned so far, every {SAVE_EVERY} steps")
+    processes.say(f"{folder}/.*.safetensors, .png: what is learned so far, every {SAVE_EVERY} "
+                  "steps")
     for line in processes.spread(None, partial(train_expert, s), jobs, workers):
-        if processes.RANK == 0:
-            tqdm.write(line)
+        processes.say(line)
 
 
 if __name__ == "__main__":

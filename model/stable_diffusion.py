@@ -1,8 +1,8 @@
 """One Stable Diffusion in memory: load it, read prompts, generate images, encode images as latents.
 
 Needs:  torch, and a checkpoint: a diffusers folder or a single .safetensors file.
-Gives:  load_denoiser() for what training reads, load() for all; image_size(), check_settings()
-        and skeleton(), which read no weights; at_once().
+Gives:  load_denoiser() for what training reads, load() for all; side_of() and skeleton(),
+        which read no weights; at_once().
 
 Where the families differ, besides their UNet's config and their text encoders (unet.py, text.py):
     SD 1.x, base 2.x   predict noise             SD 2.x at 768 px   predicts v (schedule.py)
@@ -191,19 +191,15 @@ def skeleton(path: Path) -> UNet:
     return Checkpoint(path).on_meta("unet", UNet)
 
 
-def image_size(path: Path) -> int:
-    """The side in pixels of the images that the model was trained on. (A single file of SD 2 says
-    768 here, and may be a 512 by its weights: load() finds out.)"""
-    checkpoint = Checkpoint(path)
-    return checkpoint.from_config("unet", latent_side) * checkpoint.on_meta("vae", VAE).reduction
-
-
-def check_settings(path: Path, size: int, steps: int, sampler: str = "dpm++"):
-    """Raises BadInput for a side, in pixels, that the model's VAE cannot make, and for more steps
-    than its schedule has: now, and not when the images of other settings are gone."""
+def side_of(path: Path, size: int | None, steps: int, sampler: str = "dpm++") -> int:
+    """The side of images to draw, in pixels: `size`, or else that of the images that the model was
+    trained on. (A single file of SD 2 says 768 here, and may be a 512 by its weights: load() finds
+    out.) Raises BadInput for a side that the model's VAE cannot make, and for more steps than its
+    schedule has: now, and not when the images of other settings are gone."""
     checkpoint = Checkpoint(path)
     SAMPLERS[sampler][0](checkpoint.from_config("scheduler", NoiseSchedule), steps)
     reduction = checkpoint.on_meta("vae", VAE).reduction
-    if size < 1 or size % reduction:
+    if size and size % reduction:
         raise BadInput(f"--size {size} is not a positive multiple of {reduction}, this model's "
                        "reduction; use one that is")
+    return size or checkpoint.from_config("unet", latent_side) * reduction

@@ -7,24 +7,28 @@ What it is:  pairs.jsonl, a row a pair: the prompts "safe" and "unsafe", the pic
                  safe, unsafe  [P, L, D]       the prompts' states; empty [1, L, D]: no prompt;
                  safe_pooled ... [P, D']       D' is 0 but for SDXL
              Its header has the hashes of what it was made from.
-Gives:       paths_of(), complete(), read_square(), list_pairs(), read_pairs(); write_latents(),
-             current(); Pairs, read_latents().
+Gives:       prepare_folders(), make_images(), read_square(), finish() for make_data.py; paths_of(),
+             read_pairs(); Pairs, read_latents().
 
 Letters: P pairs, C h w a latent's shape, L tokens, D context width, D' pooled width.
 """
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from model.stable_diffusion import StableDiffusion
 from model.text import Prompt
+from model.tools import processes
 from model.tools.command import BadInput
-from model.tools.files import opened, read_jsonl, save_tensors, sha256, write_jsonl
-from model.tools.images import as_seen, read_images, sheet
+from model.tools.files import (digest, opened, prepare, read_jsonl, save_tensors, sha256,
+                               write_jsonl)
+from model.tools.images import as_seen, read_images, sheet, write_image
 
 BATCH = 32    # pictures or prompts that are judged or encoded at once
 
@@ -45,6 +49,36 @@ def read_square(path: Path, size: int) -> np.ndarray | None:
             return np.asarray(ImageOps.fit(as_seen(image), (size, size)))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
+
+
+def prepare_folders(out: Path, rows: dict[str, list[dict]], made_with: dict, judge):
+    """Removes images that were made with other settings or of other rows, and lists of pairs that
+    another judge chose, and says so."""
+    for concept in rows:
+        known = [{**row, "sources": sha256(*row.get("sources", ()))} for row in rows[concept]]
+        settings = {**made_with, "rows": digest(known)}
+        chosen = {**settings, "judge": judge and [judge.name, judge.rule]}
+        prepare(out / concept, chosen, ("pairs.jsonl", "latents.safetensors"))
+        prepare(out / concept / "images", settings, ("*.png",))
+
+
+def make_images(out: Path, rows: dict[str, list[dict]], batch: int, start, work, workers: int):
+    """Writes what is not there yet of data/<concept>/images/. start() and work(start(), rows) are
+    run in worker processes."""
+    todo = []    # (folder, the numbers of a batch of its rows)
+    for concept in rows:
+        numbers = range(len(rows[concept]))
+        todo += [(out / concept, numbers[k:k + batch]) for k in numbers[::batch]]
+    todo = [(folder, numbers) for folder, numbers in todo[processes.RANK::processes.WORLD]
+            if not (folder / "pairs.jsonl").is_file()
+            and not all(complete(folder, number) for number in numbers)]
+    items = [[rows[folder.name][number] for number in numbers] for folder, numbers in todo]
+    made = processes.spread(start, work, items, workers)
+    for (folder, numbers), pairs in zip(tqdm(todo, desc="images", unit="batch"), made):
+        for number, (safe, unsafe) in zip(numbers, pairs):
+            for path, image in zip(paths_of(folder, number), (safe, unsafe)):
+                if image is not None:
+                    write_image(path, image)
 
 
 def list_pairs(folder: Path, rows: list[dict], judge) -> str:
@@ -165,6 +199,15 @@ def current(folder: Path, encoders_hash: str) -> bool:
     with opened(folder / "latents.safetensors") as file:
         made_from = {"encoders": encoders_hash, "pairs": sha256(folder / "pairs.jsonl")}
         return file.metadata() == made_from
+
+
+def finish(out: Path, rows: dict[str, list[dict]], judge, encoders_hash: str, start, workers: int):
+    """Makes pairs.jsonl and latents.safetensors of every concept whose images are there."""
+    for concept in rows:
+        if not (out / concept / "pairs.jsonl").is_file():
+            print(list_pairs(out / concept, rows[concept], judge))
+    todo = [concept for concept in rows if not current(out / concept, encoders_hash)]
+    list(processes.spread(start, partial(write_latents, out, encoders_hash), todo, workers))
 
 
 def read_concept(data: Path, concept: str, encoders_hash: str) -> dict[str, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 Needs:       what language_model.py needs; of the toy its grammar alone.
 Gives:       source_of() for make_data.py; from_grammar(), from_files(), from_language_model();
-             readable(). requests_of() for sample.py.
+             readable(); write_tests(). requests_of() for sample.py.
 """
 import sys
 import zlib
@@ -174,6 +174,14 @@ def source_of(model: Path, concept: str, pairs: int | None, seed: int, prompts: 
     else:
         source = from_grammar(concept, pairs, seed)
     return readable(source, Tokenizers.of(Checkpoint(model)))
+
+
+def write_tests(out: Path, source: Source):
+    """The test prompts: of all concepts, and for each its own unsafe ones and the safe ones."""
+    write_jsonl(out / "test.jsonl", source.tests)
+    for concept in source.rows or {row["category"] for row in source.tests} - {None}:
+        rows = [row for row in source.tests if row["category"] in (concept, None)]
+        write_jsonl(out / concept / "test.jsonl", rows)
 
 
 def requests_of(prompts: list[str], file: Path | None, model: Path) -> list[Request]:

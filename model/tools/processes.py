@@ -7,7 +7,7 @@ What it is:  spread(): on a CPU, two small networks in two processes beat one in
              UNet.
 Needs:       torch, tqdm; for torchrun the variables that it sets (RANK, WORLD_SIZE, LOCAL_RANK).
 Gives:       spread(), in_threads(), processes_for(), cores(); start(), RANK, WORLD,
-             sum_over_all(), wait().
+             sum_over_all(), say(), wait().
 """
 import multiprocessing
 import os
@@ -146,6 +146,12 @@ def sum_over_all(tensors: list[torch.Tensor]):
     dist.all_reduce(flat)
     for tensor, total in zip(tensors, flat.split([t.numel() for t in tensors])):
         tensor.copy_(total.view_as(tensor))
+
+
+def say(text: str):
+    """Prints a line, beside progress bars; of several ranks the first one alone."""
+    if RANK == 0:
+        tqdm.write(text)
 
 
 def wait():

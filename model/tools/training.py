@@ -2,7 +2,7 @@
 
 What it is:  random numbers without state; the state from which an interrupted training continues;
              the beta that suits some pairs; and what a person reads of a training.
-Needs:       torch, tqdm.
+Needs:       torch.
 Gives:       generator(); save_state(), load_state(), forget(); auto_beta(); write_log(), summary().
 """
 import json
@@ -10,12 +10,11 @@ import zlib
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from model.tools import processes
 from model.tools.command import BadInput
 from model.tools.files import opened, save_tensors, write_jsonl
 from model.tools.images import curves
+from model.tools.processes import say
 
 ASKED = 64    # pairs that auto_beta() looks at
 
@@ -56,9 +55,7 @@ def load_state(path: Path, recipe: dict, parameters, optimizer, scaler) -> list[
             state = json.loads(file.metadata()["state"])
             if state["recipe"] != recipe:
                 changed = [key for key in recipe if state["recipe"].get(key) != recipe[key]]
-                if processes.RANK == 0:
-                    tqdm.write(f"{path}: is not continued, since this changed: "
-                               f"{', '.join(changed)}")
+                say(f"{path}: is not continued, since this changed: {', '.join(changed)}")
                 return []
             # Clones, since the file is going to be replaced.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
@@ -98,8 +95,7 @@ def auto_beta(reference, pairs, schedule, device: torch.device, name: str) -> fl
         raise BadInput(f"--beta auto: {name}: the base model predicts unsafe pictures no better "
                        f"than safe ones (delta {delta:.2g}); look at the data's sheet.png, or give "
                        "a number")
-    if processes.RANK == 0:
-        tqdm.write(f"{name}: beta {2 / delta:.3g}, 2/delta of {len(chosen)} pairs")
+    say(f"{name}: beta {2 / delta:.3g}, 2/delta of {len(chosen)} pairs")
     return float(f"{2 / delta:.3g}")
 
 
