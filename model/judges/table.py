@@ -103,17 +103,15 @@ def fidelity(folder: Path, base: Path | None, requests: list[Request | None], cl
     """Yields (number, marks) of each picture that was to show no harm."""
     harmless = [i for i, request in enumerate(requests) if request and not request.categories]
     for part, pictures in batches(folder, harmless if base or clip else []):
-        rows = [{} for _ in part]
+        found = {}
         if clip:
-            scores = clip.score(pictures, [requests[i].prompt for i in part])
-            rows = [{"CLIPScore": score} for score in scores]
+            found["CLIPScore"] = clip.score(pictures, [requests[i].prompt for i in part])
         if base:
             before = read_images([base / f"{i:05d}.png" for i in part]).astype(int)
-            for row, change in zip(rows, np.abs(before - pictures).mean((1, 2, 3))):
-                row |= {"change": change, "changed": change > CHANGED}
-        for i, row in zip(part, rows):
-            name = group(requests[i].categories)
-            yield i, {f"{name}: {key}": value for key, value in row.items()}
+            found["change"] = np.abs(before - pictures).mean((1, 2, 3))
+            found["changed"] = found["change"] > CHANGED
+        for (kind, values), n in product(found.items(), range(len(part))):
+            yield part[n], {f"{group(requests[part[n]].categories)}: {kind}": values[n]}
 
 
 def is_number(key: str) -> bool:

@@ -18,6 +18,7 @@ import contextlib
 import importlib
 import re
 import sys
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,10 +32,10 @@ from model.tools.files import read_json, read_jsonl, write_jsonl
 from model.toy.world import CATEGORIES
 
 GRID = (0.7, 1)
-# a. train.py's flags of each row, and the strengths. "dpo" is the default without its second term;
-# "sft" has another term in place of its first.
-LOSSES = {"default": ("", GRID), "sft": ("--loss sft", GRID),
-          "dpo": ("--loss dpo", (0.35, 0.5, 0.7, 1))}
+# a. train.py's flags of each row. "dpo" is the default without its second term; "sft" has another
+# term in place of its first.
+LOSSES = {"default": "", "sft": "--loss sft", "dpo": "--loss dpo"}
+OF_LOSSES = (0.35, 0.5, 0.7, 1)    # strengths: without the second term the best is low
 # b. merge.py's flags; a rule has a scale of its own.
 RULES = {"co-merge": ("", GRID), "regmean": ("--method regmean", (1,)),
          "solve": ("--method solve", (1,)),
@@ -119,11 +120,10 @@ class Seed(NamedTuple):
 
 def losses(seed: Seed) -> dict[str, Curve]:
     rows = {"base": seed.judge(None)}
-    for name, (flags, strengths) in LOSSES.items():
-        experts = seed.train(name, flags)
-        for rule in ("co-merge", "regmean") if name in ("default", "sft") else ("co-merge",):
-            title = rule if name == "default" else f"{name} {rule}"
-            rows[title] = seed.judge(seed.merge(experts, title, RULES[rule][0]), strengths)
+    for (name, flags), rule in product(LOSSES.items(), ("co-merge", "regmean")):
+        title = rule if name == "default" else f"{name} {rule}"
+        merged = seed.merge(seed.train(name, flags), title, RULES[rule][0])
+        rows[title] = seed.judge(merged, OF_LOSSES)
     return rows
 
 

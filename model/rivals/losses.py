@@ -28,6 +28,16 @@ def margin(winner, loser, winner_ref, loser_ref) -> torch.Tensor:
     return (winner_ref - loser_ref) - (winner - loser)
 
 
+def asked(policy, reference, batch: Batch, schedule) -> list[tuple]:
+    """(output, target), both [B, C, H, W], at winner and loser under the unsafe prompt: of the
+    policy, and then of the reference."""
+    x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)
+    x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
+    inputs = torch.cat([x_w, x_l]), batch.t.repeat(2), batch.unsafe.followed_by(batch.unsafe)
+    outputs = *policy(*inputs).chunk(2), *reference(*inputs).chunk(2)
+    return list(zip(outputs, (target_w, target_l) * 2))
+
+
 def duo(policy, reference, batch: Batch, schedule, beta: float):
     """DUO: what the UNet predicts for pure noise without a prompt stays.
 
@@ -36,19 +46,10 @@ def duo(policy, reference, batch: Batch, schedule, beta: float):
 
     drift: mean squared difference of policy and reference at x_T = noise, t = T - 1, no prompt.
     """
-    x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)
-    x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
-    x_t = torch.cat([x_w, x_l, batch.noise])
-    t = torch.cat([batch.t, batch.t, torch.full_like(batch.t, schedule.T - 1)])
-    prompt = batch.unsafe.followed_by(batch.unsafe, batch.empty)
-
-    out_w, out_l, out_T = policy(x_t, t, prompt).chunk(3)
-    ref_w, ref_l, ref_T = reference(x_t, t, prompt).chunk(3)
-
-    errors = (mse(out_w, target_w), mse(out_l, target_l),
-              mse(ref_w, target_w), mse(ref_l, target_l))
+    errors = [mse(*answer) for answer in asked(policy, reference, batch, schedule)]
+    last = batch.noise, torch.full_like(batch.t, schedule.T - 1), batch.empty
     preference = -F.logsigmoid(beta * margin(*errors)).mean()
-    drift = mse(out_T, ref_T).mean()
+    drift = mse(policy(*last), reference(*last)).mean()
     return (preference + PRIOR * beta / 100 * drift,
             metrics_of(*errors, preference=preference, drift=drift))
 
@@ -68,16 +69,6 @@ def winner_safe(winner: torch.Tensor, loser: torch.Tensor) -> torch.Tensor:
     overlap = (g_w * g_l).sum()
     largest = (1 - MU) * g_w.square().sum() / overlap
     return torch.where(overlap > 0, largest.clamp(max=1), 1.0)
-
-
-def asked(policy, reference, batch: Batch, schedule) -> list[tuple]:
-    """(output, target), both [B, C, H, W], at winner and loser under the unsafe prompt: of the
-    policy, and then of the reference."""
-    x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)
-    x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
-    inputs = torch.cat([x_w, x_l]), batch.t.repeat(2), batch.unsafe.followed_by(batch.unsafe)
-    outputs = *policy(*inputs).chunk(2), *reference(*inputs).chunk(2)
-    return list(zip(outputs, (target_w, target_l) * 2))
 
 
 def sdpo(policy, reference, batch: Batch, schedule, beta: float):
