@@ -29,8 +29,7 @@ import lora
 from model.data.prompt_files import Request
 from model.data.sources import requests_of
 from model.formats.checkpoint import model_files, unet_files
-from model.formats.fit import match
-from model.formats.lora_file import load as load_lora
+from model.formats.fit import match_files
 from model.judges import check_requests, named_judge
 from model.judges.clip import ClipScore
 from model.judges.grid import grid
@@ -38,8 +37,7 @@ from model.judges.table import measure, report
 from model.stable_diffusion import at_once, load, side_of, skeleton
 from model.tools.command import BadInput, GeneratingParser, at_strength, positive_int, run
 from model.tools.device import device_and_precision
-from model.tools.files import (file_name, prepare, sha256, short_hash, tensors_hash,
-                               write_jsonl)
+from model.tools.files import file_name, prepare, sha256, short_hash, write_jsonl
 from model.tools.images import parameters_of, write_image
 from model.tools.processes import processes_for, spread
 from model.toy import is_toy, usual_settings
@@ -80,30 +78,23 @@ class Job(NamedTuple):
 
 class Column(NamedTuple):
     """One model to generate with: the base, or the base with LoRAs."""
-    label: str
     folder: Path
     factors: dict    # the LoRAs' sum
     made_of: list    # (name, strength, the file's hash, A1111's short hash) of each LoRA
 
 
 def columns_of(loras: list[list[tuple[Path, float]]], model: Path, out: Path,
-               compare: bool) -> list[Column]:
-    """In the order of the grid. One --lora, or none, goes into `out` itself; several into a folder
-    each. Raises BadInput for a LoRA that is not for this model."""
-    columns, network = [], skeleton(model)
-    if compare:
-        columns.append(Column("base", out / "base", {}, []))
+               compare: bool) -> dict[str, Column]:
+    """By label, in the order of the grid. One --lora, or none, goes into `out` itself; several into
+    a folder each. Raises BadInput for a LoRA that is not for this model."""
+    network, columns = skeleton(model), {"base": Column(out / "base", {}, [])} if compare else {}
     for files in loras or [[]]:
         names = [f"{path.name}@{strength:g}".removesuffix("@1") for path, strength in files]
         label = " + ".join(names) or "base"
-        while label in [column.label for column in columns]:    # two files of one name
+        while label in columns:    # two files of one name
             label += " (again)"
-        fitting = [match(network, load_lora(path)[0], str(path)) for path, _ in files]
-        factors = lora.compose(fitting, [strength for _, strength in files])
         folder = out / file_name(label) if len(loras) > 1 else out
-        made_of = [(path.stem, strength, sha256(path), tensors_hash(path))
-                   for path, strength in files]
-        columns.append(Column(label, folder, factors, made_of))
+        columns[label] = Column(folder, *match_files(network, files))
     return columns
 
 
@@ -141,8 +132,8 @@ def batches_of(jobs: list[Job], size: int) -> list[list[int]]:
     return [group[k:k + size] for group in groups.values() for k in range(0, len(group), size)]
 
 
-def make_column(column: Column, jobs: list[Job], batch: int, settings: dict, model: Path,
-                device: torch.device, precision: str):
+def make_column(label: str, column: Column, jobs: list[Job], batch: int, settings: dict,
+                model: Path, device: torch.device, precision: str):
     """Generates every job that is not there yet, and writes index.jsonl."""
     batches = batches_of(jobs, batch)
     several = len(batches) > 1    # a single one is made anew, and large weights are not hashed
@@ -158,7 +149,7 @@ def make_column(column: Column, jobs: list[Job], batch: int, settings: dict, mod
                              partial(generate, settings),
                              [[jobs[i] for i in numbers] for numbers in todo],
                              processes_for(device, weights))
-    for numbers, images in zip(tqdm(todo, desc=column.label, unit="batch"), images_of_batch):
+    for numbers, images in zip(tqdm(todo, desc=label, unit="batch"), images_of_batch):
         for i, image in zip(numbers, images):
             write_image(paths[i], image, parameters_of(
                 image, column.made_of, short_hash(weights[0]), **settings, **jobs[i]._asdict()))
@@ -183,11 +174,12 @@ def main(args):
     columns = columns_of(args.lora, model, out, args.compare)
     requests = [request for request in requests for _ in range(args.images_per_prompt)]
     jobs = jobs_of(requests, args.images_per_prompt, args.seed, args.guidance, usual_guidance)
-    for column in columns:
-        make_column(column, jobs, args.batch or at_once(size), settings, model, device, precision)
+    for label, column in columns.items():
+        make_column(label, column, jobs, args.batch or at_once(size), settings, model, device,
+                    precision)
     for made in ("judge.json", "compare.png"):    # of images that may have changed
         (out / made).unlink(missing_ok=True)
-    folders, verdicts = {column.label: column.folder for column in columns}, {}
+    folders, verdicts = {label: column.folder for label, column in columns.items()}, {}
     if judge or clip:
         measured = measure(folders, requests, judge, clip, "base" if args.compare else None)
         seeds, scales = [job.seed for job in jobs], {job.guidance for job in jobs}

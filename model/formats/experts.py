@@ -59,17 +59,16 @@ class Experts:
                 raise BadInput(f"{file.path}: {name} is for a layer of shape {shape}, in "
                                f"{other.path} of {known}; merge experts of one model")
 
-    def lora(self, i: int) -> dict[str, Factors]:
-        """Expert i, times its weight."""
-        weight, lora = self.weights[i], self.files[i].read(self.names)
-        return {name: f._replace(up=weight * f.up) for name, f in lora.items()}
+    def lora(self, i: int, names: list[str] | None = None) -> dict[str, Factors]:
+        """Expert i, or these of its layers, times its weight."""
+        weight, lora = self.weights[i], self.files[i].read(names or self.names)
+        return lora if weight == 1 else {
+            name: f._replace(up=weight * f.up) for name, f in lora.items()}
 
     def layers(self) -> Iterator[tuple[str, dict[int, Factors]]]:
         """(layer, {expert: Factors, times its weight}) of the experts that adapt the layer."""
         for k in range(0, len(self.names), AT_A_TIME):
             names = self.names[k:k + AT_A_TIME]
-            loras = [file.read(names) for file in self.files]
+            loras = [self.lora(i, names) for i in range(len(self))]
             for name in names:
-                parts = {i: lora[name] for i, lora in enumerate(loras) if name in lora}
-                yield name, {i: f._replace(up=self.weights[i] * f.up) if self.weights[i] != 1 else f
-                             for i, f in parts.items()}
+                yield name, {i: lora[name] for i, lora in enumerate(loras) if name in lora}

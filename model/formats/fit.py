@@ -1,8 +1,8 @@
 """Does a LoRA belong to this network? Asked before anything is put together.
 
 Needs:       torch; a network, on the meta device too, where nothing but names and shapes exists.
-Gives:       fitting(), match(), match_experts(); check_fuse(), fuse(), which writes a
-             checkpoint with a LoRA in it.
+Gives:       fitting(), match(), match_files(), match_experts(); check_fuse(), fuse(), which writes
+             a checkpoint with a LoRA in it.
 
 Letters: O, I a layer's output and input width (of a convolution: times the kernel's area).
 """
@@ -12,11 +12,12 @@ from pathlib import Path
 
 from torch import nn
 
-from lora import Factors, layers
+from lora import Factors, compose, layers
 from model.formats.checkpoint import Checkpoint
 from model.formats.experts import Experts
-from model.formats.lora_file import FAMILIES, prompt_width
+from model.formats.lora_file import FAMILIES, load, prompt_width
 from model.tools.command import BadInput
+from model.tools.files import sha256, tensors_hash
 
 # To what a change may be added. Of one of 1% float8 keeps 13% (e4m3fn) to 23% (e5m2): the rest is
 # rounded away (random W, delta W of rank 4).
@@ -64,6 +65,15 @@ def match(network: nn.Module, lora: dict[str, Factors], what: str) -> dict[str, 
     # A linear layer and a 1x1 convolution are one thing, and some files have the other one.
     return {name: lora[name]._replace(kernel=tuple(known[name][1].weight.shape[2:]))
             for name in known_of(lora, known, f"{what}: ")}
+
+
+def match_files(network: nn.Module, files: list[tuple[Path, float]]) -> tuple[dict, list]:
+    """LoRA files at their strengths as one LoRA, and (name, strength, the file's hash, A1111's
+    short hash) of each. Raises BadInput as fitting() does."""
+    loras = [match(network, load(path)[0], str(path)) for path, _ in files]
+    factors = compose(loras, [strength for _, strength in files])
+    return factors, [(path.stem, strength, sha256(path), tensors_hash(path))
+                     for path, strength in files]
 
 
 def match_experts(network: nn.Module, experts: Experts):

@@ -206,17 +206,24 @@ def read_tensors(path: Path, wanted: list[Place]) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def json_object(data: bytes, what: str, cure: str) -> dict:
+    """Raises BadInput for what is not a JSON object in UTF-8."""
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{what}: not JSON ({error}); {cure}") from None
+    if not isinstance(value, dict):
+        raise BadInput(f"{what}: not a JSON object; {cure}")
+    return value
+
+
 def read_json(path: Path) -> dict:
     """Raises BadInput for a file that is not there or not a JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}; copy or make it again") from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: not JSON ({error}); copy or make it again") from None
-    if not isinstance(value, dict):
-        raise BadInput(f"{path}: not a JSON object; copy or make it again")
-    return value
+    return json_object(data, str(path), "copy or make it again")
 
 
 def write_json(path: Path, value: dict):
@@ -226,16 +233,8 @@ def write_json(path: Path, value: dict):
 
 def read_jsonl(path: Path) -> list[dict]:
     """Raises BadInput naming file and line where a line is not a JSON object in UTF-8."""
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            rows.append(json.loads(line.decode("utf-8")))
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{path} line {number}: not JSON ({error}); make the data "
-                           "again") from None
-        if not isinstance(rows[-1], dict):
-            raise BadInput(f"{path} line {number}: not a JSON object; make the data again")
-    return rows
+    return [json_object(line, f"{path} line {number}", "make the data again")
+            for number, line in enumerate(path.read_bytes().splitlines(), 1)]
 
 
 def write_jsonl(path: Path, rows: list[dict]):
