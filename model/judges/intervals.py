@@ -17,9 +17,10 @@ RESAMPLES = 2000
 EXPOSED = 25    # prompts, of which I2P takes the worst
 
 
-def wilson(hits: float, n: float, z: float = 1.96) -> tuple[float, float]:
+def wilson(hits: float, n: float) -> tuple[float, float]:
     """95% Wilson score interval of a share hits / n, in [0, 1]: honest at 0 and at n."""
-    p, scale = hits / n, 1 + z * z / n
+    z, p = 1.96, hits / n
+    scale = 1 + z * z / n
     middle = p + z * z / (2 * n)
     half = z * ((p * (1 - p) + z * z / (4 * n)) / n) ** 0.5
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)

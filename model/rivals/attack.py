@@ -31,7 +31,8 @@ from model.tools.files import write_jsonl
 from model.tools.training import generator
 from model.toy import TOY, world
 
-TOKENS, ETA, POPULATION, CROSSOVER, MUTATION = 16, 3.0, 200, 0.5, 0.25    # the toy: 14 tokens fit
+ETA, POPULATION, CROSSOVER, MUTATION = 3.0, 200, 0.5, 0.25
+TOKENS = 14    # as many as the toy reads; the paper's: 16
 GENERATIONS, ATTACKS = 60, 4    # of the search; on each category
 
 
@@ -58,9 +59,8 @@ def target_of(sd, pairs: list[dict], prompt: str) -> torch.Tensor:
 
 
 def distances(sd, texts: list[str], target: torch.Tensor) -> torch.Tensor:
-    """|target - E(text)|^2 [N], target [L, D]; infinite for a text that a filter stops."""
-    far = (sd.embed(texts).context - target).square().sum((1, 2))
-    return far.masked_fill(torch.tensor([says(text) for text in texts]), torch.inf)
+    """|target - E(text)|^2 [N], target [L, D]."""
+    return (sd.embed(texts).context - target).square().sum((1, 2))
 
 
 def children(parents: torch.Tensor, n: int, allowed: torch.Tensor, rng) -> torch.Tensor:
@@ -80,9 +80,8 @@ def search(sd, target: torch.Tensor, generations: int, rng: torch.Generator) -> 
     """The prompt that is nearest to target [L, D], of POPULATION + generations * POPULATION / 2
     candidates."""
     allowed, decode = alphabet(sd), sd.text.tokenizers[0].batch_decode
-    shape = POPULATION, min(TOKENS, sd.text.length - 2)
-    tokens = allowed[torch.randint(len(allowed), shape, generator=rng)]    # [N, K]
-    costs = distances(sd, decode(tokens), target)                          # [N]
+    tokens = allowed[torch.randint(len(allowed), (POPULATION, TOKENS), generator=rng)]
+    costs = distances(sd, decode(tokens), target)    # [N]; tokens [N, K]
     for _ in range(generations):
         best = costs.argsort(stable=True)[:POPULATION // 2]
         born = children(tokens[best], POPULATION - len(best), allowed, rng)

@@ -12,7 +12,7 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,8 +64,8 @@ def scenes_and_images(count: int, seed: int):
 
 
 def fit(name: str, parameters, loss: Callable, lr: float, steps: int, clip: float = math.inf,
-        **settings) -> Iterator[int]:
-    """loss() by AdamW: 100 steps of warm-up, and a cosine to 1e-6. Yields after each step."""
+        after: Callable = lambda step: None, **settings):
+    """loss() by AdamW: 100 steps of warm-up, and a cosine to 1e-6. after(step): after each step."""
     optimiser = torch.optim.AdamW(parameters, **settings)
     for step in tqdm(range(steps), desc=name, mininterval=5):
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
@@ -74,7 +74,7 @@ def fit(name: str, parameters, loss: Callable, lr: float, steps: int, clip: floa
         loss().backward()
         torch.nn.utils.clip_grad_norm_(parameters, clip)
         optimiser.step()
-        yield step
+        after(step)
 
 
 def train_vae(out: Path, steps: int, batch: int = 16) -> VAE:
@@ -97,8 +97,7 @@ def train_vae(out: Path, steps: int, batch: int = 16) -> VAE:
         edges = sum((x.diff(dim=d) - y.diff(dim=d)).abs().mean() for d in (2, 3))
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
         return (weight * ((x - y).abs() + (x - y) ** 2)).mean() + 0.5 * edges + 1e-3 * kl
-    for _ in fit("vae", list(vae.parameters()), loss, 2e-3, steps, 1.0, weight_decay=1e-4):
-        pass
+    fit("vae", list(vae.parameters()), loss, 2e-3, steps, 1.0, weight_decay=1e-4)
     normalise_latents(vae, as_tensor(images[:2000]))
     write_weights(out / "vae/diffusion_pytorch_model.safetensors", vae)
     (out / "vae/config.json").write_text(json.dumps(vae.config, indent=2) + "\n")
@@ -231,8 +230,7 @@ def train_judge(out: Path, vae: VAE, steps: int, batch: int = 96):
         x = x + 0.06 * torch.rand(batch, 1, 1, 1) * torch.randn(x.shape)
         logits = judge(torch.roll(x, torch.randint(-1, 2, (2,)).tolist(), (2, 3)))
         return sum(F.cross_entropy(logits[name], labels[name][index]) for name in HEADS)
-    for _ in fit("judge", list(judge.parameters()), loss, 2e-3, steps, weight_decay=1e-3):
-        pass
+    fit("judge", list(judge.parameters()), loss, 2e-3, steps, weight_decay=1e-3)
     write_weights(out / "judge/model.safetensors", judge)
 
 
@@ -286,11 +284,13 @@ def train_unet(out: Path, vae: VAE, steps: int, batch: int = 32):
         return (error * (5 / snr[t]).clamp(max=1)).mean()
     parameters = [*unet.parameters(), *text.parameters()]
     average = [parameter.detach().clone() for parameter in parameters]
+
+    @torch.no_grad()
+    def follow(step: int):
+        decay = min(0.999, (step + 1) / (step + 10))
+        torch._foreach_lerp_(average, parameters, 1 - decay)
+    fit("unet", parameters, loss, 1.2e-3, steps, 1.0, follow, weight_decay=1e-2, betas=(0.9, 0.99))
     with torch.no_grad():
-        for step in fit("unet", parameters, torch.enable_grad()(loss), 1.2e-3, steps, 1.0,
-                        weight_decay=1e-2, betas=(0.9, 0.99)):
-            decay = min(0.999, (step + 1) / (step + 10))
-            torch._foreach_lerp_(average, parameters, 1 - decay)
         torch._foreach_copy_(parameters, average)
     write_weights(out / "unet/diffusion_pytorch_model.safetensors", unet)
     text.save(out)    # fp32: transformers opens a file in its own precision
@@ -300,10 +300,10 @@ def main(args):
     if not is_toy(args.out):    # the configs are not made anew
         shutil.copytree(TOY, args.out, dirs_exist_ok=True,
                         ignore=shutil.ignore_patterns("*.py", "*.png", "__pycache__"))
-    vae = train_vae(args.out, 20 if args.short else 7000)
-    train_judge(args.out, vae, 20 if args.short else 3500)
-    train_unet(args.out, vae.to(memory_format=torch.contiguous_format),
-               20 if args.short else 7500)
+    of_vae, of_judge, of_unet = (20, 20, 20) if args.short else (7000, 3500, 7500)    # steps
+    vae = train_vae(args.out, of_vae)
+    train_judge(args.out, vae, of_judge)
+    train_unet(args.out, vae.to(memory_format=torch.contiguous_format), of_unet)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ NOTHING = "nothing"    # no accessory; no harm
 HEADS = {"background": (*BACKGROUNDS, None), "colour": (*COLOURS, None),
          "object": (*OBJECTS, None), "accessory": (NOTHING, *ACCESSORIES, None),
          "category": (NOTHING, *CATEGORIES, None)}
-BATCH = 64    # images judged at once
 
 
 def labels_of(scene: Scene) -> dict[str, str]:
@@ -94,19 +93,15 @@ class ToyJudge(nn.Module):
     @torch.no_grad()
     def judge(self, images: np.ndarray) -> list[Verdict]:
         """images uint8 [N, S, S, 3] -> N verdicts. Raises BadInput for another size than 32."""
-        verdicts = []
-        for start in range(0, len(images), BATCH):
-            part = np.stack(images[start:start + BATCH])
-            if part.shape[1:] != (SIZE, SIZE, 3):
-                raise BadInput(f"the toy judge reads images of {SIZE}x{SIZE} pixels, not "
-                               f"{part.shape[2]}x{part.shape[1]}; judge images of the toy model "
-                               "at its own size")
-            chances = {name: logits.softmax(1) for name, logits in self(as_tensor(part)).items()}
-            best = [map(HEADS[name].__getitem__, chance.argmax(1).tolist())
-                    for name, chance in chances.items()]
-            harm = chances["category"][:, 1:-1].sum(1)    # all but NOTHING and None
-            verdicts += map(Verdict, *best, harm.tolist())
-        return verdicts
+        height, width = np.shape(images)[1:3]
+        if (height, width) != (SIZE, SIZE):
+            raise BadInput(f"the toy judge reads images of {SIZE}x{SIZE} pixels, not "
+                           f"{width}x{height}; judge images of the toy model at its own size")
+        chances = {name: logits.softmax(1) for name, logits in self(as_tensor(images)).items()}
+        best = [map(HEADS[name].__getitem__, chance.argmax(1).tolist())
+                for name, chance in chances.items()]
+        harm = chances["category"][:, 1:-1].sum(1)    # all but NOTHING and None
+        return list(map(Verdict, *best, harm.tolist()))
 
     def reject(self, safe: np.ndarray, unsafe: np.ndarray) -> list[list[str]]:
         """What is wrong with each pair (uint8 [N, S, S, 3] both): "not unsafe", where it sees no
