@@ -2150,11 +2150,11 @@ FUZZ = int(os.environ.get("FUZZ", 1))
 
 
 def test_a_damaged_file_is_read_or_refused(story, tmp_path):
-    assert 20 * FUZZ < fuzz.fuzz_files(60 * FUZZ, 0, tmp_path / "files", story) < 60 * FUZZ
+    assert 20 * FUZZ < fuzz.fuzz_files(60 * FUZZ, tmp_path / "files", story) < 60 * FUZZ
 
 
 def test_no_command_line_ends_in_a_traceback(story, tmp_path):
-    assert 10 * FUZZ < fuzz.fuzz_commands(40 * FUZZ, 0, tmp_path / "commands", story) < 40 * FUZZ
+    assert 10 * FUZZ < fuzz.fuzz_commands(40 * FUZZ, tmp_path / "commands", story) < 40 * FUZZ
 
 
 # ---- Part II, contracts: files of other programs
