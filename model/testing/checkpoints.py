@@ -99,10 +99,9 @@ def text_parts(part: str, config: dict) -> dict:
     pad = {"pad_token": "!"} if config["hidden_act"] == "gelu" else {}    # OpenCLIP's id 0
     with tempfile.TemporaryDirectory() as scratch:
         length = config.get("max_position_embeddings", 77)
-        size = write_tokenizer(Path(scratch), world.vocabulary(), length)
+        ids = write_tokenizer(Path(scratch), world.vocabulary(), length)
         tokenizer = transformers.CLIPTokenizer.from_pretrained(scratch, **pad)
-    ids = dict(bos_token_id=size - 2, eos_token_id=size - 1, pad_token_id=size - 1)
-    return {part: build_encoder({"vocab_size": size, **ids, **config}),
+    return {part: build_encoder({**ids, **config}),
             part.replace("text_encoder", "tokenizer"): tokenizer}
 
 

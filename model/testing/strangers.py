@@ -21,9 +21,8 @@ WORDS = ["<s>", "</s>", "<unk>", "\n", "a", "red", "blue", "ball", "box", "ring"
 
 def write_clip(folder: Path) -> Path:
     """Of images of 32 pixels and prompts of 16 tokens. Returns the folder."""
-    size = write_tokenizer(folder, world.vocabulary(), 16)
-    text = dict(SHAPE, vocab_size=size, max_position_embeddings=16, bos_token_id=size - 2,
-                eos_token_id=size - 1, pad_token_id=size - 1)
+    ids = write_tokenizer(folder, world.vocabulary(), 16)
+    text = dict(SHAPE, max_position_embeddings=16, **ids)
     config = transformers.CLIPConfig(text_config=text, projection_dim=20,
                                      vision_config=dict(SHAPE, image_size=32, patch_size=8))
     torch.manual_seed(0)

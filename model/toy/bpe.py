@@ -45,10 +45,10 @@ def merges_for(words: list[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def write_tokenizer(folder: Path, words: list[str], length: int) -> int:
+def write_tokenizer(folder: Path, words: list[str], length: int) -> dict[str, int]:
     """Writes vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json. The same
     words in the same order give the same bytes. length: tokens a prompt, with both ends. Returns
-    the vocabulary's size V."""
+    what a text encoder's config says of them."""
     merges = merges_for(words)
     vocab = vocabulary(merges)
     special = {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
@@ -61,4 +61,5 @@ def write_tokenizer(folder: Path, words: list[str], length: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / name).write_text(text + "\n", encoding="utf-8", newline="\n")
-    return len(vocab)
+    return {"vocab_size": len(vocab), "bos_token_id": vocab[START], "eos_token_id": vocab[END],
+            "pad_token_id": vocab[END]}

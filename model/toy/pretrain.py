@@ -238,9 +238,7 @@ def new_text_encoder(out: Path) -> TextEncoders:
     """Random, with a tokenizer for the grammar's words, which is written."""
     config = read_json(TOY / "text_encoder/config.json")
     length = config["max_position_embeddings"]
-    size = write_tokenizer(out / "tokenizer", world.vocabulary(), length)
-    config |= {"vocab_size": size, "bos_token_id": size - 2, "eos_token_id": size - 1,
-               "pad_token_id": size - 1}
+    config |= write_tokenizer(out / "tokenizer", world.vocabulary(), length)
     return TextEncoders([load_tokenizer(out / "tokenizer")], [build_encoder(config)])
 
 
