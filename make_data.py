@@ -18,9 +18,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from model.data.pairs import finish, make_images, prepare_folders, read_square
+from model.data.pairs import finish, make_images, prepare_folders, read
 from model.data.sources import source_of, write_tests
 from model.formats.checkpoint import encoder_files, model_files, unet_files
 from model.judges import check_prompts, named_judge
@@ -58,11 +57,6 @@ def generate(settings: dict, sd, rows: list[dict]) -> list[tuple[np.ndarray, np.
     safe = sd.generate([row["safe"] for row in rows], seeds, **settings)
     unsafe = sd.generate([row["unsafe"] for row in rows], seeds, **settings)
     return list(zip(safe, unsafe))
-
-
-def read(size: int, _, rows: list[dict]) -> list[list[np.ndarray | None]]:
-    """The (safe, unsafe) images that exist already; None for one that cannot be read."""
-    return [[read_square(path, size) for path in row["sources"]] for row in rows]
 
 
 def main(args):

@@ -7,7 +7,7 @@ What it is:  pairs.jsonl, a row a pair: the prompts "safe" and "unsafe", the pic
                  safe, unsafe  [P, L, D]       the prompts' states; empty [1, L, D]: no prompt;
                  safe_pooled ... [P, D']       D' is 0 but for SDXL
              Its header has the hashes of what it was made from.
-Gives:       prepare_folders(), make_images(), read_square(), finish() for make_data.py; paths_of(),
+Gives:       prepare_folders(), make_images(), read(), finish() for make_data.py; paths_of(),
              read_pairs(); Pairs, read_latents().
 
 Letters: P pairs, C h w a latent's shape, L tokens, D context width, D' pooled width.
@@ -49,6 +49,11 @@ def read_square(path: Path, size: int) -> np.ndarray | None:
             return np.asarray(ImageOps.fit(as_seen(image), (size, size)))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
+
+
+def read(size: int, _, rows: list[dict]) -> list[list[np.ndarray | None]]:
+    """The (safe, unsafe) images of rows that name them; None for one that cannot be read."""
+    return [[read_square(path, size) for path in row["sources"]] for row in rows]
 
 
 def prepare_folders(out: Path, rows: dict[str, list[dict]], made_with: dict, judge):
@@ -160,26 +165,22 @@ class Pairs(NamedTuple):
 PROMPTS = ("unsafe", "safe", "empty")
 
 
-def in_slices(encode, items: list) -> torch.Tensor:
-    """encode() of slices of the items, joined on the CPU."""
-    return torch.cat([encode(items[k:k + BATCH]).cpu() for k in range(0, len(items), BATCH)])
-
-
 def write_latents(data: Path, encoders_hash: str, sd: StableDiffusion, concept: str):
     """Encodes the pairs of a concept into latents.safetensors. encoders_hash: see current()."""
     rows, folder, tensors = read_pairs(data, concept), data / concept, {}
-    first = rows[0]["safe_image"]
-    # Beside the first image, so that one of another size is refused, by name.
-    encode = lambda paths: sd.encode(read_images([first, *paths])[1:])
+    first, empty = rows[0]["safe_image"], sd.unconditional().to("cpu")
+    slices = [rows[k:k + BATCH] for k in range(0, len(rows), BATCH)]
     for name, kind in (("winner", "safe"), ("loser", "unsafe")):
-        tensors[name] = in_slices(encode, [row[f"{kind}_image"] for row in rows])
-    empty = sd.unconditional().to("cpu")
-    for kind in ("unsafe", "safe"):
-        parts = [sd.embed([row[kind] for row in rows[k:k + BATCH]]).to("cpu")
-                 for k in range(0, len(rows), BATCH)]
+        latents = []
+        for part in slices:
+            # Beside the first image, so that one of another size is refused, by name.
+            images = read_images([first, *(row[f"{kind}_image"] for row in part)])[1:]
+            latents.append(sd.encode(images).cpu())
+        tensors[name] = torch.cat(latents)
+        prompts = [sd.embed([row[kind] for row in part]).to("cpu") for part in slices]
         # Without a safe prompt: what guidance subtracts, which for SDXL is not the state of "".
         missing = torch.tensor([not row[kind] for row in rows])
-        prompt = parts[0].followed_by(*parts[1:]).replaced(missing, empty)
+        prompt = prompts[0].followed_by(*prompts[1:]).replaced(missing, empty)
         tensors |= named_states(kind, prompt)
     tensors |= named_states("empty", empty)
     save_tensors(folder / "latents.safetensors", tensors,

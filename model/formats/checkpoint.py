@@ -186,8 +186,8 @@ class Checkpoint:
                 raise BadInput(f"{path}: was saved with a LoRA still loaded; unload it first "
                                "(unload_lora_weights, a fused one stays in), and save again")
             for key in keys:
-                name = single_file.old_vae_name(key) if part == "vae" else key
-                places[key] = path, [name.removeprefix(TEXT)]
+                old = single_file.OLD_ATTENTION if part == "vae" else ()
+                places[key] = path, [single_file.renamed(key, old).removeprefix(TEXT)]
         return places
 
     def _parts_of_file(self) -> dict[str, dict]:

@@ -151,11 +151,6 @@ OPEN_CLIP_NAMES = (
     (r"^token_embedding\.", "embeddings.token_embedding."))
 
 
-def old_vae_name(key: str) -> str:
-    """A VAE key of a diffusers folder -> our name."""
-    return renamed(key, OLD_ATTENTION)
-
-
 def vae_name(key: str, levels: int) -> str:
     """A VAE key (prefix taken off) -> our name."""
     up = re.match(r"decoder\.up\.(\d+)", key)

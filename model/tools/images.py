@@ -19,6 +19,7 @@ from model.tools.files import replacing
 
 # Pixels: an image's side on the sheet (twice that from 256 on), the space around it, a text line.
 CELL, GAP, LINE = 128, 6, 13
+WIDTH, HEIGHT = 480, 120    # of a panel of curves
 FONT = ImageFont.load_default(size=11)
 A1111_SAMPLERS = {"dpm++": "DPM++ 2M", "ddim": "DDIM"}    # what A1111 calls ours
 
@@ -129,25 +130,25 @@ def blurred(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(image).filter(blur))
 
 
-def curves(path: Path, series: dict[str, list[float]], width: int = 480, height: int = 120):
+def curves(path: Path, series: dict[str, list[float]]):
     """Writes one panel a series (name: a value a step) as a PNG: the smallest and largest value at
     the left, in as many digits as tell them apart. A point is the mean of several steps: one step's
     few pairs are mostly noise."""
-    panel = height + 3 * GAP + LINE
-    image, pen = blank(width + 70, panel * len(series))
+    panel = HEIGHT + 3 * GAP + LINE
+    image, pen = blank(WIDTH + 70, panel * len(series))
     for i, (name, values) in enumerate(series.items()):
-        top, columns = i * panel + LINE + GAP, min(len(values), width // 4)
+        top, columns = i * panel + LINE + GAP, min(len(values), WIDTH // 4)
         means = np.array([part.mean() for part in np.array_split(np.array(values), columns)])
         low, high = means.min(), means.max()
         pen.text((60, top - LINE - 2), f"{name}, {len(values)} steps", "black", FONT)
-        pen.rectangle((60, top, 60 + width, top + height), outline="lightgray")
+        pen.rectangle((60, top, 60 + WIDTH, top + HEIGHT), outline="lightgray")
         labels = [(f"{high:.{digits}g}", f"{low:.{digits}g}") for digits in range(3, 8)]
         above, below = next((pair for pair in labels if pair[0] != pair[1]), labels[0])
         pen.text((GAP, top), above, "black", FONT)
-        pen.text((GAP, top + height - LINE), below, "black", FONT)
-        x = 60 + width * (np.arange(columns) + 0.5) / columns
+        pen.text((GAP, top + HEIGHT - LINE), below, "black", FONT)
+        x = 60 + WIDTH * (np.arange(columns) + 0.5) / columns
         flat = np.full(columns, 0.5)    # in the middle: at the edge it would not be seen
-        y = top + height * ((high - means) / (high - low) if high > low else flat)
+        y = top + HEIGHT * ((high - means) / (high - low) if high > low else flat)
         points = list(zip(x, y))
         pen.line(points if columns > 1 else points * 2, "black", 2)
     write(path, image)
