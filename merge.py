@@ -107,8 +107,8 @@ def calibration(pairs: Pairs, concept: str, denoiser: Denoiser, preserve: float 
 
 
 def per_rank(values: torch.Tensor, parts: list[Factors]) -> torch.Tensor:
-    """[n] -> [R]: of each expert as often as its rank says."""
-    return values.repeat_interleave(torch.tensor([len(f.down) for f in parts]))
+    """[n, ...] -> [R, ...]: of each expert as often as its rank says."""
+    return values.repeat_interleave(torch.tensor([len(f.down) for f in parts]), 0)
 
 
 class Statistic:
@@ -135,10 +135,6 @@ class Statistic:
             self.activity[i] = self.activity.get(i, 0) + weight * change.abs().sum(0)
             self.products[i] = self.products.get(i, 0) + weight * narrow.T @ x
 
-    def owner(self) -> torch.Tensor:
-        """[O]: the place of the most active expert; of equals the first."""
-        return torch.stack(list(self.activity.values())).argmax(0).cpu()
-
     def wanted(self, parts: list[Factors]) -> Factors:
         """sum_i delta W_i G_i, as factors of scale 1: B = [s_1 B_1, ...], A = [A_1 G_1; ...]."""
         return add_changes([f._replace(down=product.cpu())
@@ -149,10 +145,8 @@ class Statistic:
         the parts are to their sum. In row i: how much each does of what expert i wants, on the
         inputs of i. It is <delta W_i G_i, delta W'_j>, and <B A, D C> is the sum of
         (B^T D) * (A C^T)."""
-        wanted, of = self.wanted(parts), per_rank(torch.arange(len(parts)), parts)
-        products = (wanted.up.T @ f.up) * (wanted.down @ f.down.T)    # [R, R]
-        rows = products.new_zeros(len(parts), len(of)).index_add(0, of, products)
-        return rows.new_zeros(len(parts), len(parts)).index_add(1, of, rows)
+        wanted, whose = self.wanted(parts), per_rank(torch.eye(len(parts)), parts)    # [R, n]
+        return whose.T @ ((wanted.up.T @ f.up) * (wanted.down @ f.down.T)) @ whose
 
     def energy(self, parts: list[Factors]) -> torch.Tensor:
         """[n]: E_i |delta W_i x|^2, what each expert does on its own inputs."""
@@ -225,7 +219,8 @@ def co_merge(parts, layer):
     """Co-Merge [our reconstruction from the paper's captions]. Each output unit goes to the expert
     that is most active there on its own inputs; every other expert's row is dropped. That weakens
     all of them, for which one factor gamma makes up [ours; README, eq. 9]."""
-    merged = keep_rows(parts, layer.statistic.owner())
+    activity = torch.stack(list(layer.statistic.activity.values()))    # [n, O]
+    merged = keep_rows(parts, activity.argmax(0).cpu())    # of equals the first
     energy = layer.statistic.energy(parts).sum()
     kept = layer.statistic.overlaps(parts, merged).sum()
     if kept <= 0:    # it works against its experts: more of it would do harm
