@@ -35,7 +35,7 @@ class Experts:
         self.metadata = {}
         for file in reversed(self.files):
             self.metadata |= {key: file.metadata[key] for key in OF_BASE if key in file.metadata}
-        self.shapes = {}    # {layer: (the file that has it first, (O, I))}
+        self.shapes = {}    # {layer: (the file that has it first, [O, I])}
         self.families = set()    # that files tell, by the width of their prompts
         for file in self.files:
             self._add(file)
@@ -53,7 +53,7 @@ class Experts:
         if len(self.families) > 1:
             raise BadInput(f"{file.path}: is for {FAMILIES[file.width][0]}, unlike others here; "
                            "merge experts of one model")
-        for name, (_, *shape) in file.shapes.items():
+        for name, shape in file.shapes.items():
             other, known = self.shapes.setdefault(name, (file, shape))
             if shape != known:
                 raise BadInput(f"{file.path}: {name} is for a layer of shape {shape}, in "

@@ -24,8 +24,8 @@ from model.tools.files import sha256, tensors_hash
 FINE = {"F64", "F32", "F16", "BF16"}
 
 
-def fitting(network: nn.Module, shapes: dict[str, tuple[int, int]], what: str):
-    """Raises BadInput, naming `what`, if one of the layers {flat name: (O, I)} has another shape in
+def fitting(network: nn.Module, shapes: dict[str, list[int]], what: str):
+    """Raises BadInput, naming `what`, if one of the layers {flat name: [O, I]} has another shape in
     the network (a meta one will do), and if the network has none of them: such a LoRA would load
     "successfully" and do nothing.
     """
@@ -33,12 +33,13 @@ def fitting(network: nn.Module, shapes: dict[str, tuple[int, int]], what: str):
     shared = [name for name in shapes if name in known]
     for name in shared:
         out, *rest = known[name][1].weight.shape
-        if tuple(shapes[name]) != (out, math.prod(rest)):
+        own = [out, math.prod(rest)]
+        if shapes[name] != own:
             widths = {key: layer.weight.shape[1] for key, (_, layer) in known.items()}
             theirs, ours = family({key: shape[1] for key, shape in shapes.items()}), family(widths)
-            raise BadInput(f"{what}: {name} is for a layer of shape {list(shapes[name])}, this "
-                           f"model's is {[out, math.prod(rest)]}: a LoRA for {theirs}, and this "
-                           f"model is {ours}; use a LoRA made for this model")
+            raise BadInput(f"{what}: {name} is for a layer of shape {shapes[name]}, this model's "
+                           f"is {own}: a LoRA for {theirs}, and this model is {ours}; use a LoRA "
+                           "made for this model")
     if not shared:
         raise BadInput(f"{what}: adapts other layers ({next(iter(shapes), 'it is empty')} ...), "
                        "none of which this model has; use a LoRA made for this model")
@@ -60,7 +61,7 @@ def known_of(names, known, what: str) -> list[str]:
 def match(network: nn.Module, lora: dict[str, Factors], what: str) -> dict[str, Factors]:
     """The part of a LoRA that is for layers of this network, with a note on stderr that counts and
     names the rest. Raises BadInput as fitting() does."""
-    fitting(network, {name: (len(f.up), f.down.shape[1]) for name, f in lora.items()}, what)
+    fitting(network, {name: [len(f.up), f.down.shape[1]] for name, f in lora.items()}, what)
     known = layers(network)
     # A linear layer and a 1x1 convolution are one thing, and some files have the other one.
     return {name: lora[name]._replace(kernel=tuple(known[name][1].weight.shape[2:]))
@@ -80,7 +81,7 @@ def match_experts(network: nn.Module, experts: Experts):
     """Leaves of experts.names the layers that the network has, with a note that counts the rest.
     Raises BadInput as fitting() does."""
     for file in experts.files:
-        fitting(network, {name: shape for name, (_, *shape) in file.shapes.items()}, str(file.path))
+        fitting(network, file.shapes, str(file.path))
     experts.names = known_of(experts.names, layers(network), "")
 
 

@@ -139,7 +139,7 @@ def peft_alphas(path: Path, metadata: dict[str, str]) -> tuple[list, bool]:
 
 @lru_cache
 def layers_of(places: tuple[Place, ...]) -> tuple[dict, dict, dict, int, int]:
-    """What keys mean: {flat name: {part: place}}, {flat name: (r, O, I)}, {flat name: dotted name},
+    """What keys mean: {flat name: {part: place}}, {flat name: [O, I]}, {flat name: dotted name},
     and how many layers of text encoders and embeddings there are. Worked out once for files that
     are alike. Raises BadInput as LoRAFile does, without the file's name."""
     layers, shapes, dots, adapters = {}, {}, {}, set()
@@ -171,7 +171,7 @@ def layers_of(places: tuple[Place, ...]) -> tuple[dict, dict, dict, int, int]:
                 or math.prod(alpha) != 1):
             raise BadInput(f"{name} is not a matching pair of LoRA factors; the file is damaged or "
                            "of another kind")
-        shapes[name] = (down[0], up[0], math.prod(down[1:]))
+        shapes[name] = [up[0], math.prod(down[1:])]
     if not any(map(UNET_LAYER.match, layers)):
         raise BadInput(f"holds no LoRA for the UNet of a Stable Diffusion ({len(layers)} layers of "
                        f"another model, {len(texts)} layers of text encoders); give a file written "
@@ -181,7 +181,7 @@ def layers_of(places: tuple[Place, ...]) -> tuple[dict, dict, dict, int, int]:
 
 class LoRAFile:
     """A LoRA file in any of the four spellings, block names by level or numbered through. Its
-    header is read at once: .metadata, .shapes {flat name: (r, O, I)}; its layers when they are
+    header is read at once: .metadata, .shapes {flat name: [O, I]}; its layers when they are
     asked for, so that 700 files need not be in memory.
 
     A missing alpha means scale 1 (PEFT: what its settings say). Text-encoder layers and embeddings
@@ -202,7 +202,7 @@ class LoRAFile:
             raise BadInput(f"{path}: {error}") from None
         if any(place.key.startswith(KOHYA_XL) for place in tensors):
             self.metadata.setdefault(VERSION, FAMILIES[2048][1])
-        widths = {name: I for name, (_, _, I) in self.shapes.items()}
+        widths = {name: I for name, (_, I) in self.shapes.items()}
         self.width = prompt_width(widths, self.metadata.get(VERSION))
         if texts or embeddings:
             print(f"note: {path}: its {texts} text-encoder layers and {embeddings} embeddings are "
@@ -223,10 +223,9 @@ class LoRAFile:
         lora = {}
         for name, parts in layers.items():
             down, up, *alpha = (tensors[parts[part].key] for part in PARTS if part in parts)
-            r, O, I = self.shapes[name]
-            lora[name] = Factors(down.view(r, I), up.view(O, r),
-                                 alpha[0].item() if alpha else self.alpha(name, r),
-                                 parts["down"].shape[2:])
+            (O, I), (r, _, *kernel) = self.shapes[name], parts["down"].shape
+            alpha = alpha[0].item() if alpha else self.alpha(name, r)
+            lora[name] = Factors(down.view(r, I), up.view(O, r), alpha, tuple(kernel))
         return lora
 
 
@@ -253,7 +252,7 @@ def save(path: Path, lora: dict[str, Factors], metadata: dict[str, str]):
     tensors = {}
     for name, f in lora.items():
         key = "lora_unet_" + (original_name(name) if width == 2048 else name)
-        up = f.up.float() * (f.alpha / alpha) if f.alpha != alpha else f.up.float()
+        up = f.up.float() * (f.alpha / alpha)
         if not (finite(up) and finite(f.down)):
             raise BadInput(f"{path}: {name} would hold NaN or infinity; lower --lr, --beta or "
                            "--weights")
