@@ -26,8 +26,7 @@ import torch
 from tqdm import tqdm
 
 import lora
-from model.data.prompt_files import Request
-from model.data.sources import requests_of
+from model.data.sources import Job, batches_of, jobs_of, requests_of
 from model.formats.checkpoint import model_files, unet_files
 from model.formats.fit import match_files
 from model.judges import check_requests, named_judge
@@ -69,13 +68,6 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-class Job(NamedTuple):
-    """One image."""
-    prompt: str
-    seed: int
-    guidance: float
-
-
 class Column(NamedTuple):
     """One model to generate with: the base, or the base with LoRAs."""
     folder: Path
@@ -98,19 +90,6 @@ def columns_of(loras: list[list[tuple[Path, float]]], model: Path, out: Path,
     return columns
 
 
-def jobs_of(requests: list[Request], images_per_prompt: int, seed: int, guidance: float | None,
-            usual_guidance: float) -> list[Job]:
-    """One for each image; `requests` names each that often. The user's guidance comes before the
-    file's, which comes before the usual one."""
-    jobs = []
-    for i, request in enumerate(requests):
-        own = i if request.seed is None else request.seed + i % images_per_prompt
-        wishes = (guidance, request.guidance, usual_guidance)
-        wish = next(wish for wish in wishes if wish is not None)
-        jobs.append(Job(request.prompt, seed + own, wish))
-    return jobs
-
-
 def load_with(model: Path, device: torch.device, precision: str, factors: dict):
     """What each worker process does once: load the model and put the LoRA in."""
     sd = load(model, device, precision)
@@ -122,14 +101,6 @@ def generate(settings: dict, sd, jobs: list[Job]) -> np.ndarray:
     """The images of jobs that have one guidance: uint8 [N, S, S, 3]."""
     return sd.generate([job.prompt for job in jobs], [job.seed for job in jobs],
                        guidance=jobs[0].guidance, **settings)
-
-
-def batches_of(jobs: list[Job], size: int) -> list[list[int]]:
-    """The jobs' numbers in batches: a batch has one guidance."""
-    groups = {}
-    for i, job in enumerate(jobs):
-        groups.setdefault(job.guidance, []).append(i)
-    return [group[k:k + size] for group in groups.values() for k in range(0, len(group), size)]
 
 
 def make_column(label: str, column: Column, jobs: list[Job], batch: int, settings: dict,
