@@ -20,8 +20,9 @@ A loss is a function (policy, reference, batch, schedule, beta) -> (loss [], met
 A loss that has to see all pairs before the first step is a class: train.py makes it with the pairs
 (model/data/pairs.py), and then calls it like the others.
 
-Letters: B pairs that go through the UNet at once, C H W a latent's shape. Numbers (1) to (4) are
-the README's equations. "Ours" marks a choice that no paper made.
+Letters: B pairs that go through the UNet at once, C H W a latent's shape; w the winner, l the
+loser, L an error. Numbers (1) to (4) are the README's equations. "Ours" marks a choice that no
+paper made.
 """
 from typing import Any, NamedTuple
 
@@ -85,11 +86,11 @@ def diffusion_dpo(policy, reference, batch: Batch, schedule, beta: float):
     out_w, out_l = policy(x_t, t, prompt).chunk(2)
     ref_w, ref_l = reference(x_t, t, prompt).chunk(2)
 
-    winner, loser = mse(out_w, target_w), mse(out_l, target_l)
-    winner_ref, loser_ref = mse(ref_w, target_w), mse(ref_l, target_l)
-    gap, gap_ref = winner - loser, winner_ref - loser_ref
+    L_w, L_l = mse(out_w, target_w), mse(out_l, target_l)
+    L_w_ref, L_l_ref = mse(ref_w, target_w), mse(ref_l, target_l)
+    gap, gap_ref = L_w - L_l, L_w_ref - L_l_ref
     preference = -F.logsigmoid(-beta / 2 * (gap - gap_ref)).mean()
-    return preference, metrics_of(winner, loser, winner_ref, loser_ref, preference=preference)
+    return preference, metrics_of(L_w, L_l, L_w_ref, L_l_ref, preference=preference)
 
 
 def both_prompts(policy, reference, batch: Batch, schedule, beta: float):
@@ -118,13 +119,13 @@ def safety_dpo(policy, reference, batch: Batch, schedule, beta: float):
     out_w, out_l, out_safe = policy(x_t, t, prompt).chunk(3)
     ref_w, ref_l, ref_safe = reference(x_t, t, prompt).chunk(3)
 
-    winner, loser = mse(out_w, target_w), mse(out_l, target_l)             # (2) [B]
-    winner_ref, loser_ref = mse(ref_w, target_w), mse(ref_l, target_l)
-    gap, gap_ref = winner - loser, winner_ref - loser_ref
+    L_w, L_l = mse(out_w, target_w), mse(out_l, target_l)                  # (2) [B]
+    L_w_ref, L_l_ref = mse(ref_w, target_w), mse(ref_l, target_l)
+    gap, gap_ref = L_w - L_l, L_w_ref - L_l_ref
     preference = -F.logsigmoid(-beta / 2 * (gap - gap_ref)).mean()         # (3)
     drift = mse(out_safe, ref_safe).mean()
     return preference + beta * drift, metrics_of(                          # (4)
-        winner, loser, winner_ref, loser_ref, preference=preference, drift=drift)
+        L_w, L_l, L_w_ref, L_l_ref, preference=preference, drift=drift)
 
 
 def fine_tuning(policy, reference, batch: Batch, schedule, beta: float):
@@ -141,13 +142,13 @@ def fine_tuning(policy, reference, batch: Batch, schedule, beta: float):
     out_w, out_l, out_safe = policy(x_t, t, prompt).chunk(3)
     ref_w, ref_l, ref_safe = reference(x_t, t, prompt).chunk(3)
 
-    winner, loser = mse(out_w, target_w), mse(out_l, target_l)
-    winner_ref, loser_ref = mse(ref_w, target_w), mse(ref_l, target_l)
-    gap, gap_ref = winner - loser, winner_ref - loser_ref
+    L_w, L_l = mse(out_w, target_w), mse(out_l, target_l)
+    L_w_ref, L_l_ref = mse(ref_w, target_w), mse(ref_l, target_l)
+    gap, gap_ref = L_w - L_l, L_w_ref - L_l_ref
     preference = -F.logsigmoid(-beta / 2 * (gap - gap_ref)).mean()
     drift = mse(out_safe, ref_safe).mean()
-    return winner.mean() + KEEP * drift, metrics_of(
-        winner, loser, winner_ref, loser_ref, preference=preference, drift=drift)
+    return L_w.mean() + KEEP * drift, metrics_of(
+        L_w, L_l, L_w_ref, L_l_ref, preference=preference, drift=drift)
 
 
 LOSSES = {"safety": safety_dpo, "dpo": diffusion_dpo, "both": both_prompts, "sft": fine_tuning}
