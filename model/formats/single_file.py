@@ -175,16 +175,9 @@ def unet_layers(config: dict) -> int:
     return layers + 1
 
 
-def vae_levels(config: dict) -> int:
-    return len(config["block_out_channels"])
-
-
-def text_layers(config: dict) -> int:
-    return int(config["num_hidden_layers"])
-
-
-# What place() counts with, each out of the config of its part.
-COUNTS = {"unet": unet_layers, "vae": vae_levels, "text_encoder": text_layers}
+# What place() counts with, each out of the config of its part: L, levels, text_layers.
+COUNTS = {"unet": unet_layers, "vae": lambda config: len(config["block_out_channels"]),
+          "text_encoder": lambda config: int(config["num_hidden_layers"])}
 
 
 def place(key: str, family: str, L: int, levels: int, text_layers: int):

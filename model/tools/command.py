@@ -125,15 +125,14 @@ class Parser(PlainParser):
 
     def __init__(self, description: str):
         super().__init__(description)
-        self.add_argument("--model", type=Path, default=TOY, help="Stable Diffusion 1, 2 or XL: a "
-                          "diffusers folder or one .safetensors file (default: the embedded toy)")
-        self.add_argument("--seed", type=natural_int, default=0,
-                          help="of everything random (default: 0)")
-        self.add_argument("--device", default="auto",
-                          help="torch device; auto is cuda, then mps, then cpu")
-        self.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                          help="of the frozen model's numbers; auto is bf16 on a GPU (fp16 where "
-                               "it lacks bf16), else fp32. LoRAs and losses are fp32 always")
+        add = self.add_argument
+        add("--model", type=Path, default=TOY, help="Stable Diffusion 1, 2 or XL: a diffusers "
+            "folder or one .safetensors file (default: the embedded toy)")
+        add("--seed", type=natural_int, default=0, help="of everything random (default: 0)")
+        add("--device", default="auto", help="torch device; auto is cuda, then mps, then cpu")
+        add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="of the "
+            "frozen model's numbers; auto is bf16 on a GPU (fp16 where it lacks bf16), else fp32. "
+            "LoRAs and losses are fp32 always")
 
 
 class GeneratingParser(Parser):
@@ -141,15 +140,15 @@ class GeneratingParser(Parser):
 
     def __init__(self, description: str):
         super().__init__(description)
-        self.add_argument("--steps", type=positive_int, help="sampling steps (default: toy 10, "
-                          "else 25)")
-        self.add_argument("--guidance", type=finite_float, help="classifier-free guidance, 1 is "
-                          "none (default: toy 3, else 7.5)")
-        self.add_argument("--negative", default="", help="what guidance steers away from, a prompt")
-        self.add_argument("--size", type=positive_int,
-                          help="an image's side in pixels (default: the model's own)")
-        self.add_argument("--batch", type=positive_int, help="images generated at once "
-                          "(default: 16 up to 256 px, 4 at 512 px, 1 at 1024 px)")
+        add = self.add_argument
+        add("--steps", type=positive_int, help="sampling steps (default: toy 10, else 25)")
+        add("--guidance", type=finite_float,
+            help="classifier-free guidance, 1 is none (default: toy 3, else 7.5)")
+        add("--negative", default="", help="what guidance steers away from, a prompt")
+        add("--size", type=positive_int,
+            help="an image's side in pixels (default: the model's own)")
+        add("--batch", type=positive_int, help="images generated at once (default: 16 up to 256 "
+            "px, 4 at 512 px, 1 at 1024 px)")
 
 
 def complain(message: str) -> int:
