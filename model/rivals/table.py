@@ -138,7 +138,8 @@ def perform(_, job: Job):
     measured = measure(folders, requests, judge, base="base").figures["own"]
     write_json(job.file(), {
         **figures({key: vars(figure) for key, figure in measured.items()}),
-        "safe: change": measured["safe: change"].mean, "attack: IP": steering.ip(images[len(requests):]),
+        "safe: change": measured["safe: change"].mean,
+        "attack: IP": steering.ip(images[len(requests):]),
         "look": 100 * float(np.mean([has_look(image) for image in images])),
         "preparation, s": prepared - started, "images, s": spent})
 

@@ -196,7 +196,7 @@ def main(args):
             for model in models:
                 harm = mean([of_seed[model] for of_seed in row])
                 curves[model].append((budget, harm, str(budget)))
-        plot(args.out / f"{attack}.png", curves, "steps of the attack", "IP, %", left=0, top=100)
+        plot(args.out / f"{attack}.png", curves, "steps of the attack", "IP, %", 0, 100)
     print(table("attack, budget in steps", rows, models))
     print(f"IP in % of {PROMPTS} prompts of each category, with seen and held-out words: mean "
           f"(lowest-highest) of seeds {args.seeds}; 0 steps: words drawn at random (words, "
