@@ -133,7 +133,7 @@ class StableDiffusion(Denoiser):
                                                   states[len(prompts):]]))
 
     def guide(self, prompt: Prompt, guidance: float, x_t: torch.Tensor, t: int) -> torch.Tensor:
-        """Classifier-free guidance (Ho & Salimans 2022; README, eq. 12): the output [B, C, h, w]
+        """Classifier-free guidance (Ho & Salimans 2022): the output [B, C, h, w]
             eps = eps(negative) + guidance * (eps(prompt) - eps(negative))
         at x_t. prompt: of embed_guided(), 2B of them; for guidance 1 the B prompts alone."""
         times = torch.full((len(prompt.context),), t, device=self.device)
