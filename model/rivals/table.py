@@ -57,6 +57,7 @@ class Rival(NamedTuple):
 # A function of the seed that makes a LoRA, unless it is there -> its file. The losses of losses.py
 # train one LoRA on all pairs, at train.py's own beta.
 LORAS = {"Co-Merge": lambda seed: seed.merge(seed.train(), "co-merge"),
+         "solve": lambda seed: seed.merge(seed.train(), "solve", "--method solve"),
          "joint": lambda seed: seed.joint("joint"),
          "DUO's loss": lambda seed: seed.joint("duo", "--loss model.rivals.losses.duo"),
          "Diffusion-SDPO's loss":

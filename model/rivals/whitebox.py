@@ -45,7 +45,7 @@ from model.tools.training import descend, generator
 from model.toy import TOY, world
 
 # {model: the knob that it is attacked at}, the best of model.rivals.table
-MODELS = {"base": None, **{name: 0.7 for name in LORAS}, "UCE": 1.0, "ESD-x": 250}
+MODELS = {"base": None, **{name: 0.7 for name in LORAS}, "solve": 1.0, "UCE": 1.0, "ESD-x": 250}
 BUDGETS = {"words": (0, 10, 30), "vectors": (0, 10, 30, 100), "weights": (0, 1, 10, 100)}
 IMAGES, BATCH, PROMPTS, CANDIDATES = 16, 8, 8, 8
 SLOTS = "!", '"'    # K tokens that no prompt has: they stand for the words or vectors looked for
@@ -175,8 +175,9 @@ def perform(_, job: Job):
 
 
 def parse_arguments(argv=None):
+    attacked = ["base", "Co-Merge", "solve", "joint", "UCE", "Diffusion-SDPO's loss"]
     return flags("Attacks aligned models whose weights the attacker holds.", MODELS,
-                 ["base", "Co-Merge", "joint", "UCE", "Diffusion-SDPO's loss"]).parse_args(argv)
+                 attacked).parse_args(argv)
 
 
 def found(seed: Seed, attack: str, budget: int, models) -> dict[str, float]:
