@@ -1854,6 +1854,7 @@ def begin(line: str, workers: int = 1):
         script = SCRIPTS[line.split()[0]]
         script.SAVE_EVERY, processes.cores = 1, lambda: workers
         run(*parsed(line))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)    # too late: only the test's fork is left
     process = multiprocessing.get_context("fork").Process(target=started)
     process.start()
     os.close(writer)
@@ -1863,7 +1864,7 @@ def begin(line: str, workers: int = 1):
 @parametrize("line, how, workers", [
     ("make_data --concept hate --pairs 10 --batch 1 --steps 2 --judge none", signal.SIGKILL, 2),
     ("train --concept hate --steps 10 --batch 2", signal.SIGKILL, 1),
-    ("sample a b c d e f g h i j --steps 2 --batch 1", signal.SIGINT, 2)])
+    ("sample a b c d e f g h i j --steps 4 --batch 1", signal.SIGINT, 2)])
 def test_a_stopped_command_has_lost_nothing(line, how, workers, inside):
     """Killed, or by Ctrl-C, which reaches all processes of a terminal, at a random moment: workers
     end too, and the same command, even twice at a time, gives an undisturbed one's files."""
