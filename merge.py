@@ -260,7 +260,7 @@ def solve(parts, layer):
     overlaps = layer.statistic.overlaps(parts, solved)
     if overlaps.sum() < TOLD_APART * energy.sum():
         return lora.stack(parts, [GIVEN_BACK / layer.n] * len(parts))
-    # torch's default driver starts from memory that nobody has set: bytes would differ.
+    # torch's default driver was seen to give other bytes from call to call.
     c = torch.linalg.lstsq(overlaps, energy[:, None], driver="gelsd").solution[:, 0]
     return solved._replace(up=solved.up * per_rank(c.clamp(1, GIVEN_BACK), parts))
 

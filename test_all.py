@@ -793,7 +793,7 @@ def test_what_solving_takes_from_an_expert_is_given_back(monkeypatch):
 
 
 def test_solving_gives_the_same_bytes():
-    """Whatever memory held before: torch's usual way to least squares begins with what is there."""
+    """Whatever memory held before. torch's default driver of least squares does not."""
     parts = [Factors(normal(f"A{i}", 3, 12), normal(f"B{i}", 8, 3), 3.0) for i in range(6)]
     x, made = [SAFE * ((torch.arange(12) - 2 * i - 1).abs() < 2) for i in range(6)], set()
     for number in range(50):
