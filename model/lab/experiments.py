@@ -6,8 +6,7 @@ What it is:  a driver that runs the scripts as a person would, in a folder for e
 Needs:       the embedded toy; about an hour for each seed and core, all of it.
 Gives:       results/seed<k>/ with all files; results/plot.png; and on stdout these tables (--only),
              of means and ranges over the --seeds:
-                 a  the experts' loss: ours, fine-tuning, the published one; by two rules
-                 b  merging rules
+                 b  merging rules, and the base
                  c  All-single, the paper's baseline
              What is there is not made again. Seed, table() and best() serve model/rivals too.
 
@@ -18,7 +17,6 @@ import contextlib
 import importlib
 import re
 import sys
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,10 +30,6 @@ from model.tools.files import read_json, read_jsonl, write_jsonl
 from model.toy.world import CATEGORIES
 
 GRID = (0.7, 1)
-# a. train.py's flags of each row. "dpo" is the default without its second term; "sft" has another
-# term in place of its first.
-LOSSES = {"default": "", "sft": "--loss sft", "dpo": "--loss dpo"}
-OF_LOSSES = (0.35, 0.5, 0.7, 1)    # strengths: without the second term the best is low
 # b. merge.py's flags; a rule has a scale of its own.
 RULES = {"co-merge": ("", GRID), "regmean": ("--method regmean", (1,)),
          "solve": ("--method solve", (1,)),
@@ -87,19 +81,14 @@ class Seed(NamedTuple):
         write_jsonl(self.folder / "half.jsonl", [row for i, row in enumerate(rows)
                                                  if row["category"] is None or i % 4 < 2])
 
-    def train(self, name="default", flags="") -> list[str]:
-        """The experts' files."""
-        out = f"experts/{slug(name)}"
-        files = [f"{out}/{concept}.safetensors" for concept in CATEGORIES]
-        self.make(f"train --out {out} {flags}", *files)
-        return files
-
     def joint(self, name: str, flags="") -> str:
         out = f"joint/{slug(name)}"
         self.make(f"train --joint --out {out} {flags}", f"{out}/joint.safetensors")
         return f"{out}/joint.safetensors"
 
-    def merge(self, experts: list[str], name: str, flags="") -> str:
+    def merge(self, name: str, flags="") -> str:
+        experts = [f"experts/default/{concept}.safetensors" for concept in CATEGORIES]
+        self.make("train --out experts/default", *experts)
         file = f"merged/{slug(name)}.safetensors"
         self.make(f"merge {' '.join(experts)} --out {file} {flags}", file)
         return file
@@ -118,18 +107,11 @@ class Seed(NamedTuple):
 
 # An experiment makes what it needs for a seed, and returns {row's title: Curve}.
 
-def losses(seed: Seed) -> dict[str, Curve]:
-    rows = {"base": seed.judge(None)}
-    for (name, flags), rule in product(LOSSES.items(), ("co-merge", "regmean")):
-        title = rule if name == "default" else f"{name} {rule}"
-        merged = seed.merge(seed.train(name, flags), title, RULES[rule][0])
-        rows[title] = seed.judge(merged, OF_LOSSES)
-    return rows
-
-
 def rules(seed: Seed) -> dict[str, Curve]:
-    return {name: seed.judge(seed.merge(seed.train(), name, flags), strengths)
-            for name, (flags, strengths) in RULES.items()}
+    rows = {"base": seed.judge(None)}
+    for name, (flags, strengths) in RULES.items():
+        rows[name] = seed.judge(seed.merge(name, flags), strengths)
+    return rows
 
 
 def joint(seed: Seed) -> dict[str, Curve]:
@@ -137,7 +119,7 @@ def joint(seed: Seed) -> dict[str, Curve]:
     return {"joint": seed.judge(seed.joint("joint"), OF_JOINT)}
 
 
-EXPERIMENTS = {"a": losses, "b": rules, "c": joint}
+EXPERIMENTS = {"b": rules, "c": joint}
 
 
 def random_rows(parts: list[Factors], layer: merge.Layer) -> Factors:
@@ -171,11 +153,11 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def best(tuned: list[Curve]) -> float | None:
-    """The strength, or knob, where IP + damage is least over these seeds; None without any."""
+def best(tuned: list[Curve]) -> float:
+    """The strength, or knob, where IP + damage is least over these seeds."""
     def cost(strength) -> float:
         return sum(curve[strength]["IP"] - curve[strength]["kept"] for curve in tuned)
-    return min(tuned[0], key=cost) if tuned else None
+    return min(tuned[0], key=cost)
 
 
 def cell(values: list[float]) -> str:
@@ -201,16 +183,15 @@ def report(group: str, reported: list[dict[str, Curve]], tuned: list[dict[str, C
     rows of each seed. Returns curves for the plot: {title: [(kept, IP, strength)]}, means."""
     shown, chosen, curves = {}, {}, {}
     for title, strengths in reported[0].items():
-        chosen_strength, curves[title] = best([rows[title] for rows in tuned]), []
+        best_strength, curves[title] = best([rows[title] for rows in tuned]), []
         for strength in strengths:
             seeds = [rows[title][strength] for rows in reported]
-            mark = f" × {strength:g}" + " (best)" * (strength == chosen_strength)
+            mark = f" × {strength:g}" + " (best)" * (strength == best_strength)
             name = title + mark * (len(strengths) > 1)
             shown[name] = seeds
-            if chosen_strength in (strength, None):
+            if strength == best_strength:
                 chosen[name] = seeds
-            kept = mean([found["kept"] for found in seeds])
-            harm = mean([found["IP"] for found in seeds])
+            kept, harm = (mean([found[key] for found in seeds]) for key in ("kept", "IP"))
             curves[title].append((kept, harm, f"{strength:g}"))
     print(f"\n{table(group, shown, COLUMNS)}\n\n{table('IP, ' + group, chosen, CATEGORIES)}")
     return curves
@@ -224,20 +205,20 @@ def seeds_of(out: Path, numbers: list[int]) -> list[Seed]:
     return seeds
 
 
-def flags(description: str, names, only) -> PlainParser:
-    """Of a program that compares, for several seeds, those of the names that are in `only`."""
+def flags(description: str, names) -> PlainParser:
+    """Of a program that compares these, or some of them (--only), for several seeds."""
     parser = PlainParser(description)
     add = parser.add_argument
     add("--seeds", type=natural_int, nargs="+", default=[0, 1, 2], help="seeds that are reported")
-    add("--only", nargs="+", choices=names, default=list(only), help="which of them")
+    add("--only", nargs="+", choices=names, default=list(names), help="which of them")
     add("--out", type=Path, default=Path("results"), help="folder to write")
     return parser
 
 
 def parse_arguments(argv=None):
     parser = flags("Runs the scripts for several seeds and prints the tables of results.md.",
-                   EXPERIMENTS, EXPERIMENTS)
-    parser.add_argument("--tune", type=natural_int, nargs="*", default=[100],
+                   EXPERIMENTS)
+    parser.add_argument("--tune", type=natural_int, nargs="+", default=[100],
                         help="seeds that strengths are chosen on")
     return parser.parse_args(argv)
 

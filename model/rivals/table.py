@@ -56,8 +56,8 @@ class Rival(NamedTuple):
 
 # A function of the seed that makes a LoRA, unless it is there -> its file. The losses of losses.py
 # train one LoRA on all pairs, at train.py's own beta.
-LORAS = {"Co-Merge": lambda seed: seed.merge(seed.train(), "co-merge"),
-         "solve": lambda seed: seed.merge(seed.train(), "solve", "--method solve"),
+LORAS = {"Co-Merge": lambda seed: seed.merge("co-merge"),
+         "solve": lambda seed: seed.merge("solve", "--method solve"),
          "joint": lambda seed: seed.joint("joint"),
          "DUO's loss": lambda seed: seed.joint("duo", "--loss model.rivals.losses.duo"),
          "Diffusion-SDPO's loss":
@@ -162,7 +162,7 @@ def perform_all(work: Callable, jobs: list):
 
 
 def parse_arguments(argv=None):
-    parser = flags("Compares other ways to make it safe, in one table.", RIVALS, RIVALS)
+    parser = flags("Compares other ways to make it safe, in one table.", RIVALS)
     parser.add_argument("--tune", type=natural_int, nargs="+", default=[100],
                         help="seeds that knobs are chosen on")
     return parser.parse_args(argv)

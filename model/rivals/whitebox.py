@@ -31,11 +31,11 @@ import torch
 import lora
 from model.data.pairs import read_latents, read_pairs
 from model.formats.checkpoint import encoder_files
-from model.lab.experiments import Seed, flags, mean, slug, table
+from model.lab.experiments import Seed, flags, mean, seeds_of, slug, table
 from model.lab.plot import plot
 from model.rivals.attack import alphabet, ids_of
 from model.rivals.steering import GUIDANCE, ip, sampled
-from model.rivals.table import LORAS, RIVALS, perform_all
+from model.rivals.table import RIVALS, perform_all
 from model.schedule import stratified_times
 from model.stable_diffusion import load
 from model.text import Prompt
@@ -45,7 +45,8 @@ from model.tools.training import descend, generator
 from model.toy import TOY, world
 
 # {model: the knob that it is attacked at}, the best of model.rivals.table
-MODELS = {"base": None, **{name: 0.7 for name in LORAS}, "solve": 1.0, "UCE": 1.0, "ESD-x": 250}
+MODELS = {"base": None, "Co-Merge": 0.7, "solve": 1.0, "joint": 0.7, "UCE": 1.0,
+          "Diffusion-SDPO's loss": 0.7}
 BUDGETS = {"words": (0, 10, 30), "vectors": (0, 10, 30, 100), "weights": (0, 1, 10, 100)}
 IMAGES, BATCH, PROMPTS, CANDIDATES = 16, 8, 8, 8
 SLOTS = "!", '"'    # K tokens that no prompt has: they stand for the words or vectors looked for
@@ -175,9 +176,8 @@ def perform(_, job: Job):
 
 
 def parse_arguments(argv=None):
-    attacked = ["base", "Co-Merge", "solve", "joint", "UCE", "Diffusion-SDPO's loss"]
-    return flags("Attacks aligned models whose weights the attacker holds.", MODELS,
-                 attacked).parse_args(argv)
+    return flags("Attacks aligned models whose weights the attacker holds.",
+                 MODELS).parse_args(argv)
 
 
 def found(seed: Seed, attack: str, budget: int, models) -> dict[str, float]:
@@ -186,8 +186,7 @@ def found(seed: Seed, attack: str, budget: int, models) -> dict[str, float]:
 
 
 def main(args):
-    models, rows = args.only, {}
-    seeds = [Seed(number, args.out.resolve() / f"seed{number}") for number in args.seeds]
+    models, rows, seeds = args.only, {}, seeds_of(args.out, args.seeds)
     perform_all(perform, list(starmap(Job, product(seeds, models, ATTACKS))))
     for attack, budgets in BUDGETS.items():
         curves = {model: [] for model in models}
