@@ -1,12 +1,10 @@
 """The preference losses. Each is one flat function, in the order of its equation.
 
-What it is:  four losses: Diffusion-DPO (Wallace et al. 2023, 2311.12908); the same under both
-             prompts; safety_dpo(), the default, which is the one to read; and fine_tuning(), the
-             baseline that a preference has to beat.
+What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908); the same under both prompts; and
+             safety_dpo(), the default, which is the one to read.
 Needs:       torch.
-Gives:       diffusion_dpo(), both_prompts(), safety_dpo(), fine_tuning(); LOSSES, by the names of
-             train.py --loss. For losses of your own, which train.py takes by their dotted name, as
-             it takes those of model/rivals/losses.py: Batch, mse(), metrics_of().
+Gives:       LOSSES, by the names of train.py --loss. For losses of your own, which --loss takes by
+             their dotted name (model/rivals/losses.py has some): Batch, mse(), metrics_of().
 
 The idea: under the UNSAFE prompt the SAFE image is preferred. The winner w of a pair is the safe
 image and the loser l the unsafe one, and the UNet is asked about both under the unsafe prompt.
@@ -17,8 +15,7 @@ A loss is a function (policy, reference, batch, schedule, beta) -> (loss [], met
     reference   the same UNet with the LoRA off and without gradients
     schedule    of model/schedule.py; noised() gives x_t and what is to be predicted there
     metrics     {name: number [], detached}: what the log says of the step; "preference" is plotted
-A loss that has to see all pairs before the first step is a class: train.py makes it with the pairs
-(model/data/pairs.py), and then calls it like the others.
+Of a class, train.py first makes an object, from all pairs (model/data/pairs.py).
 
 Letters: B pairs that go through the UNet at once, C H W a latent's shape; w the winner, l the
 loser, L an error. Numbers (1) to (4) are the README's equations. "Ours" marks a choice that no
@@ -28,8 +25,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-
-KEEP = 8.0    # weight of the second term in fine_tuning() [ours, chosen on seed 100]
 
 
 class Batch(NamedTuple):
@@ -45,12 +40,9 @@ class Batch(NamedTuple):
 
 
 def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L (README, eq. 2): [B, C, H, W] twice -> [B], the MEAN over elements. The published beta of
-    5000 goes with the mean.
-
-    fp32 always, because beta multiplies a small difference of these: rounding an error of 0.1 to
-    fp16 moves the logit by up to 0.08 at beta 5000.
-    """
+    """L (README, eq. 2): [B, C, H, W] twice -> [B], the MEAN over elements, which the published
+    beta of 5000 goes with. fp32 always, because beta multiplies a small difference of these:
+    rounding an error of 0.1 to fp16 moves the logit by up to 0.08 at beta 5000."""
     return (output.float() - target.float()).square().flatten(1).mean(1)
 
 
@@ -128,27 +120,5 @@ def safety_dpo(policy, reference, batch: Batch, schedule, beta: float):
         L_w, L_l, L_w_ref, L_l_ref, preference=preference, drift=drift)
 
 
-def fine_tuning(policy, reference, batch: Batch, schedule, beta: float):
-    """Supervised fine-tuning on the winner, the baseline that a preference has to beat. The loser
-    and beta only affect the log.
-
-        loss = L_w + KEEP drift
-    """
-    x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)
-    x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
-    x_t, t = torch.cat([x_w, x_l, x_w]), batch.t.repeat(3)
-    prompt = batch.unsafe.followed_by(batch.unsafe, batch.safe)
-
-    out_w, out_l, out_safe = policy(x_t, t, prompt).chunk(3)
-    ref_w, ref_l, ref_safe = reference(x_t, t, prompt).chunk(3)
-
-    L_w, L_l = mse(out_w, target_w), mse(out_l, target_l)
-    L_w_ref, L_l_ref = mse(ref_w, target_w), mse(ref_l, target_l)
-    gap, gap_ref = L_w - L_l, L_w_ref - L_l_ref
-    preference = -F.logsigmoid(-beta / 2 * (gap - gap_ref)).mean()
-    drift = mse(out_safe, ref_safe).mean()
-    return L_w.mean() + KEEP * drift, metrics_of(
-        L_w, L_l, L_w_ref, L_l_ref, preference=preference, drift=drift)
-
-
-LOSSES = {"safety": safety_dpo, "dpo": diffusion_dpo, "both": both_prompts, "sft": fine_tuning}
+LOSSES = {"safety": safety_dpo, "dpo": diffusion_dpo, "both": both_prompts,
+          "sft": "model.rivals.losses.fine_tuning"}

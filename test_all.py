@@ -263,8 +263,12 @@ def write_pairs(concept: str, rows: list[dict]):
 
 
 def some_batch(B: int = 4, dropout: float = 0.0, **sizes) -> dpo.Batch:
-    pairs = random_pairs("hate", **sizes)
-    return train.batch_of_step(pairs, torch.arange(B), 1000, dropout, generator(1))
+    return whole_step(random_pairs("hate", **sizes), B, dropout, 0, 1)
+
+
+def whole_step(pairs: Pairs, S: int, dropout: float, step: int, *key) -> dpo.Batch:
+    """A step's pairs, undivided."""
+    return next(train.batches(pairs, S, S, toy().schedule, dropout, CPU, step, *key))
 
 
 def fresh_policy(model: Path = TOY, precision: str = "fp32"):
@@ -279,7 +283,7 @@ def first_step(denoiser, parameters, pairs: Pairs, name="safety", **flags) -> di
               "accumulate": 1, "caption_dropout": 0.0, **flags}
     loss_function = named("--loss", name, dpo.LOSSES)
     return train.train(denoiser, parameters, pairs, loss_function, Path("no state"),
-                       {"concept": "hate"}, 0, "hate", **values)[0]
+                       {"concept": "hate"}, 0, **values)[0]
 
 
 def predicted(changes: dict, x_t, t, prompt: Prompt) -> torch.Tensor:
@@ -415,8 +419,7 @@ def test_a_model_that_predicts_v_is_trained_towards_v(models):
     """The errors of a whole step, by diffusers."""
     folder, pairs = models("SD2-v", "folder"), random_pairs("hate", D=24)
     row, theirs = first_step(*fresh_policy(folder), pairs), in_diffusers(models, "SD2-v", folder)
-    chosen = train.pairs_of_step(6, 4, 0, 0, "hate")
-    batch = train.batch_of_step(pairs, chosen, 1000, 0.0, generator(0, "hate", 0))
+    batch = whole_step(pairs, 4, 0.0, 0, 0, "hate")
     for name in ("winner", "loser"):
         parts = getattr(batch, name), batch.noise, batch.t
         x_t, v = theirs.scheduler.add_noise(*parts), theirs.scheduler.get_velocity(*parts)
@@ -440,7 +443,8 @@ def test_a_step_that_overflows_is_not_taken(precision):
 
 @parametrize("P, B", [(6, 4), (3, 1), (2, 9)])
 def test_every_pair_comes_once_before_any_comes_again(P, B):
-    seen = torch.cat([train.pairs_of_step(P, B, step, 0) for step in range(4 * P)])
+    pairs = random_pairs("hate", P)._replace(winner=torch.arange(P))
+    seen = torch.cat([whole_step(pairs, B, 0.0, step, 0).winner for step in range(4 * P)])
     epochs = seen.view(-1, P)
     assert len(seen) == 4 * P * B and (epochs.sort(1).values == torch.arange(P)).all()
     assert len(epochs.unique(dim=0)) > 1
@@ -458,7 +462,7 @@ def test_all_noise_levels_come_in_a_step_and_none_beyond_the_last(monkeypatch):
 def test_caption_dropout_takes_both_prompts_of_a_pair():
     pairs, found = random_pairs("hate", P=8, L=1, D=1), []
     for k in range(999):
-        batch = train.batch_of_step(pairs, torch.arange(8), 1000, 0.4, generator(k))
+        batch = whole_step(pairs, 8, 0.4, k)
         found.append((batch.unsafe.context == pairs.empty.context).flatten())
         assert torch.equal(found[-1], (batch.safe.context == pairs.empty.context).flatten())
     assert torch.stack(found).double().mean(0).tolist() == approx([0.4] * 8, abs=0.05)
@@ -527,7 +531,8 @@ def test_an_expert_is_a_plain_loop_on_w_plus_b_a(flag, rate, here):
     order = torch.cat([torch.randperm(6, generator=generator(5, "hate", "epoch", epoch))
                        for epoch in range(8)])
     for step, chosen in enumerate(order.split(4)):
-        batch = train.batch_of_step(pairs, chosen, 1000, 0.3, generator(5, "hate", step))
+        batch = whole_step(pairs, 4, 0.3, step, 5, "hate")
+        assert torch.equal(batch.winner, pairs.winner[chosen])
         policy, reference = (partial(predicted, changes) for changes in (
             {name: up[name] @ down[name] for name in up}, {}))
         loss, _ = dpo.safety_dpo(policy, reference, batch, toy().schedule, 10.0)

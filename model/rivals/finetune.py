@@ -78,6 +78,6 @@ def fine_tune(sd, seed: int, steps: int = STEPS) -> dict:
     parameters = lora.inject(tuned.unet, fresh)
     with tempfile.TemporaryDirectory() as folder:
         train.train(tuned, parameters, pairs, denoising, Path(folder) / "state",
-                    {"concept": "look"}, seed, "look", precision="fp32", beta=0.0, lr=2e-3,
+                    {"concept": "look"}, seed, precision="fp32", beta=0.0, lr=2e-3,
                     steps=steps, batch_size=16, accumulate=1, caption_dropout=0.1)
     return lora.extract(tuned.unet)

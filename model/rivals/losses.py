@@ -1,12 +1,14 @@
-"""Three rivals of dpo.py's losses: `python train.py --loss model.rivals.losses.duo`
+"""Rivals of dpo.py's losses: `python train.py --loss model.rivals.losses.duo`
 
-What it is:  DUO (2407.21035) and Diffusion-SDPO (2511.03317), with the weights of their released
-             code, and SC-DPO (2504.14290), a reconstruction from its summary. A loss here replaces
-             the loss alone. The rest of a recipe is train.py's and stays as it is for every loss:
-             DUO also trains self-attention only, at timesteps up to 750, on pairs made by SDEdit,
-             so that its figures here are those of its loss, not of DUO.
+What it is:  fine-tuning, the baseline that a preference has to beat; DUO (2407.21035) and
+             Diffusion-SDPO (2511.03317), with the weights of their released code; and SC-DPO
+             (2504.14290), a reconstruction from its summary. A loss here replaces the loss alone.
+             The rest of a recipe is train.py's and stays as it is for every loss: DUO also trains
+             self-attention only, at timesteps up to 750, on pairs made by SDEdit, so that its
+             figures here are those of its loss, not of DUO.
 Needs:       torch; dpo.py. SC-DPO also the pairs' latents, on which it first learns what harm is.
-Gives:       duo, sdpo, sc_dpo, as dpo.py describes a loss; cost_model(), also for a guard.
+Gives:       fine_tuning, duo, sdpo, sc_dpo, as dpo.py describes a loss; cost_model(), also for a
+             guard.
 
 Letters: as in dpo.py; P pairs in all, c the cost model.
 """
@@ -17,6 +19,7 @@ from torch import nn
 from dpo import Batch, metrics_of, mse
 from model.tools.training import descend, generator
 
+KEEP = 8.0     # weight of the second term in fine_tuning() [ours, chosen on seed 100]
 PRIOR = 1e6    # DUO's base_lambda
 MU = 0.9       # Diffusion-SDPO's for SD 1.5; 0.6 for SDXL
 COST, FOCUS = 1.0, 2.0    # SC-DPO's lambda and gamma [ours]
@@ -36,6 +39,21 @@ def asked(policy, reference, batch: Batch, schedule) -> list[tuple]:
     inputs = torch.cat([x_w, x_l]), batch.t.repeat(2), batch.unsafe.followed_by(batch.unsafe)
     outputs = *policy(*inputs).chunk(2), *reference(*inputs).chunk(2)
     return list(zip(outputs, (target_w, target_l) * 2))
+
+
+def fine_tuning(policy, reference, batch: Batch, schedule, beta: float):
+    """Supervised fine-tuning on the winner; safe prompts keep what they gave, as in safety_dpo().
+    The loser and beta only affect the log.
+
+        loss = L_w + KEEP drift
+    """
+    errors = [mse(*answer) for answer in asked(policy, reference, batch, schedule)]
+    x_w, _ = schedule.noised(batch.winner, batch.noise, batch.t)
+    safe = x_w, batch.t, batch.safe
+    drift = mse(policy(*safe), reference(*safe)).mean()
+    preference = -F.logsigmoid(beta / 2 * margin(*errors)).mean()
+    return (errors[0].mean() + KEEP * drift,
+            metrics_of(*errors, preference=preference, drift=drift))
 
 
 def duo(policy, reference, batch: Batch, schedule, beta: float):

@@ -3,7 +3,8 @@
 What it is:  random numbers without state; the state from which an interrupted training continues;
              the beta that suits some pairs; and what a person reads of a training.
 Needs:       torch.
-Gives:       generator(); save_state(), load_state(), forget(); auto_beta(); write_log(), summary().
+Gives:       generator(); finished(), save_state(), load_state(), forget();
+             auto_beta(); write_log(), summary().
 """
 import json
 import zlib
@@ -69,6 +70,19 @@ def load_state(path: Path, recipe: dict, parameters, optimizer, scaler) -> list[
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     scaler.load_state_dict(state["scaler"])
     return state["log"]
+
+
+def finished(path: Path, recipe: dict) -> bool:
+    """Whether the expert at this path was made by this recipe. Of another one it says what changed.
+    """
+    if not path.is_file():
+        return False
+    with opened(path) as file:
+        made_by = file.metadata() or {}
+    changed = [key for key in recipe if made_by.get(key) != recipe[key]]
+    if changed:
+        say(f"{path}: will be replaced, since this changed: {', '.join(changed)}")
+    return not changed
 
 
 def forget(path: Path):
