@@ -2,10 +2,10 @@
 
     image     an image with guidance: SD 1.5 at 256 and 512 px (2 steps), SDXL at 512 and 1024 (1)
     train     a DPO step on SD 1.5: 256 px, one pair, a LoRA of rank 4, in fp32 and bf16
-    merge     random experts of SD 1.5's 128 attention layers; and Co-Merge's pass beside a forward
+    merge     random experts of SD 1.5's 128 attention layers
     gpu       on CUDA, SD 1.5 at 512 px and SDXL at 1024 px, in bf16: an image of 25 steps with
-              guidance; Co-Merge's pass for 7 random experts beside a forward; a DPO step of 1, 4
-              and 16 pairs, the frozen weights and the peer's second UNet in bf16 too
+              guidance; a DPO step of 1, 4 and 16 pairs, the frozen weights and the peer's second
+              UNet in bf16 too
 
 Models are full-size, their weights random; all but gpu runs on the CPU. Printed are seconds until
 ready, from the start of Python; of the first and of the last round of work; and peak memory: each
@@ -86,26 +86,19 @@ def train(folder: Path, experts):
     model = full_size("SD 1", folder / "model")
     ours, peer = f"ours step {model} 256 --device cpu --batch 1", f"peers step {model} 256 1 cpu"
     yield {
-        "one forward": f"ours forward {model} cpu", "ours": ours,
+        "one forward": f"ours forward {model}", "ours": ours,
         "ours, --checkpointing": f"{ours} --checkpointing",
         "ours, --precision bf16": f"{ours} --precision bf16",
         "diffusers + PEFT": f"{peer} fp32", "diffusers + PEFT, bf16": f"{peer} bf16"}
 
 
-def random_experts(model: Path, folder: Path, n: int) -> Path:
-    unet = skeleton(model)
-    for i in range(n):
-        save(folder / f"{i:03}.safetensors", random_lora(unet, i), {})
-    return folder
-
-
 def merge(folder: Path, experts: list[int]):
-    model = full_size("SD 1", folder / "model")
+    unet = skeleton(full_size("SD 1", folder / "model"))
     for n in experts:
-        files = random_experts(model, folder / str(n), n)
+        files = folder / str(n)
+        for i in range(n):
+            save(files / f"{i:03}.safetensors", random_lora(unet, i), {})
         yield {f"{n}: {rule}": f"ours combine {files} --method {rule}" for rule in MERGES}
-        yield {"one forward": f"ours forward {model} cpu",
-               f"scoring {n} experts": f"ours score {model} {files} cpu"}
 
 
 def gpu(folder: Path, experts):
@@ -114,11 +107,8 @@ def gpu(folder: Path, experts):
     print(torch.cuda.get_device_name())
     for family, side in (("SD 1", 512), ("SDXL", 1024)):
         model = full_size(family, folder / str(side), torch.bfloat16)
-        files = random_experts(model, folder / f"{side}-experts", 7)
         job = f"image {model} bfloat16 {side} 25 cuda"
         yield {f"{family}: diffusers": f"peers {job}", "ours": f"ours {job}"}
-        yield {f"{family}: one forward": f"ours forward {model} cuda",
-               "scoring 7 experts": f"ours score {model} {files} cuda"}
         for pairs in (1, 4, 16):
             ours = f"ours step {model} {side} --device cuda --precision bf16 --batch {pairs}"
             peer = f"peers step {model} {side} {pairs} cuda bf16"

@@ -8,7 +8,6 @@ import merge
 import train
 from dpo import diffusion_dpo
 from model.data.pairs import Pairs
-from model.formats.experts import Experts
 from model.stable_diffusion import load, load_denoiser
 from model.text import Prompt
 from model.tools.device import device_and_precision
@@ -26,18 +25,11 @@ def random_prompt(unet, pairs: int) -> Prompt:
     return Prompt(torch.randn(pairs, 77, unet.context_width), torch.randn(pairs, unet.pooled_width))
 
 
-def random_inputs(denoiser) -> tuple:
-    """(x_t, t, prompt) of two images of 256 px."""
-    prompt = random_prompt(denoiser.unet, 2).to(denoiser.device)
-    return (torch.randn(2, 4, 32, 32, device=denoiser.device),
-            torch.tensor([100, 700], device=denoiser.device), prompt)
-
-
 @torch.no_grad()
-def forward(folder: str, device: str):
-    """The floor of a training step: a pair through the UNet, once."""
-    denoiser = load_denoiser(Path(folder), torch.device(device))
-    inputs = random_inputs(denoiser)
+def forward(folder: str):
+    """The floor of a training step on the CPU: a pair of 256 px through the UNet, once."""
+    denoiser = load_denoiser(Path(folder), torch.device("cpu"))
+    inputs = torch.randn(2, 4, 32, 32), torch.tensor([100, 700]), random_prompt(denoiser.unet, 2)
     yield
     for _ in range(2):
         denoiser.predict(*inputs)
@@ -65,17 +57,4 @@ def combine(experts: str, *flags: str):
     args = merge.parse_arguments([experts, *flags, "--out", f"{experts}/merged/out.safetensors"])
     yield
     merge.main(args)
-    yield
-
-
-def score(folder: str, experts: str, device: str):
-    """Co-Merge's pass of what forward() takes."""
-    denoiser = load_denoiser(Path(folder), torch.device(device))
-    paths, inputs = sorted(Path(experts).glob("*.safetensors")), random_inputs(denoiser)
-    experts = Experts(paths, [1.0])
-    statistics = {name: merge.Statistic(False) for name in experts.names}
-    with torch.no_grad():
-        denoiser.predict(*inputs)
-    yield
-    merge.measure(denoiser, statistics, 0, experts.lora(0), [merge.Inputs(True, 1.0, *inputs)])
     yield
