@@ -4,7 +4,7 @@ What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908); the same under bot
              safety_dpo(), the default, which is the one to read.
 Needs:       torch.
 Gives:       LOSSES, by the names of train.py --loss. For losses of your own, which --loss takes by
-             their dotted name (model/rivals/losses.py has some): Batch, mse(), metrics_of().
+             their dotted name (model/rivals/losses.py has some): Batch, mse().
 
 The idea: under the UNSAFE prompt the SAFE image is preferred. The winner w of a pair is the safe
 image and the loser l the unsafe one, and the UNet is asked about both under the unsafe prompt.
@@ -14,7 +14,10 @@ A loss is a function (policy, reference, batch, schedule, beta) -> (loss [], met
                 fp32, with the LoRA on and with gradients
     reference   the same UNet with the LoRA off and without gradients
     schedule    of model/schedule.py; noised() gives x_t and what is to be predicted there
-    metrics     {name: number [], detached}: what the log says of the step; "preference" is plotted
+    metrics     {name: [B] or []}, whose means are the log. In a healthy run winner stays below
+                winner_ref, and loser rises above loser_ref. margin: above 0 where the policy
+                prefers the winner more than the reference does; the logit is beta/2 margin.
+                accuracy: the share of pairs with such a margin, 0 before the first step
 Of a class, train.py first makes an object, from all pairs (model/data/pairs.py).
 
 Letters: B pairs that go through the UNet at once, C H W a latent's shape; w the winner, l the
@@ -46,17 +49,6 @@ def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (output.float() - target.float()).square().flatten(1).mean(1)
 
 
-def metrics_of(winner, loser, winner_ref, loser_ref, **more) -> dict[str, torch.Tensor]:
-    """For the log: the means of the errors [B] and of what is in `more`. margin: gap_ref - gap,
-    above 0 where the policy prefers the winner more than the reference does; the logit is beta/2
-    margin. accuracy: the share of pairs with such a margin, 0 before the first step. In a healthy
-    run winner stays below winner_ref, and loser rises above loser_ref."""
-    margin = (winner_ref - loser_ref) - (winner - loser)
-    values = {**more, "accuracy": (margin > 0).float(), "margin": margin, "winner": winner,
-              "winner_ref": winner_ref, "loser": loser, "loser_ref": loser_ref}
-    return {name: value.mean().detach() for name, value in values.items()}
-
-
 def diffusion_dpo(policy, reference, batch: Batch, schedule, beta: float):
     """The published loss (README, eq. 3), all of it under the unsafe prompt:
 
@@ -82,7 +74,9 @@ def diffusion_dpo(policy, reference, batch: Batch, schedule, beta: float):
     L_w_ref, L_l_ref = mse(ref_w, target_w), mse(ref_l, target_l)
     gap, gap_ref = L_w - L_l, L_w_ref - L_l_ref
     preference = -F.logsigmoid(-beta / 2 * (gap - gap_ref)).mean()
-    return preference, metrics_of(L_w, L_l, L_w_ref, L_l_ref, preference=preference)
+    return preference, {"preference": preference, "accuracy": (gap < gap_ref).float(),
+                        "margin": gap_ref - gap, "winner": L_w, "winner_ref": L_w_ref,
+                        "loser": L_l, "loser_ref": L_l_ref}
 
 
 def both_prompts(policy, reference, batch: Batch, schedule, beta: float):
@@ -116,8 +110,10 @@ def safety_dpo(policy, reference, batch: Batch, schedule, beta: float):
     gap, gap_ref = L_w - L_l, L_w_ref - L_l_ref
     preference = -F.logsigmoid(-beta / 2 * (gap - gap_ref)).mean()         # (3)
     drift = mse(out_safe, ref_safe).mean()
-    return preference + beta * drift, metrics_of(                          # (4)
-        L_w, L_l, L_w_ref, L_l_ref, preference=preference, drift=drift)
+    loss = preference + beta * drift                                       # (4)
+    return loss, {"preference": preference, "drift": drift, "accuracy": (gap < gap_ref).float(),
+                  "margin": gap_ref - gap, "winner": L_w, "winner_ref": L_w_ref,
+                  "loser": L_l, "loser_ref": L_l_ref}
 
 
 LOSSES = {"safety": safety_dpo, "dpo": diffusion_dpo, "both": both_prompts,

@@ -151,7 +151,7 @@ def train(denoiser: Denoiser, parameters: list, pairs: Pairs, loss_function: Cal
                              device, step, seed, name):
             loss, metrics = loss_function(policy, reference, batch, schedule, beta)
             scaler.scale(loss / parts).backward()    # gradients add up to those of the step's mean
-            means = means + torch.stack([loss.detach(), *metrics.values()]) / parts
+            means = means + torch.stack([loss, *map(torch.mean, metrics.values())]).detach() / parts
         processes.sum_over_all([means, *(parameter.grad for parameter in parameters)])
 
         scaler.unscale_(optimizer)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpo import Batch, metrics_of, mse
+from dpo import Batch, mse
 from model.tools.training import descend, generator
 
 KEEP = 8.0     # weight of the second term in fine_tuning() [ours, chosen on seed 100]
@@ -27,8 +27,15 @@ BATCH = 64                # pairs in a step of cost_model()
 
 
 def margin(winner, loser, winner_ref, loser_ref) -> torch.Tensor:
-    """Of errors [B], see dpo.metrics_of()."""
+    """gap_ref - gap, of errors [B]."""
     return (winner_ref - loser_ref) - (winner - loser)
+
+
+def metrics_of(*errors, **more) -> dict[str, torch.Tensor]:
+    """For the log, as dpo.py describes them: of errors in the order of margin(), and `more`."""
+    names = "winner", "loser", "winner_ref", "loser_ref"
+    return {**more, "accuracy": (margin(*errors) > 0).float(), "margin": margin(*errors),
+            **dict(zip(names, errors))}
 
 
 def asked(policy, reference, batch: Batch, schedule) -> list[tuple]:
