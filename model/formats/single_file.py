@@ -1,4 +1,5 @@
-"""What single-file checkpoints call their tensors, as a table of rules, and the configs they lack.
+"""What single-file checkpoints call their tensors, as a table of rules. configs.json: the configs
+that they lack.
 
 What it is:  the first Stable Diffusion code (LDM, CompVis) numbered its layers through; diffusers
              folders, and the modules of this project, name them by level. The same tensors.
@@ -10,39 +11,13 @@ Letters: L = layers_per_block + 1, the layers that the numbering counts to a lev
 upsampling is one of them); n a layer's number, b = n // L its level, j = n % L its place there.
 """
 import re
+from pathlib import Path
 
-# The published configs, as far as they differ from the defaults in unet.py and vae.py.
-_VAE = dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4,
-            scaling_factor=0.18215)
-_CLIP_L = dict(architectures=["CLIPTextModel"], hidden_size=768, intermediate_size=3072,
-               num_hidden_layers=12, num_attention_heads=12, hidden_act="quick_gelu",
-               vocab_size=49408, projection_dim=768)
-_OPEN_CLIP_H = dict(_CLIP_L, hidden_size=1024, intermediate_size=4096, num_hidden_layers=23,
-                    num_attention_heads=16, hidden_act="gelu", projection_dim=512)
-_OPEN_CLIP_G = dict(_CLIP_L, architectures=["CLIPTextModelWithProjection"], hidden_size=1280,
-                    intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
-                    hidden_act="gelu", projection_dim=1280)
-_SCHEDULER = dict(num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012,
-                  beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
-                  set_alpha_to_one=False)
-_SDXL_UNET = dict(
-    sample_size=128, cross_attention_dim=2048, block_out_channels=[320, 640, 1280],
-    attention_head_dim=[5, 10, 20], transformer_layers_per_block=[1, 2, 10],
-    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816)
-CONFIGS = {
-    "SD 1": dict(unet=dict(sample_size=64, cross_attention_dim=768), vae=_VAE,
-                 text_encoder=_CLIP_L, scheduler=_SCHEDULER),
-    # 768 px and v; loading turns it to 512 px and noise if that is what the weights predict.
-    "SD 2": dict(unet=dict(sample_size=96, cross_attention_dim=1024, use_linear_projection=True,
-                           attention_head_dim=[5, 10, 20, 20]), vae=_VAE,
-                 text_encoder=_OPEN_CLIP_H,
-                 scheduler=dict(_SCHEDULER, prediction_type="v_prediction")),
-    "SDXL": dict(unet=_SDXL_UNET, vae=dict(_VAE, scaling_factor=0.13025), text_encoder=_CLIP_L,
-                 text_encoder_2=_OPEN_CLIP_G,
-                 scheduler=dict(_SCHEDULER, timestep_spacing="leading"))}
+from model.tools.files import read_json
+
+# The published configs, as far as they differ from the defaults in unet.py and vae.py. SD 2: 768 px
+# and v; loading turns it to 512 px and noise if that is what the weights predict.
+CONFIGS = read_json(Path(__file__).with_name("configs.json"))    # {family: {part: config}}
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 # family: {part: (prefix in the file, who wrote that text encoder)}

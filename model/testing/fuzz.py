@@ -39,6 +39,7 @@ from model.toy import TOY
 
 ODD = b"""0 -1 3 1e999 NaN 999999999999 18446744073709551616 null true [] {} "" "../../x"
          x""".split()
+WORD = re.compile(rb'-?\d+(\.\d+)?|"[^"]*"|[A-Za-z_]+')
 TEXTS = {
     "c.json": '{"hate": ["one thing", "another"], "my own": ["a third"]}',
     "i2p.csv": "prompt,categories,sd_seed,sd_guidance_scale\n"
@@ -71,14 +72,12 @@ def mutated(data: bytes, rng: random.Random, tensors: bool = False) -> bytes:
         return len(header).to_bytes(8, "little") + header + data[end:]
     for _ in range(rng.randint(1, 3)):
         start = rng.randint(0, len(data) if rng.random() < 0.5 else min(len(data), 2000))
-        stop = start + rng.randint(1, 39)
-        word = re.compile(rng.choice([rb"-?\d+(\.\d+)?", rb'"[^"]*"|[A-Za-z_]+']))
-        found = word.search(data, start, start + 3000)
-        if found and rng.random() < 0.3:
-            data = data[:found.start()] + rng.choice(ODD) + data[found.end():]
-        else:
-            filling = rng.choice([b"", rng.randbytes(stop - start), data[start:stop] * 2])
-            data = data[:start] + filling + data[rng.choice([start, stop, len(data)]):]
+        stop = rng.choice([start, start + 20, len(data)])
+        filling = rng.choice([b"", rng.randbytes(20), data[start:start + 20] * 2])
+        word = WORD.search(data, start, start + 3000)
+        if word and rng.random() < 0.3:
+            (start, stop), filling = word.span(), rng.choice(ODD)
+        data = data[:start] + filling + data[stop:]
     return data
 
 
