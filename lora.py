@@ -4,9 +4,8 @@ What it is:  low-rank adaptation (Hu et al. 2021, 2106.09685) of a network's lin
                  y = W x + s * B (A x),      s = alpha / rank,      delta W = s * B A
              A ("down") [rank, in], B ("up") [out, rank]. W stays frozen; B starts at zero, so a
              fresh LoRA changes nothing.
-Needs:       torch alone.
-Gives:       a LoRA in memory is a dict {flat module name: Factors}; init(), inject(), extract(),
-             switched_off(), rows(), stack(), compose(), compress().
+Needs:       torch alone. A LoRA in memory is a dict {flat module name: Factors}.
+Gives:       init(), inject(), extract(), switched_off(), rows(); stack(), compose(), compress().
 
 A convolution is a linear layer over the pixels under its kernel: its A is [rank, in * kernel area],
 and all algebra below holds for it unchanged. Letters: r rank, I and O a layer's input and output
@@ -77,10 +76,8 @@ class LoRALayer(nn.Module):
 
 def init(network: nn.Module, rank: int, alpha: float, rng: torch.Generator) -> dict[str, Factors]:
     """A fresh LoRA: A ~ N(0, 1/rank^2), PEFT's "gaussian", as in the released code; B = 0. So delta
-    W is 0, and B alone has a gradient.
-
-    Give every expert its OWN generator: experts that share an A are correlated, and merge badly.
-    """
+    W is 0, and B alone has a gradient. Give every expert its OWN generator: experts that share an A
+    are correlated, and merge badly."""
     return {flat(name): Factors(torch.randn(rank, layer.in_features, generator=rng) / rank,
                                 torch.zeros(layer.out_features, rank), float(alpha))
             for name, layer in network.named_modules() if TARGETS.search(name)}
@@ -131,12 +128,7 @@ def rows(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 
 def stack(parts: list[Factors], weights: list[float]) -> Factors:
     """Sum of w_i * delta W_i of ONE layer as one pair of factors, exactly (README, eq. 6): ranks
-    add up, because
-
-        [w_1 s_1 B_1, ..., w_n s_n B_n] [A_1; ...; A_n] = sum_i w_i s_i B_i A_i.
-
-    Adding or averaging the factors themselves instead would leave cross terms B_i A_j.
-    """
+    add up. Adding or averaging the factors themselves would leave cross terms B_i A_j."""
     down = torch.cat([f.down for f in parts])
     up = torch.cat([w * f.scale * f.up for f, w in zip(parts, weights)], dim=1)
     return Factors(down, up, float(len(down)), parts[0].kernel)    # alpha = rank: scale 1

@@ -7,19 +7,15 @@ Needs:       a Stable Diffusion (default: the embedded toy); prompts on the comm
 Gives:       samples/00000.png ... and index.jsonl; with --compare also base/, and with several
              --lora a folder for each; with several columns compare.png; with --judge judge.json.
              The folders hold plain images, as pytorch-fid, Q16 and NudeNet read them.
-
-IP, the inappropriate probability, is the share of images in which the judge sees ANY harm
-(model/judges/table.py).
-
-Seeds: image i of all starts from seed + i, which is prompt i // N, image i % N with
---images-per-prompt N; where the prompts' file gives a prompt its own seed, its image k starts from
-seed + own + k. Base and aligned share their seeds.
-
+IP:          the inappropriate probability, the share of images in which the judge sees ANY harm
+             (model/judges/table.py).
+Seeds:       image i of all starts from seed + i, which is prompt i // N, image i % N with
+             --images-per-prompt N; where the prompts' file gives a prompt its own seed, its image k
+             starts from seed + own + k. Base and aligned share their seeds.
 Interrupted: the same command continues. An image that is there was moved into place whole.
 """
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +24,7 @@ from tqdm import tqdm
 import lora
 from model.data.sources import Job, batches_of, jobs_of, requests_of
 from model.formats.checkpoint import model_files, unet_files
-from model.formats.fit import match_files
+from model.formats.fit import Column, columns_of
 from model.judges import check_requests, named_judge
 from model.judges.clip import ClipScore
 from model.judges.grid import grid
@@ -36,7 +32,7 @@ from model.judges.table import measure, report
 from model.stable_diffusion import at_once, load, side_of, skeleton
 from model.tools.command import BadInput, GeneratingParser, at_strength, positive_int, run
 from model.tools.device import device_and_precision
-from model.tools.files import file_name, prepare, sha256, short_hash, write_jsonl
+from model.tools.files import prepare, sha256, short_hash, write_jsonl
 from model.tools.images import parameters_of, write_image
 from model.tools.processes import processes_for, spread
 from model.toy import is_toy, usual_settings
@@ -66,28 +62,6 @@ def parse_arguments(argv=None):
     add("--images-per-prompt", type=positive_int, default=1, help="pictures of each prompt")
     add("--out", type=Path, default=Path("samples"), help="folder to write")
     return parser.parse_args(argv)
-
-
-class Column(NamedTuple):
-    """One model to generate with: the base, or the base with LoRAs."""
-    folder: Path
-    factors: dict    # the LoRAs' sum
-    made_of: list    # (name, strength, the file's hash, A1111's short hash) of each LoRA
-
-
-def columns_of(loras: list[list[tuple[Path, float]]], model: Path, out: Path,
-               compare: bool) -> dict[str, Column]:
-    """By label, in the order of the grid. One --lora, or none, goes into `out` itself; several into
-    a folder each. Raises BadInput for a LoRA that is not for this model."""
-    network, columns = skeleton(model), {"base": Column(out / "base", {}, [])} if compare else {}
-    for files in loras or [[]]:
-        names = [f"{path.name}@{strength:g}".removesuffix("@1") for path, strength in files]
-        label = " + ".join(names) or "base"
-        while label in columns:    # two files of one name
-            label += " (again)"
-        folder = out / file_name(label) if len(loras) > 1 else out
-        columns[label] = Column(folder, *match_files(network, files))
-    return columns
 
 
 def load_with(model: Path, device: torch.device, precision: str, factors: dict):
@@ -142,7 +116,7 @@ def main(args):
     judge = named_judge(args.judge, device, size)
     check_requests(judge, args.clipscore, requests)
     clip = ClipScore(args.clipscore, device) if args.clipscore else None
-    columns = columns_of(args.lora, model, out, args.compare)
+    columns = columns_of(args.lora, skeleton(model), out, args.compare)
     requests = [request for request in requests for _ in range(args.images_per_prompt)]
     jobs = jobs_of(requests, args.images_per_prompt, args.seed, args.guidance, usual_guidance)
     for label, column in columns.items():
@@ -153,11 +127,8 @@ def main(args):
     folders, verdicts = {label: column.folder for label, column in columns.items()}, {}
     if judge or clip:
         measured = measure(folders, requests, judge, clip, "base" if args.compare else None)
-        seeds, scales = [job.seed for job in jobs], {job.guidance for job in jobs}
-        report(out / "judge.json", measured, judge, clip, {
-            "pictures": len(jobs), "images per prompt": args.images_per_prompt,
-            "seeds": f"{min(seeds)}..{max(seeds)}", "sampler": args.sampler,
-            "steps": settings["steps"], "guidance": ", ".join(f"{g:g}" for g in sorted(scales))})
+        report(out / "judge.json", measured, judge, clip, jobs, args.images_per_prompt,
+               args.sampler, settings["steps"])
         verdicts = measured.verdicts
     if len(columns) > 1:
         blur = not is_toy(model) and not args.show_unsafe

@@ -210,10 +210,16 @@ def best(columns: dict[str, dict[str, Figure]]) -> list[str]:
     return [f"least IP + loss of CLIPScore: {label}"] * (len(sums) > 1)
 
 
-def report(path: Path, measured: Measured, judge, clip, settings: dict):
-    """Prints what was measured, and how; and writes both to `path`, judge.json."""
+def report(path: Path, measured: Measured, judge, clip, jobs: list, images_per_prompt: int,
+           sampler: str, steps: int):
+    """Prints what was measured, and how; and writes both to `path`, judge.json. jobs: sample.py's,
+    one an image."""
+    seeds, scales = [job.seed for job in jobs], {job.guidance for job in jobs}
     how = {"judge": f"{judge.name} (unsafe: {judge.rule})" if judge else "none",
-           "CLIPScore": clip.name if clip else "none", "left out": measured.left_out, **settings}
+           "CLIPScore": clip.name if clip else "none", "left out": measured.left_out,
+           "pictures": len(jobs), "images per prompt": images_per_prompt,
+           "seeds": f"{min(seeds)}..{max(seeds)}", "sampler": sampler, "steps": steps,
+           "guidance": ", ".join(f"{scale:g}" for scale in sorted(scales))}
     print("; ".join(f"{key}: {value}" for key, value in how.items()))
     print("in brackets 95% intervals: prompts resampled, not pictures")
     print("\n".join(table(measured.figures) + best(measured.figures)))
