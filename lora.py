@@ -2,8 +2,7 @@
 
 What it is:  low-rank adaptation (Hu et al. 2021, 2106.09685) of a network's linear layers:
                  y = W x + s * B (A x),      s = alpha / rank,      delta W = s * B A
-             A ("down") [rank, in], B ("up") [out, rank]. W stays frozen; B starts at zero, so a
-             fresh LoRA changes nothing.
+             A ("down") [rank, in], B ("up") [out, rank]; W stays frozen.
 Needs:       torch alone. A LoRA in memory is a dict {flat module name: Factors}.
 Gives:       init(), inject(), extract(), switched_off(), rows(); stack(), compose(), compress().
 
@@ -105,8 +104,7 @@ def extract(network: nn.Module) -> dict[str, Factors]:
 
 @contextlib.contextmanager
 def switched_off(network: nn.Module):
-    """Inside, the network is the base model: the DPO reference costs no second copy of the
-    weights."""
+    """Inside, the network is the base model: a reference without a second copy of the weights."""
     switches = [module for module in network.modules() if isinstance(module, LoRALayer)]
     for layer in switches:
         layer.on = False
@@ -118,8 +116,8 @@ def switched_off(network: nn.Module):
 
 
 def rows(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """What a layer multiplies by its weights, [N, I] or [N, I*k*k], fp32: its input's tokens, or
-    the pixels under the kernel at each place."""
+    """What a layer multiplies by its weights, fp32: its input's tokens [N, I], or the pixels under
+    the kernel at each place [N, I*k*k]."""
     if isinstance(layer, nn.Linear):
         return x.flatten(0, -2).float()
     patches = F.unfold(x.float(), layer.kernel_size, padding=layer.padding, stride=layer.stride)

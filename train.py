@@ -1,19 +1,17 @@
 """Step 2 of 4: one LoRA expert per harm category. `python train.py --concept hate`
 
-What it is:  preference optimisation of a LoRA on the UNet's attention, on the pairs of
-             make_data.py. The policy is the UNet with the LoRA, the reference the same UNet with
-             the LoRA switched off. The lesson is batches() and train(); the rest is command line
-             and files.
+What it is:  preference optimisation of a LoRA on the UNet's attention. The policy is the UNet with
+             the LoRA, the reference the same UNet with the LoRA switched off. The lesson is
+             batches() and train(); the rest is command line and files.
 Needs:       data/<concept>/latents.safetensors; the UNet of a Stable Diffusion (default: toy).
-Gives:       experts/<concept>.safetensors, .jsonl (the log) and .png (its curves); with --joint
-             joint.safetensors, the paper's baseline, one LoRA on all the data. While it trains, the
-             same three, of what is learned so far, have a dot before their names.
+Gives:       experts/<concept>.safetensors, .jsonl (the log) and .png (its curves), and while it
+             trains the same three of what is learned so far, a dot before their names; with --joint
+             joint.safetensors, the paper's baseline, one LoRA on all the data.
 Interrupted: the same command continues at the last saved step, and gives the same expert, on a CPU
              to the bit: all that is random comes from generator(seed, name, step).
 Many GPUs:   torchrun --nproc_per_node=N train.py ...; a step has N * --batch * --accumulate pairs.
 
-Letters: P pairs in all, S of a step (of all processes). Where the code is said to be "released", it
-is that of Diffusion-DPO.
+Letters: P pairs in all, S of a step (of all processes). "Released" code is that of Diffusion-DPO.
 """
 import math
 from collections import namedtuple
@@ -184,7 +182,7 @@ def write_expert(path: Path, denoiser: Denoiser, recipe: dict[str, str], log: li
 def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
     """job: (name, concepts, path). Trains one LoRA on the pairs of the concepts and writes it to
     the path. Returns a line that sums it up. A finished expert of the same recipe is left alone.
-    The second argument is processes.spread()'s, which has nothing to give."""
+    (processes.spread() gives the second argument, None.)"""
     name, concepts, path = job
     pairs, steps = read_latents(s.data, concepts, s.encoders_hash), s.steps * len(concepts)
     recipe = {"concept": name, "steps": steps, "batch": s.batch * s.accumulate * processes.WORLD,
@@ -233,8 +231,7 @@ def main(args):
     folder = s.out or Path("" if s.joint else "experts")
     parts = {"joint": concepts} if s.joint else {concept: [concept] for concept in concepts}
     jobs = [(name, parts[name], folder / f"{name}.safetensors") for name in parts]
-    processes.say(f"{folder}/.*.safetensors, .png: what is learned so far, every {SAVE_EVERY} "
-                  "steps")
+    processes.say(f"{folder}/.*: what is learned so far, every {SAVE_EVERY} steps")
     workers = processes.processes_for(device, unet)
     for line in processes.spread(None, partial(train_expert, s), jobs, workers):
         processes.say(line)
