@@ -749,7 +749,7 @@ def test_one_pass_of_the_base_tells_all_about_every_expert(method, near, experts
 
 def joined(rule, parts: list[Factors], x: list[torch.Tensor], preserve: float = 0.0) -> Factors:
     """By a rule that calibrates on rows x[i] [N, I] of each expert, and on safe ones, SAFE."""
-    statistic = merge.Statistic(True)
+    statistic = merge.Statistic(rule is not merge.co_merge)
     for i, rows in enumerate(x):
         statistic.add(rows, 1.0, i, parts[i])
     statistic.add(SAFE, preserve, 0, None)

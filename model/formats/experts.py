@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora import Factors
-from model.formats.lora_file import FAMILIES, VERSION, LoRAFile
+from model.formats.lora_file import FAMILIES, VERSION, LoRAFile, expand
 from model.tools.command import BadInput
 
 AT_A_TIME = 8    # layers of all experts that memory holds
@@ -15,24 +15,27 @@ OF_BASE = "base_model_hash", "prediction_type", VERSION
 
 class Experts:
     """The files, open for reading, sorted by name, so that nothing depends on the order in which
-    they are listed. names: of all adapted layers. labels: the files' names. concepts: what they
-    were trained on; of other programs' files the names. metadata: what they say of the base model.
+    they are listed; a folder stands for its files. names: of all adapted layers. label: the files'
+    names. concepts: what they were trained on; of other programs' files the names. metadata: what
+    they say of the base model, and what is merged here.
 
-    Raises BadInput unless there is one weight, or one for each file; and unless all files are of
-    one base model, as far as they tell, and a layer's shape is the same in all. Layers need not be
-    the same: a file may hold content, and another one style.
+    Raises BadInput as expand() does; unless there is one weight, or one for each file; and unless
+    all files are of one base model, as far as they tell, and a layer's shape is the same in all.
+    Layers need not be the same: a file may hold content, and another one style.
     """
 
     def __init__(self, paths: list[Path], weights: list[float]):
+        paths = expand(paths)
         weights = weights * (len(paths) if len(weights) == 1 else 1)
         if len(weights) != len(paths):
             raise BadInput(f"--weights: {len(weights)} numbers for {len(paths)} experts; give one "
                            "each, or one for all")
         pairs = sorted(zip(paths, weights), key=lambda pair: (pair[0].name, pair[0]))
         self.files, self.weights = [LoRAFile(path) for path, _ in pairs], [w for _, w in pairs]
-        self.labels = [path.stem for path, _ in pairs]
+        self.label = ",".join(path.stem for path, _ in pairs)
         self.concepts = [file.metadata.get("concept", file.path.stem) for file in self.files]
-        self.metadata = {}
+        self.metadata = {"concept": self.label,
+                         "weights": ",".join(f"{weight:g}" for weight in self.weights)}
         for file in reversed(self.files):
             self.metadata |= {key: file.metadata[key] for key in OF_BASE if key in file.metadata}
         self.shapes = {}    # {layer: (the file that has it first, [O, I])}

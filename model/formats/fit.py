@@ -1,8 +1,8 @@
 """Does a LoRA belong to this network? Asked before anything is put together.
 
 Needs:       torch; a network, on the meta device too, where nothing but names and shapes exists.
-Gives:       fitting(), match(), columns_of(), match_experts(); check_fuse(), fuse(), which writes
-             a checkpoint with a LoRA in it.
+Gives:       fitting(), match(), columns_of(), match_experts(); check_out(); fuse(), which writes a
+             checkpoint with a LoRA in it.
 
 Letters: O, I a layer's output and input width (of a convolution: times the kernel's area).
 """
@@ -14,11 +14,11 @@ from typing import NamedTuple
 from torch import nn
 
 from lora import Factors, compose, layers
-from model.formats.checkpoint import Checkpoint
+from model.formats.checkpoint import Checkpoint, unet_files
 from model.formats.experts import Experts
 from model.formats.lora_file import FAMILIES, load, prompt_width
 from model.tools.command import BadInput
-from model.tools.files import file_name, sha256, tensors_hash
+from model.tools.files import check_folder, file_name, sha256, tensors_hash
 
 # To what a change may be added. Of one of 1% float8 keeps 13% (e4m3fn) to 23% (e5m2): the rest is
 # rounded away (random W, delta W of rank 4).
@@ -95,16 +95,35 @@ def columns_of(loras: list[list[tuple[Path, float]]], network: nn.Module, out: P
     return columns
 
 
-def match_experts(network: nn.Module, experts: Experts):
+def match_experts(network: nn.Module, experts: Experts, model: Path, data: Path):
     """Leaves of experts.names the layers that the network has, with a note that counts the rest.
-    Raises BadInput as fitting() does."""
-    for file in experts.files:
+    Raises BadInput as fitting() does, where the experts were not trained on this model, and where
+    `data` has no folder of an expert's concept."""
+    if experts.metadata.get("base_model_hash") not in (None, sha256(*unet_files(model))):
+        raise BadInput(f"{experts.files[0].path}: was trained on another base model than --model "
+                       f"{model}; give that model")
+    for file, concept in zip(experts.files, experts.concepts):
+        if not (data / concept).is_dir():    # a merged LoRA, or another program's
+            raise BadInput(f"{file.path}: {data} has no pairs of {concept!r}; give the folder of "
+                           "all pairs as --data, or use --method average")
         fitting(network, file.shapes, str(file.path))
     experts.names = known_of(experts.names, layers(network), "")
 
 
+def check_out(out: Path, model: Path | None, experts: Experts):
+    """Raises BadInput where a merged LoRA, or the model that it is fused with, cannot be written:
+    now, and not after hours of work."""
+    check_folder(out.parent)
+    if model:
+        check_fuse(model, out)
+    elif out.is_dir():
+        raise BadInput(f"--out {out}: is a folder; give a file's name")
+    if out.resolve() in [file.path.resolve() for file in experts.files]:
+        raise BadInput(f"--out {out}: is one of the LoRAs that are merged; name another file")
+
+
 def check_fuse(model: Path, out: Path):
-    """Raises BadInput where fuse() could not begin: now, and not after hours of work."""
+    """Raises BadInput where fuse() could not begin."""
     if not model.exists():
         raise BadInput(f"--fuse {model}: no such file or folder; give a Stable Diffusion")
     if out.suffix == ".safetensors" and (model.is_dir() or out.resolve() == model.resolve()):

@@ -3,7 +3,7 @@
 Gives:       BadInput, run(); PlainParser, Parser, GeneratingParser; and types of flags, which
              refuse what makes no sense: positive_int, natural_int, fraction, open_fraction,
              positive_float, auto_or_positive, finite_float, at_strength; named(), for a flag that
-             names a function.
+             names a function; check_read().
 """
 import argparse
 import inspect
@@ -39,6 +39,14 @@ def named(flag: str, name: str, table: dict) -> Callable:
         reason = error
     raise BadInput(f"{flag} {name}: {reason}; use {' or '.join(table)}, or the dotted name of a "
                    "function")
+
+
+def check_read(flag: str, value, method: str, readers: tuple[str, ...]):
+    """Raises BadInput for a flag that was given, and that this --method does not read. What a
+    dotted name reads is not known."""
+    if value is not None and method not in readers and "." not in method:
+        raise BadInput(f"{flag}: --method {method} does not read it; leave it out, or use --method "
+                       f"{' or '.join(readers)}")
 
 
 def whole(text: str, least: int) -> int:
