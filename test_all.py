@@ -1933,6 +1933,33 @@ def test_an_interrupted_training_forgets_nothing(inside, monkeypatch):
     assert contents("cut") == contents("whole")
 
 
+def test_previews_are_what_sample_draws_and_change_no_training(inside, monkeypatch):
+    """An interrupted training draws a row once more: its sheet is that of one that was not."""
+    line, loss_function = "train --concept hate --steps 5 --batch 1 --out ", dpo.safety_dpo
+    command(line + "plain")
+    command(line + "whole --preview 4")
+    steps = iter(range(5))
+
+    def until_4(*inputs):
+        if next(steps) == 4:
+            raise KeyboardInterrupt
+        return loss_function(*inputs)
+    with monkeypatch.context() as patched, raises(KeyboardInterrupt):
+        patched.setattr(train, "SAVE_EVERY", 3)
+        patched.setitem(dpo.LOSSES, "safety", until_4)
+        command(line + "cut --preview 4")
+    command(line + "cut --preview 4")
+    assert contents("cut") == contents("whole")
+    drawn = read_images([Path("whole/hate.preview.png")])[0].reshape(3, -1, 542, 3)[:, 6:134:4]
+    row = read_pairs(Path("data"), "hate")[1]
+    for place, lora_flag in ((0, ""), (2, "--lora whole/hate.safetensors")):
+        command(f"sample {{text}} --seed {row['seed']} {lora_flag}", text=row["safe"])
+        picture = read_images([Path("samples/00000.png")])[0].astype(int)
+        assert abs(drawn[place, :, 408:536:4] - picture).max() <= 1
+    command(line + "whole --steps 1")    # another expert, which nobody looked at
+    assert contents("plain").keys() == contents("whole").keys()
+
+
 def test_a_scaler_is_a_part_of_the_state(tmp_path):
     parameter = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([parameter])

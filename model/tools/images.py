@@ -92,9 +92,11 @@ def blank(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     return image, ImageDraw.Draw(image)
 
 
-def sheet(path: Path, cells: list[tuple], columns: int, titles: tuple[str, ...] = ()):
+def sheet(path: Path, cells: list[tuple], columns: int, titles: tuple[str, ...] = (),
+          row: int = 0):
     """Writes cells (uint8 [S, S, 3], caption) row by row as a PNG, with optional column titles on
-    top. A cell may have a third part, (note, colour), which stands above its caption.
+    top. A cell may have a third part, (note, colour), which stands above its caption. row: of a
+    sheet that grows by such rows, the one that the cells are; those above it stay, those below go.
 
     Small images are enlarged by whole pixels, to show what the model made.
     """
@@ -115,6 +117,9 @@ def sheet(path: Path, cells: list[tuple], columns: int, titles: tuple[str, ...] 
     for x, y, lines in texts:
         for n, (line, colour) in enumerate(lines):
             pen.text((x, y + n * LINE), line, colour, FONT)
+    if row and path.is_file():
+        above = read_images([path])[0, :row * canvas.height]
+        canvas = Image.fromarray(np.concatenate([above, canvas]))
     write(path, canvas)
 
 
