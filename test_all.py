@@ -1720,7 +1720,7 @@ def test_a_full_gpu_is_not_a_crash(inside, monkeypatch):
 
 # Held by "refused", by every program, by the next test, by lessons, by files of other programs.
 ELSEWHERE = ("--device --out --concept --batch --llm --concepts --clipscore --checkpointing "
-             "--joint --fuse --judge --compare --show-unsafe").split()
+             "--joint --fuse --judge --compare --show-unsafe --preview").split()
 
 
 def told_and_made(folder: Path) -> tuple[dict, dict]:
@@ -2104,7 +2104,7 @@ KNOWS = {    # files: what of ours they may import
     "sample.py": f"{BELOW} model.data model.judges {TOYS}", "model/*.py": BELOW,
     "model/formats/*.py": "model.formats model.tools lora",
     "model/tools/*.py": "model.tools",
-    "model/data/*.py": f"{BELOW} model.data model.toy.world",
+    "model/data/*.py": f"{BELOW} model.data model.toy.world model.toy.usual_settings",
     "model/judges/*.py": f"{BELOW} model.data model.judges model.toy",
     "model/toy/*.py": f"{BELOW} model.toy"}
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("model/**/*.py")]
