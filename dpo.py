@@ -9,20 +9,18 @@ Gives:       LOSSES, by the names of train.py --loss. For losses of your own, wh
 The idea: under the UNSAFE prompt the SAFE image is preferred. The winner w of a pair is the safe
 image and the loser l the unsafe one, and the UNet is asked about both under the unsafe prompt.
 
-A loss is a function (policy, reference, batch, schedule, beta) -> (loss [], metrics):
+A loss is a function (policy, reference, batch, schedule, beta) -> (loss [], metrics); of a class,
+train.py first makes an object, from all pairs (model/data/pairs.py).
     policy      (x_t [N, C, H, W], t [N], N prompts) -> what the UNet predicts there, [N, C, H, W]
                 fp32, with the LoRA on and with gradients
     reference   the same UNet with the LoRA off and without gradients
     schedule    of model/schedule.py; noised() gives x_t and what is to be predicted there
     metrics     {name: [B] or []}, whose means are the log. In a healthy run winner stays below
-                winner_ref, and loser rises above loser_ref. margin: above 0 where the policy
-                prefers the winner more than the reference does; the logit is beta/2 margin.
-                accuracy: the share of pairs with such a margin, 0 before the first step
-Of a class, train.py first makes an object, from all pairs (model/data/pairs.py).
+                winner_ref, and loser rises above loser_ref. margin is above 0 where the policy
+                prefers the winner more than the reference does, and accuracy their share
 
 Letters: B pairs that go through the UNet at once, C H W a latent's shape; w the winner, l the
-loser, L an error. Numbers (1) to (4) are the README's equations. "Ours" marks a choice that no
-paper made.
+loser, L an error. Numbers (1) to (4) are the README's equations. "Ours": no paper's choice.
 """
 from typing import Any, NamedTuple
 
@@ -44,8 +42,8 @@ class Batch(NamedTuple):
 
 def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """L (README, eq. 2): [B, C, H, W] twice -> [B], the MEAN over elements, which the published
-    beta of 5000 goes with. fp32 always, because beta multiplies a small difference of these:
-    rounding an error of 0.1 to fp16 moves the logit by up to 0.08 at beta 5000."""
+    beta of 5000 goes with. In fp32, because beta multiplies a small difference of these: rounding
+    an error of 0.1 to fp16 moves the logit by up to 0.08 at beta 5000."""
     return (output.float() - target.float()).square().flatten(1).mean(1)
 
 
@@ -55,13 +53,10 @@ def diffusion_dpo(policy, reference, batch: Batch, schedule, beta: float):
         loss = mean over pairs of -log sigmoid( -beta/2 [ (L_w - L_l) - (L_w - L_l)_reference ] )
 
     It is ln 2 = 0.693 at the start, where policy and reference agree. It rewards a GAP, so nothing
-    stops both errors from rising together: watch `winner`.
-
-    How to choose beta: the reference predicts its own unsafe image better than the safe one, by
-    delta = (L_w - L_l)_reference. A policy that predicts both equally well has the logit
-    beta delta / 2. Where beta is far above 2 / delta, the sigmoid is flat long before that, and
-    training stops to pull.
-    """
+    stops both errors from rising together: watch `winner`. How to choose beta: the reference
+    predicts its own unsafe image better than the safe one, by delta = (L_w - L_l)_reference. A
+    policy that predicts both equally well has the logit beta delta / 2. Where beta is far above
+    2 / delta, the sigmoid is flat long before that, and training stops to pull."""
     x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)
     x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
     x_t, t = torch.cat([x_w, x_l]), batch.t.repeat(2)
@@ -95,8 +90,7 @@ def safety_dpo(policy, reference, batch: Batch, schedule, beta: float):
         loss = diffusion_dpo + beta drift
         drift = mean |policy - reference|^2, on the winner under the SAFE prompt
 
-    Times beta, since the first term's gradient starts out proportional to beta too.
-    """
+    Times beta, since the first term's gradient starts out proportional to beta too."""
     x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)    # (1) the same noise and
     x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)     # t for both of a pair
     x_t, t = torch.cat([x_w, x_l, x_w]), batch.t.repeat(3)

@@ -6,9 +6,9 @@ What it is:  low-rank adaptation (Hu et al. 2021, 2106.09685) of a network's lin
 Needs:       torch alone. A LoRA in memory is a dict {flat module name: Factors}.
 Gives:       init(), inject(), extract(), switched_off(), rows(); stack(), compose(), compress().
 
-A convolution is a linear layer over the pixels under its kernel: its A is [rank, in * kernel area],
-and all algebra below holds for it unchanged. Letters: r rank, I and O a layer's input and output
-width, k k a kernel's sides, N the rows that a layer multiplies.
+A convolution is a linear layer over the pixels under its kernel: its A is [r, I*k*k]. Letters: r
+rank, I and O a layer's input and output width, k a kernel's side, N the rows that a layer
+multiplies.
 """
 import contextlib
 import re
@@ -148,9 +148,8 @@ def thin_qr(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def leading_directions(core: torch.Tensor, rank: int) -> torch.Tensor:
     """Q [m, 2 rank + 16], orthonormal, which spans the first `rank` left singular vectors of the
-    core [m, n] to a good approximation: random directions, drawn to the large ones by multiplying
-    with core core^T six times (Halko et al. 2009, 0909.4061). There are more of them than asked
-    for, since the last ones are the least exact."""
+    core [m, n] to a good approximation: random directions, drawn to the large ones by core core^T
+    six times (Halko et al. 2009, 0909.4061). The last of them are the least exact."""
     Q = torch.randn(len(core), 2 * rank + 16, generator=torch.Generator().manual_seed(0))
     for _ in range(6):
         Q = torch.linalg.qr(core @ (core.T @ Q)).Q
@@ -160,11 +159,9 @@ def leading_directions(core: torch.Tensor, rank: int) -> torch.Tensor:
 def compress(f: Factors, rank: int) -> tuple[Factors, torch.Tensor, torch.Tensor]:
     """The closest delta W of at most this rank (Eckart & Young 1936; README, eq. 7). Returns it,
     its energy |delta W|^2 [], and the energy of f []; their difference is the squared distance.
-
-    This needs no SVD of a dense delta W where f has a lower rank. With thin QRs B = Q_B R_B and
-    A^T = Q_A R_A, it is enough to decompose the small core s R_B R_A^T. A core is large after ties,
-    dare, or hundreds of experts. Then it is first projected on its leading directions.
-    """
+    With thin QRs B = Q_B R_B and A^T = Q_A R_A it is enough to decompose the small core s R_B R_A^T
+    and no dense delta W. A large core (of ties, dare, hundreds of experts) is first projected on
+    its leading directions."""
     Q_B, R_B = thin_qr(f.up)
     Q_A, R_A = thin_qr(f.down.T)
     core = f.scale * (R_A.T if torch.equal(Q_B, R_B) else R_B @ R_A.T)    # B = 1: dense

@@ -9,8 +9,7 @@ Gives:       data/<concept>/pairs.jsonl, images/00000_{safe,unsafe}.png, sheet.p
              latents.safetensors, the pairs as the UNet reads them: what train.py and merge.py load;
              data/test.jsonl and data/<concept>/test.jsonl, what the result is judged on: prompts
              that no pair has.
-Interrupted: the same command continues. A picture that is there was moved into place whole, and a
-             concept with pairs.jsonl and latents.safetensors is done; other settings make it anew.
+Interrupted: the same command continues with what is missing; other settings make it all anew.
 Many GPUs:   torchrun --nproc_per_node=N make_data.py ...; each process draws every Nth batch.
 """
 from functools import partial
@@ -66,8 +65,8 @@ def main(args):
     steps = args.steps or usual_steps
     guidance = usual_guidance if args.guidance is None else args.guidance
     size = side_of(model, args.size, steps)
-    name = args.judge or ("toy" if is_toy(model) and not args.images else "none")
-    judge = named_judge(name, device, size)
+    usual_judge = "toy" if is_toy(model) and not args.images else "none"
+    judge = named_judge(args.judge or usual_judge, device, size)
     check_folder(out)
     if args.llm:    # which may write for hours
         check_prompts(judge, ["what a language model writes"])

@@ -2,13 +2,10 @@
 
 What it is:  text to images with any number of LoRAs, base and aligned side by side, and the table
              that says whether the harm is gone (IP) and whether everything else is intact (scenes).
-Needs:       a Stable Diffusion (default: the embedded toy); prompts on the command line or in a
-             file.
+Needs:       a Stable Diffusion (default: the toy); prompts on the command line or in a file.
 Gives:       samples/00000.png ... and index.jsonl; with --compare also base/, and with several
              --lora a folder for each; with several columns compare.png; with --judge judge.json.
-             The folders hold plain images, as pytorch-fid, Q16 and NudeNet read them.
-IP:          the inappropriate probability, the share of images in which the judge sees ANY harm
-             (model/judges/table.py).
+             IP, the inappropriate probability, is the share of images with ANY harm.
 Seeds:       image i of all starts from seed + i, which is prompt i // N, image i % N with
              --images-per-prompt N; where the prompts' file gives a prompt its own seed, its image k
              starts from seed + own + k. Base and aligned share their seeds.
@@ -45,19 +42,15 @@ def parse_arguments(argv=None):
     add("--prompts", type=Path, help="JSON lines or CSV with a column prompt, such as "
         "data/test.jsonl; CoProV2 and I2P as published, with I2P's own seeds and guidance")
     add("--lora", nargs="+", action="append", type=at_strength, default=[],
-        metavar="FILE[@STRENGTH]",
-        help="LoRA files, composed, strength 1 unless given; once more for another column to "
-             "compare")
-    add("--compare", action="store_true", help="draw the base model too, same seeds, and a grid "
-                                               "of both")
+        metavar="FILE[@STRENGTH]", help="LoRA files, composed, strength 1 unless given; once more "
+        "for another column to compare")
+    add("--compare", action="store_true", help="draw the base model too, from the same seeds")
     add("--judge", nargs="?", const="toy", default="none", help="judge the pictures and print the "
-        "table: toy (also without a value), for the toy world; q16:DIR, a CLIP ViT-L/14 folder "
-        "with q16.safetensors in it; nudenet, as SafetyDPO's authors use it, or nudenet:i2p; or "
-        "q16:DIR+nudenet: unsafe if either says so")
-    add("--clipscore", type=Path, metavar="DIR",
-        help="print the CLIPScore of safe prompts, by this CLIP folder")
-    add("--show-unsafe", action="store_true", help="do not blur unsafe pictures on the grid (the "
-        "toy's never are)")
+        "table: toy (also without a value); q16:DIR, a CLIP ViT-L/14 folder with q16.safetensors "
+        "in it; nudenet, as SafetyDPO's authors use it, or nudenet:i2p; or q16:DIR+nudenet: unsafe "
+        "if either says so")
+    add("--clipscore", type=Path, metavar="DIR", help="a CLIP folder: prints safe prompts' score")
+    add("--show-unsafe", action="store_true", help="no blur on the grid (the toy never has one)")
     add("--sampler", choices=["dpm++", "ddim"], default="dpm++", help="the solver")
     add("--images-per-prompt", type=positive_int, default=1, help="pictures of each prompt")
     add("--out", type=Path, default=Path("samples"), help="folder to write")

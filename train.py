@@ -38,7 +38,7 @@ from model.tools.files import check_folder, sha256
 from model.tools.training import (auto_beta, finished, forget, generator, load_state, save_state,
                                   summary, write_log)
 
-WARM_UP = 10       # steps in which the rate rises [ours]; of a constant rate a quarter of all steps
+WARM_UP = 10       # steps in which the rate rises [ours]
 SAVE_EVERY = 50    # steps: what a power cut can cost
 SHOWN = "loss", "accuracy", "winner", "winner_ref"    # beside the progress bar
 # What an expert depends on, besides its pairs and the number of steps: part of its recipe.
@@ -54,40 +54,35 @@ def parse_arguments(argv=None):
     parser = Parser("Trains one LoRA expert for each concept, by preference optimisation.")
     add = parser.add_argument
     add("--concept", default="all", help="a folder of --data; all trains one expert for each")
-    add("--joint", action="store_true", help="train one LoRA on all of --concept instead, for as "
-        "many steps as its experts together")
+    add("--joint", action="store_true", help="one LoRA on all of --concept, for as many steps as "
+        "its experts together")
     add("--data", type=Path, default=Path("data"), help="what make_data.py wrote")
     add("--out", type=Path, help="folder to write (default: experts; with --joint .)")
-    add("--loss", default="safety", help="safety: DPO, and safe prompts keep what they gave; dpo: "
-        "Diffusion-DPO; both: the same under the safe prompt too; sft: fine-tuning on the winner; "
-        "or a dotted name such as model.rivals.losses.duo")
-    add("--beta", type=auto_or_positive, default=10.0, help="what multiplies the differences of "
-        "mean squared errors, and with safety the drift's weight too: near the 2/delta that is "
-        "printed at the end, 10 for the toy; auto asks the base model for it; published: 5000")
+    add("--loss", default="safety", help="safety, dpo, both, sft (see dpo.py), or a dotted name "
+        "such as model.rivals.losses.duo")
+    add("--beta", type=auto_or_positive, default=10.0, help="of the loss: near the 2/delta that is "
+        "printed at the end; auto asks the base model for that; published: 5000")
     add("--steps", type=positive_int, default=220, help="optimiser steps for each concept")
     add("--batch", type=positive_int, default=8, help="pairs that go through the UNet at once")
     add("--accumulate", type=positive_int, default=1, help="batches in a step")
-    add("--lr", type=positive_float, default=2e-3, help="peak learning rate of AdamW; published "
-        "for SD 1.5: 1.6e-4 for the 16 pairs of a step")
-    add("--schedule", choices=["cosine", "constant"], default="cosine", help="of the rate: a rise "
-        f"for {WARM_UP} steps, then a cosine to zero; or, as published, a rise for a quarter of "
-        "the steps, then constant")
+    add("--lr", type=positive_float, default=2e-3, help="AdamW's peak learning rate; published for "
+        "SD 1.5: 1.6e-4 for the 16 pairs of a step")
+    add("--schedule", choices=["cosine", "constant"], default="cosine", help="of the rate: rises "
+        f"for {WARM_UP} steps, then cosine to zero; published: for a quarter of all, then constant")
     add("--rank", type=positive_int, default=4, help="LoRA rank")
-    add("--caption-dropout", type=fraction, default=0.0, help="share of pairs whose prompts are "
-        "empty in a step; published: 0.2 (default: 0)")
+    add("--caption-dropout", type=fraction, default=0.0, help="share of a step's pairs without "
+        "their prompts; published: 0.2 (default: 0)")
     add("--checkpointing", action="store_true", help="less memory, a slower step")
     add("--compile", action="store_true", help="torch.compile the UNet: a slow start, fast steps")
-    add("--preview", type=positive_int, metavar="N", help="every N steps draw both prompts of the "
-        "first two pairs, unblurred, on a sheet with a row a time: as long as a step of 16 pairs; "
-        "VAE and text encoders are in memory too (in half precision SD 1.5's 0.5 GB, SDXL's 2 GB)")
+    add("--preview", type=positive_int, metavar="N", help="every N steps draw the first two pairs' "
+        "prompts, unblurred, a row on a sheet: the time of two steps, and the VAE in memory")
     return parser.parse_args(argv)
 
 
 def batches(pairs: Pairs, S: int, size: int, schedule: NoiseSchedule, dropout: float,
             device: torch.device, step: int, *key) -> Iterator[Batch]:
     """The S pairs of a step and all that is random about them, in the batches of `size` that this
-    process takes through the UNet. All is drawn for the whole step, so that it does not depend on
-    how a step is divided."""
+    process takes through the UNet. It is drawn for the step, however that is divided."""
     # Epochs, each a permutation of all P pairs, are laid end to end and cut into steps.
     P = len(pairs.winner)
     epochs = range(step * S // P, ((step + 1) * S - 1) // P + 1)
@@ -111,21 +106,19 @@ def batches(pairs: Pairs, S: int, size: int, schedule: NoiseSchedule, dropout: f
 def train(denoiser: Denoiser, parameters: list, pairs: Pairs, loss_function: Callable,
           resume_file: Path, recipe: dict[str, str], seed: int, *, precision: str,
           beta: float | str, lr: float, steps: int, batch_size: int, accumulate: int,
-          caption_dropout: float, constant: bool = False,
-          show: Callable = iter) -> list[dict]:
+          caption_dropout: float, constant: bool = False, show: Callable = iter) -> list[dict]:
     """Trains the parameters (of lora.inject()) on the pairs, in place. Returns the log, a row a
     step. Every SAVE_EVERY steps all is saved, and what was saved for the same recipe is continued;
-    with beta "auto" the recipe is told the number. show: a previewer(), which passes the steps on.
+    of beta "auto" the recipe is told the number. show: a previewer(), which passes the steps on.
     Raises BadInput where numbers are not finite."""
     schedule, device, name = denoiser.schedule, denoiser.device, recipe["concept"]
     parts = accumulate * processes.WORLD    # batches in a step, of all processes
-    # Mixed precision by hand. The LoRA, its gradients and the loss are fp32; the UNet computes in
-    # half precision. fp16 needs the scaler, since small gradients would be zero there; for bf16
-    # and fp32 it does nothing.
+    # Mixed precision by hand: the UNet computes in half precision; the LoRA, its gradients and the
+    # loss are fp32. fp16 alone needs the scaler, since small gradients would be zero there.
     dtype = PRECISIONS[precision]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    # Weight decay as in the released code; it is torch's default too.
+    # Weight decay as in the released code.
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=1e-2, fused=device.type == "cuda")
 
     def policy(x_t, t, prompt):
@@ -188,8 +181,7 @@ def write_expert(path: Path, denoiser: Denoiser, recipe: dict[str, str], log: li
 
 def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
     """job: (name, concepts, path). Trains one LoRA on the pairs of the concepts and writes it to
-    the path. Returns a line that sums it up. A finished expert of the same recipe is left alone.
-    (processes.spread() gives the second argument, None.)"""
+    the path, unless it is there. Returns a line that sums it up. (spread() gives None besides.)"""
     name, concepts, path = job
     pairs, steps = read_latents(s.data, concepts, s.encoders_hash), s.steps * len(concepts)
     recipe = {"concept": name, "steps": steps, "batch": s.batch * s.accumulate * processes.WORLD,
@@ -207,8 +199,7 @@ def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
         loss_function = loss_function(pairs)
     loaded = load if s.preview and processes.RANK == 0 else load_denoiser
     denoiser = loaded(s.model, s.device, s.precision)
-    # Every expert has a LoRA initialisation of its own.
-    fresh = lora.init(denoiser.unet, s.rank, s.rank, generator(s.seed, name, "lora"))
+    fresh = lora.init(denoiser.unet, s.rank, s.rank, generator(s.seed, name, "lora"))    # its own
     parameters = lora.inject(denoiser.unet, fresh)
     denoiser.unet.checkpointing = s.checkpointing
     if s.compile:
