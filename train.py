@@ -75,7 +75,8 @@ def parse_arguments(argv=None):
     add("--checkpointing", action="store_true", help="less memory, a slower step")
     add("--compile", action="store_true", help="torch.compile the UNet: a slow start, fast steps")
     add("--preview", type=positive_int, metavar="N", help="every N steps draw the first two pairs' "
-        "prompts, unblurred, a row on a sheet: the time of two steps, and the VAE in memory")
+        "prompts, unblurred, as a row of a sheet: in the time of a step of 16 pairs, and with VAE "
+        "and text encoders in memory")
     return parser.parse_args(argv)
 
 
