@@ -2785,23 +2785,24 @@ def test_language_models_do_not_answer_as_they_are_told(answer, prompts):
 
 
 def test_asking_again_must_end():
-    """Duplicates are dropped, and what is missing, or is no rewriting, is asked for again, but only
-    ROUNDS times."""
-    asked = []
+    """Duplicates and echoes are dropped, and what is missing, or is no rewriting, is asked for
+    again, but only ROUNDS times."""
+    asked, ball = [], "ball number 2 of many, on the wide green lawn"
+    answers = {104: ball.title(), 105: "What harm it shows!", 106: "The green lawn.",
+               107: f"flower and {ball}"}
 
     def ask(instructions, tokens, seed):
         asked.append((len(instructions), seed))
         if seed < 104:    # the unsafe prompts: at first a new one, then old ones
-            return [f"1. ball number {min(len(asked), 2)}\n2. A Red Box\n3. a red box\n"
-                    "4. Vary people, places, actions and styles."]
-        last = {104: "Ball Number 2", 105: "What harm it shows!"}.get(seed, "a green ball")
-        return ["I'm sorry, I can't." if "number 1" in text else last if "number 2" in text
-                else "Sure: a green box" for text in instructions]
+            return [f"1. {ball if asked[1:] else 'ball number 1'}\n2. A Red Box\n3. a red box\n"
+                    "4. Lakes. Vary people, places, actions and styles. Lakes."]
+        return ["I'm sorry, I can't." if "number 1" in text else answers[seed]
+                if "number 2" in text else "Sure: a green box" for text in instructions]
     rows, counts = language_model.write_pairs(ask, "hate", "x", 4, seed=100)
-    assert asked == [(1, 100), (1, 101), (1, 102), (1, 103), (3, 104), (2, 105), (2, 106), (1, 107)]
+    assert asked == [(1, 100), (1, 101), (1, 102), (1, 103), (3, 104), (2, 105), (2, 106), (2, 107)]
     assert [(row["unsafe"], row["safe"]) for row in rows] == [
-        ("A Red Box", "a green box"), ("ball number 2", "a green ball")]
-    assert counts == {"answers": 12, "refusals": 4, "empty": 0, "duplicates": 9, "echoes": 4,
+        ("A Red Box", "a green box"), (ball, answers[107])]
+    assert counts == {"answers": 13, "refusals": 4, "empty": 0, "duplicates": 9, "echoes": 4,
                       "without a safe counterpart": 1}
 
 

@@ -38,8 +38,8 @@ BATCH = 8     # answers generated at once
 AROUND = " \t\n`\"'“”*,[]{}"    # what may stand around a prompt
 # "- ", "* ", "1. ", "(2) ", "3: ", "**4.** "
 MARK = re.compile(r"(?:[-*•–+]|\**\(?\d{1,3}[.):\]]\**)\s+")
-# "Safe prompt: ", "Sure! Here it is: "
-LABEL = re.compile(r"^(?:(?:[a-z]+ ){0,3}prompts?(?: \d+)?[\"'*]*\s*"
+# "Safe prompt: ", "The revised sentence: ", "Sure! Here it is: "
+LABEL = re.compile(r"^(?:(?:[a-z]+ ){0,3}(?:prompt|sentence|statement|text)s?(?: \d+)?[\"'*]*\s*"
                    r"|(?:sure|certainly|of course|okay|absolutely|here)\b[^:]*):", re.I)
 CHATTER = re.compile(r"(?:sure|certainly|of course|okay|absolutely|here (?:is|are)|here's|i hope"
                      r"|let me know|note|feel free)\b|.*:$", re.I)
@@ -152,12 +152,21 @@ class LanguageModel:
         return batch.to(self.model.device)
 
 
-def prompts_of(ask, instructions: list[str], tokens: int, seed: int, told: str, counts: Counter):
-    """The prompts in each answer, but for echoes of `told`, the instructions. Counts the answers,
-    and why some have none."""
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def is_echo(text: str) -> bool:
+    """Whether five words in a row, or all where they are fewer, are those of an instruction."""
+    told, said = " ".join(words(UNSAFE + SAFE)), words(text)
+    return any(" ".join(said[i:i + 5]) in told for i in range(max(1, len(said) - 4)))
+
+
+def prompts_of(ask, instructions: list[str], tokens: int, seed: int, counts: Counter):
+    """The prompts in each answer, but for echoes. Counts the answers, and why some have none."""
     answers, found = ask(instructions, tokens, seed) if instructions else [], []
     for prompts, why in map(parse, answers):
-        found.append([prompt for prompt in prompts if prompt.casefold() not in told])
+        found.append([prompt for prompt in prompts if not is_echo(prompt)])
         counts["answers"] += 1
         counts["refusals"] += why == "refusals"
         counts["empty"] += why == "empty"
@@ -166,10 +175,11 @@ def prompts_of(ask, instructions: list[str], tokens: int, seed: int, told: str, 
 
 
 def is_rewritten(prompt: str, text: str) -> bool:
-    """Another text, a third of whose words, counted once each, are the prompt's: not an essay on
-    it, nor the instruction in other words, which small models answer."""
-    old, new = (set(re.findall(r"\w+", one.casefold())) for one in (prompt, text))
-    return text.casefold() != prompt.casefold() and 3 * len(new & old) >= len(new)
+    """Another text. The two share a third of either's words, counted once each: it is no essay on
+    the prompt, nor a remark, nor the instruction in other words, which small models answer."""
+    old, new = set(words(prompt)), set(words(text))
+    return (text.casefold() != prompt.casefold()
+            and 3 * len(new & old) >= max(len(new), len(old)))
 
 
 def write_pairs(ask, category: str, concept: str, count: int, seed: int) -> tuple[list[dict], dict]:
@@ -179,14 +189,11 @@ def write_pairs(ask, category: str, concept: str, count: int, seed: int) -> tupl
     counterparts are asked for ROUNDS times; a prompt that still has no counterpart is dropped.
     """
     names, counts = {"category": category, "concept": concept}, Counter()
-    told = (UNSAFE + " " + SAFE).format(count=PER_ANSWER, prompt="", **names)
-    told = " ".join(told.casefold().split())
     unsafe, safe = {}, {}    # {in lower case: as it was written}, {unsafe prompt: its counterpart}
     for turn in range(ROUNDS):
         missing = count - len(unsafe)
         instructions = [UNSAFE.format(count=PER_ANSWER, **names)] * -(-missing // PER_ANSWER)
-        found = prompts_of(ask, instructions, PER_ANSWER * TOKENS, seed + turn, told,
-                           counts)
+        found = prompts_of(ask, instructions, PER_ANSWER * TOKENS, seed + turn, counts)
         for prompt in sum(found, []):
             counts["duplicates"] += prompt.casefold() in unsafe
             unsafe.setdefault(prompt.casefold(), prompt)
@@ -194,7 +201,7 @@ def write_pairs(ask, category: str, concept: str, count: int, seed: int) -> tupl
     for turn in range(ROUNDS, 2 * ROUNDS):
         waiting = [prompt for prompt in prompts if prompt not in safe]
         instructions = [SAFE.format(prompt=prompt, **names) for prompt in waiting]
-        found = prompts_of(ask, instructions, TOKENS, seed + turn, told, counts)
+        found = prompts_of(ask, instructions, TOKENS, seed + turn, counts)
         for prompt, texts in zip(waiting, found):
             rewritten = [text for text in texts if is_rewritten(prompt, text)]
             safe |= {prompt: text for text in rewritten[:1]}
