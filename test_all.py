@@ -89,10 +89,11 @@ ROOT = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 SCRIPTS = {"make_data": make_data, "train": train, "merge": merge, "sample": sample,
            "rivals": rivals, "clip": judges}
-# files: wrong or strange; forms: of one file of pairs; pickles: names; refused: a command and what
-# its error must name; settings: of a command, flags that change what it makes, and the settings
-# that its files then name; answers: of language models, and the prompts in them; model cards:
-# parameters of UNet, VAE and text encoders, VAE's scale, activations and heads of the text
+# files: wrong or strange; copies: of what, as what, and what then becomes of which file; torn: the
+# same of one file, and why it is refused; forms: of one file of pairs; pickles: names; refused: a
+# command and what its error must name; settings: of a command, flags that change what it makes, and
+# the settings that its files then name; answers: of language models, and the prompts in them; model
+# cards: parameters of UNet, VAE and text encoders, VAE's scale, activations and heads of the text
 # encoders, UNet's heads, side of a latent, prediction; headers: of a LoRA file
 CASES = read_json(ROOT / "model/testing/cases.json")
 parametrize = pytest.mark.parametrize
@@ -1364,9 +1365,9 @@ def test_a_single_file_may_say_what_it_predicts(kind, where, models, here):
     if where == "header":
         save_file(load_file(file), file, {"modelspec.prediction_type": "v"})
     else:
-        spoil(file, adding("v_pred"))
+        spoil(file, "add", "v_pred")
     assert load_denoiser(file, CPU).schedule.prediction_type == "v_prediction"
-    spoil(file, adding("ztsnr"))
+    spoil(file, "add", "ztsnr")
     with refuses("rescale_betas_zero_snr"):
         load_denoiser(file, CPU)
 
@@ -1617,54 +1618,31 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 VAE_WEIGHTS = WEIGHTS.replace("unet", "vae")
 
 
-def spoil(file: Path, change):
-    """Rewrites a safetensors file as change(its tensors) leaves them."""
+def spoil(file: Path, change: str, *of):
+    """Moves a file, or rewrites the tensors of a safetensors file as one of CHANGES says."""
+    if change == "move":
+        file.rename(file.with_name(*of))
+        return
     tensors, header = load_file(file), opened(file).metadata()
-    change(tensors)
+    CHANGES[change](tensors, *of)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, header)
 
 
-def raising(key: str, by: float):
-    return lambda t: t[key].add_(by)
+def drop(tensors: dict, start: str):
+    for key in [key for key in tensors if key.startswith(start)]:
+        del tensors[key]
 
 
-def dropping(start: str):
-    return lambda t: [t.pop(key) for key in list(t) if key.startswith(start)]
+def rename(tensors: dict, old: str, new: str):
+    for key in list(tensors):
+        tensors[key.replace(old, new)] = tensors.pop(key)
 
 
-def adding(key: str, *shape):
-    return lambda t: t.update({key: torch.zeros(shape)})
-
-
-def only(key: str):
-    return lambda t: (t.clear(), adding(key, 1)(t))
-
-
-def renaming(old: str, new: str):
-    return lambda t: [t.update({key.replace(old, new): t.pop(key)}) for key in list(t)]
-
-
-def widening(t):
-    t.update({key: torch.cat([t[key]] * 2) for key in t if "lora_up" in key})
-
-
-LATENTS, HATE = "latents.safetensors", "hate.safetensors"
-COPIES = [    # of what, its name, and what becomes of the tensors of its files
-    (TOY, "models/bin", {}), (TOY, "models/evil", {}),
-    (TOY, "models/other", {WEIGHTS: raising("conv_in.bias", 0.05)}),
-    (TOY, "models/nan", {WEIGHTS: raising("conv_in.bias", math.nan)}),
-    (TOY, "models/vae", {VAE_WEIGHTS: raising("encoder.conv_in.bias", 0.05)}),
-    (TOY, "models/text", {"text_encoder/model.safetensors":
-                          raising("text_model.final_layer_norm.bias", 0.05)}),
-    ("experts", "wide", {HATE: widening}),
-    ("experts", "other", dict.fromkeys((HATE, "sexual.safetensors"), renaming("_to_", "_x_"))),
-    ("experts", "nan", {HATE: lambda t: [tensor.fill_(math.nan) for tensor in t.values()]}),
-    ("data/hate", "evil/latents", {}),
-    ("data/hate", "second/sexual", {}), ("data/sexual", "second/hate", {}),
-    ("data/hate", "few/hate", {LATENTS: lambda t: t.update(winner=t["winner"][:3])}),
-    ("data/hate", "no_winner/hate", {LATENTS: dropping("winner")}),
-    ("data/hate", "swapped/hate",
-     {LATENTS: lambda t: t.update(winner=t["loser"], loser=t["winner"])})]
+CHANGES = {
+    "drop": drop, "rename": rename, "raise": lambda t, key, by: t[key].add_(by),
+    "add": lambda t, key, *shape: t.update({key: torch.zeros(shape)}),
+    "only": lambda t, key: (t.clear(), t.update({key: torch.zeros(1)})),
+    "cast": lambda t, dtype: t.update({key: t[key].to(dtype) for key in t if "diffusion_m" in key})}
 
 
 @fixture(scope="module")
@@ -1672,15 +1650,13 @@ def bench(story, tmp_path_factory):
     """The story's folder, and beside it all that a user can get wrong."""
     folder = tmp_path_factory.mktemp("bench") / "work"
     shutil.copytree(story, folder)
-    for source, name, changes in COPIES:
-        shutil.copytree(folder / source, folder / name)
-        for file, change in changes.items():
-            spoil(folder / name / file, change)
+    for source, name, *changes in CASES["copies"]:
+        shutil.copytree(folder / source.format(toy=TOY), folder / name)
+        for file, *change in changes:
+            spoil(folder / name / file, *change)
     for path in folder.glob("experts/*.safetensors"):
         for name, header in ("bare", {}), ("stranger", {"base_model_hash": "0"}):
             save_lora(folder / name / path.name, load_lora(path)[0], header)
-    weights = folder / "models/bin" / WEIGHTS
-    weights.rename(weights.with_suffix(".bin"))
     for name, text in CASES["files"].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -1979,11 +1955,11 @@ def test_a_joint_lora_takes_the_steps_of_all_experts(inside, monkeypatch):
     assert load_lora(Path("joint.safetensors"))[1]["steps"] == "4"
 
 
-@parametrize("line, batches, again, lost", [
+@parametrize("line, batches, lost", [
     ("make_data --concept hate --pairs 3 --batch 2 --judge none --out made/hate", [2, 2, 1, 1],
-     [2, 2], ("hate/pairs.jsonl", "hate/images/00001_safe.png")),
-    ("sample a b c --batch 2 --out made/hate", [2, 1], [2], ("00001.png",))])
-def test_only_what_is_missing_is_drawn(line, batches, again, lost, inside, monkeypatch):
+     ("hate/pairs.jsonl", "hate/images/00001_safe.png")),
+    ("sample a b c --batch 2 --out made/hate", [2, 1], ("00001.png",))])
+def test_only_what_is_missing_is_drawn(line, batches, lost, inside, monkeypatch):
     """With the settings that suit the model; other settings draw a folder anew, and say so."""
     drawn, made = [], Path("made/hate")
 
@@ -1991,21 +1967,21 @@ def test_only_what_is_missing_is_drawn(line, batches, again, lost, inside, monke
         drawn.append((len(prompts), settings["steps"], settings["guidance"]))
         return np.stack([np.full((32, 32, 3), seed % 251, np.uint8) for seed in seeds])
 
-    def draws(flags: str) -> list:
+    def draws(flags: str = "") -> list:
         drawn.clear()
-        said.append(command(line + flags))
+        command(line + flags)
         return drawn
     monkeypatch.setattr(StableDiffusion, "generate", draw)
-    shutil.copytree(TOY, "model")
-    said = []
-    assert draws("") == [(n, 10, 3.0) for n in batches] and draws("") == []
+    all_batches = [(n, 10, 3.0) for n in batches]
+    assert draws() == all_batches and draws() == []
     whole = contents(made)
     for name in lost:
         (made / name).unlink()
-    assert draws("") == [(n, 10, 3.0) for n in again]
+    assert draws() == all_batches[:len(batches) // 2]    # those that lack a picture
     assert draws(" --batch 1") == [] and contents(made) == whole    # no property of a picture
-    assert draws(" --model model") == [(n, 25, 7.5) for n in batches]
-    assert "hate: was made with other settings" in said[-1]
+    shutil.copytree(TOY, "model")
+    assert "hate: was made with other settings" in command(line + " --model model")
+    assert drawn == [(n, 25, 7.5) for n in batches]
 
 
 def test_another_judge_draws_nothing_anew(in_greys):
@@ -2193,7 +2169,6 @@ def test_no_command_line_ends_in_a_traceback(story, tmp_path):
 # ---- Part II, contracts: files of other programs
 
 
-UNET = "model.diffusion_model."    # the prefix in a single file
 diffusers.utils.logging.disable_progress_bar()
 
 
@@ -2263,7 +2238,7 @@ def test_shards_variants_and_old_names_are_one_checkpoint(tmp_path, models):
     weights = dict(zip(state, "01" * len(state)))
     Path(f"{unet}.index.json").write_text(json.dumps({"weight_map": weights}))
     for new, old in {"q": "query", "k": "key", "v": "value", "out.0": "proj_attn"}.items():
-        spoil(vae, renaming(f".to_{new}.", f".{old}."))
+        spoil(vae, "rename", f".to_{new}.", f".{old}.")
     vae.rename(vae.with_suffix(".fp16.safetensors"))
     a, b = (load(path, CPU).generate(PROMPTS, [0, 1, 2], 2, 2.0) for path in (source, copy))
     assert np.array_equal(a, b)
@@ -2440,7 +2415,7 @@ def test_a_prefix_is_not_a_kind_of_lora(key, ours, here):
     """ComfyUI's (LoraSave), OneTrainer's, and of torch.compile; and what comes with a LoRA."""
     write_conv("a", key)
     for other in ("text_encoders.x.lora_up.weight", "clip_g.x.dora_scale", "bundle_emb.a.b"):
-        spoil(Path("a"), adding(other, 2))
+        spoil(Path("a"), "add", other, 2)
     with heard() as said:
         assert load_lora(Path("a"))[0].keys() == {ours}
     assert "2 text-encoder layers and 1 embeddings are left out" in said.getvalue()
@@ -2474,7 +2449,7 @@ def test_eight_bits_are_read_and_too_few_to_write(dtype, models, here):
     write_conv("a", CONV, dtype=dtype)
     assert load_lora(Path("a"))[0][CONV[10:]].delta().eq(1).all()
     file = shutil.copytree(models("SD1", "file").parent, here / "m") / "model.safetensors"
-    spoil(file, lambda t: t.update({key: t[key].to(dtype) for key in t if key.startswith(UNET)}))
+    spoil(file, "cast", dtype)
     load_denoiser(file, CPU)
     assert "too coarse" in refusal("merge a --fuse {file}", file=file)
 
@@ -2543,53 +2518,20 @@ def test_names_are_as_people_have_them(here):
 
 
 # What is broken, or of another kind
-MID = UNET + "middle_block.1.proj_in.weight"
-TORN = {"model": [
-    (lambda m: (m / "text_encoder").rename(m / "text_encoder_2"), "the SDXL refiner"),
-    (lambda m: shutil.rmtree(m / "tokenizer"), "has no vocab.json"),
-    (lambda m: spoil(m / "text_encoder/model.safetensors", adding("odd", 2)), r"holds odd \[2\]"),
-    (lambda m: spoil(m / WEIGHTS, adding("conv_in.base_layer.weight", 2)), "unload it first")],
-    "file": [
-    (raising("first_stage_model.decoder.conv_in.bias", math.nan),
-     "vae decoder.conv_in.bias holds NaN"),
-    (dropping(MID), r"lacks mid_block.attentions.0.proj_in.weight.* \[32, 32, 1, 1\]"),
-    (lambda t: t.update({MID: t[MID][:, :20]}), r"\[32, 20, 1, 1\], expected \[32, 32, 1, 1\]"),
-    (dropping(UNET + "middle_block.1."), "a distilled model"),
-    (adding("other.weight", 3), r"other.weight \[3\], which belongs to no part"),
-    (adding(UNET + "input_blocks.0.0.weight", 16, 9, 3, 3), "an inpainting model"),
-    (only("conditioner.embedders.0.model.x"), "SDXL refiner"), (only("encoder.x"), "one part of"),
-    (only(UNET + "joint_blocks.0.x"), "Diffusion 3"), (only("x.lora_up.weight"), "with --lora")],
-    "LoRA": [
-    (adding("some.other.weight", 2), "some.other.weight"),
-    (adding("lora_unet_x.dora_scale", 2), "a DoRA"), (adding("x.hada_w1_a", 2), "a LoHa"),
-    (adding("x.lokr_w1", 2), "a LoKr"),
-    (lambda t: t.pop(next(key for key in t if "lora_up" in key)), "matching pair"),
-    (lambda t: t.update({key: t[key][:, :2] for key in t if "lora_up" in key}), "matching pair"),
-    (only("lora_te_x.lora_up.weight"), "1 layers of text encoders")],
-    "CLIP": [    # transformers would go on with random weights
-    (lambda m: spoil(m / "model.safetensors", dropping("visual_proj")), "lacks visual_projection"),
-    (lambda m: (m / "model.safetensors").rename(m / "pytorch_model.bin"), "pickles"),
-    (lambda m: (m / "model.safetensors").write_bytes(b"PK"), "not a readable CLIP"),
-    (lambda m: (m / "preprocessor_config.json").unlink(), "has no preprocessor_config.json")]}
-
-
-@parametrize("kind, change, says", [(kind, *row) for kind in TORN for row in TORN[kind]])
-def test_nothing_loads_halfway(kind, change, says, tmp_path, models, clip, story):
+@parametrize("kind, says, file, change", [(*row[:3], row[3:]) for row in CASES["torn"]])
+def test_nothing_loads_halfway(kind, says, file, change, tmp_path, models, clip, story):
     source = {"model": models("SD1", "folder"), "file": models("SD1", "file").parent, "CLIP": clip,
               "LoRA": story / "experts"}
     copy = shutil.copytree(source[kind], tmp_path / "m")
-    file = copy / ("hate.safetensors" if kind == "LoRA" else "model.safetensors")
-    if kind in ("file", "LoRA"):
-        spoil(file, change)
-    else:
-        change(copy)
+    spoil(copy / file, *change)
     with refuses(says):
         if kind == "LoRA":
-            load_lora(file)
+            load_lora(copy / file)
         elif kind == "CLIP":
             judges.ClipScore(copy, CPU)
         else:
-            load(file if kind == "file" else copy, CPU).generate(["x"], [0], 1, 1.0)
+            path = copy / file if kind == "file" else copy
+            load(path, CPU).generate(["x"], [0], 1, 1.0)
 
 
 # Prompt files
@@ -2810,8 +2752,9 @@ TEMPLATE = ("{% for m in messages %}USER {{ m.content }} {% endfor %}"
             "{% if add_generation_prompt %}BOT{% endif %}")
 
 
-@parametrize("template, asked", [("", ["a ring \n", "a blue box in park \n"]),
-                                 (TEMPLATE, ["USER a ring BOT", "USER a blue box in park BOT"])])
+@parametrize("template, asked", [
+    ("", ["<s> <s> <s> a ring \n", "a blue box in park \n"]),
+    (TEMPLATE, ["<s> <s> <s> USER a ring BOT", "USER a blue box in park BOT"])])
 def test_a_language_model_is_asked_as_it_was_taught(template, asked, tmp_path, monkeypatch):
     """Its answer is what comes after the question; without an end, half a line is no prompt."""
     ask, read = language_model.LanguageModel(strangers.write_language_model(tmp_path), CPU), []
@@ -2819,14 +2762,12 @@ def test_a_language_model_is_asked_as_it_was_taught(template, asked, tmp_path, m
     words = ask.tokenizer("a red ball\na blue box").input_ids
 
     def answer(input_ids, attention_mask, **_):
-        read.append((input_ids, attention_mask.bool()))
+        read.extend(input_ids * attention_mask)    # nothing is asked by <s>
         return torch.cat([input_ids, torch.tensor([[*words, 1], [*words, 4]])], 1)
     monkeypatch.setattr(ask.model, "generate", answer)
     answers = ask(["a ring", "a blue box in park"], 9, 0)
     assert answers == ["a red ball \n a blue box", "a red ball "]
-    (ids, mask), = read
-    assert [ask.tokenizer.decode(row[there]) for row, there in zip(ids, mask)] == asked
-    assert mask[:, -1].all() and not mask.all()
+    assert list(map(ask.tokenizer.decode, read)) == asked
 
 
 def test_a_language_model_can_write_the_pairs(tmp_path, in_greys):
