@@ -3,8 +3,8 @@
 What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908); the same under both prompts; and
              safety_dpo(), the default, which is the one to read.
 Needs:       torch.
-Gives:       LOSSES, by the names of train.py --loss. For losses of your own, which --loss takes by
-             their dotted name (model/rivals/losses.py has some): Batch, mse().
+Gives:       LOSSES, by the names of train.py --loss. For losses of your own, which it takes by their
+             dotted name (model/rivals/losses.py has some): Batch, mse().
 
 The idea: under the UNSAFE prompt the SAFE image is preferred. The winner w of a pair is the safe
 image and the loser l the unsafe one, and the UNet is asked about both under the unsafe prompt.
@@ -19,8 +19,8 @@ train.py first makes an object, from all pairs (model/data/pairs.py).
                 winner_ref, and loser rises above loser_ref. margin is above 0 where the policy
                 prefers the winner more than the reference does, and accuracy their share
 
-Letters: B pairs that go through the UNet at once, C H W a latent's shape; w the winner, l the
-loser, L an error. Numbers (1) to (4) are the README's equations. "Ours": no paper's choice.
+Letters: B pairs that go through the UNet at once, C H W a latent's shape; w winner, l loser, L an
+error. Numbers (1) to (4) are the README's equations. "Ours": no paper's choice.
 """
 from typing import Any, NamedTuple
 

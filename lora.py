@@ -6,9 +6,8 @@ What it is:  low-rank adaptation (Hu et al. 2021, 2106.09685) of a network's lin
 Needs:       torch alone. A LoRA in memory is a dict {flat module name: Factors}.
 Gives:       init(), inject(), extract(), switched_off(), rows(); stack(), compose(), compress().
 
-A convolution is a linear layer over the pixels under its kernel: its A is [r, I*k*k]. Letters: r
-rank, I and O a layer's input and output width, k a kernel's side, N the rows that a layer
-multiplies.
+A convolution is a linear layer over the pixels under its kernel: A [r, I*k*k]. Letters: r rank, I
+and O a layer's input and output width, k a kernel's side, N the rows that a layer multiplies.
 """
 import contextlib
 import re
@@ -34,7 +33,7 @@ class Factors(NamedTuple):
         return self.alpha / self.down.shape[0]
 
     def delta(self) -> torch.Tensor:
-        """Dense delta W [O, I(*k*k)]. For tests and fusing; methods that can, avoid it."""
+        """Dense delta W [O, I(*k*k)]. Who can, avoids it."""
         return (self.up @ self.down).mul_(self.scale)
 
 
@@ -50,8 +49,7 @@ def layers(network: nn.Module) -> dict[str, tuple[str, nn.Module]]:
 
 
 class LoRALayer(nn.Module):
-    """A frozen linear layer or convolution with a LoRA beside it (README, eq. 5). With `on` False
-    it is the frozen layer, bit for bit."""
+    """A frozen layer with a LoRA beside it (README, eq. 5); with `on` False the layer alone."""
 
     def __init__(self, base: nn.Linear | nn.Conv2d, factors: Factors):
         super().__init__()
@@ -74,9 +72,8 @@ class LoRALayer(nn.Module):
 
 
 def init(network: nn.Module, rank: int, alpha: float, rng: torch.Generator) -> dict[str, Factors]:
-    """A fresh LoRA: A ~ N(0, 1/rank^2), PEFT's "gaussian", as in the released code; B = 0. So delta
-    W is 0, and B alone has a gradient. Give every expert its OWN generator: experts that share an A
-    are correlated, and merge badly."""
+    """A fresh LoRA: A ~ N(0, 1/rank^2), PEFT's "gaussian", as in the released code; B = 0, so that
+    delta W is 0 and B alone has a gradient. Experts that share an A would merge badly."""
     return {flat(name): Factors(torch.randn(rank, layer.in_features, generator=rng) / rank,
                                 torch.zeros(layer.out_features, rank), float(alpha))
             for name, layer in network.named_modules() if TARGETS.search(name)}
@@ -105,13 +102,13 @@ def extract(network: nn.Module) -> dict[str, Factors]:
 @contextlib.contextmanager
 def switched_off(network: nn.Module):
     """Inside, the network is the base model: a reference without a second copy of the weights."""
-    switches = [module for module in network.modules() if isinstance(module, LoRALayer)]
-    for layer in switches:
+    adapted = [module for module in network.modules() if isinstance(module, LoRALayer)]
+    for layer in adapted:
         layer.on = False
     try:
         yield
     finally:
-        for layer in switches:
+        for layer in adapted:
             layer.on = True
 
 
@@ -158,10 +155,9 @@ def leading_directions(core: torch.Tensor, rank: int) -> torch.Tensor:
 
 def compress(f: Factors, rank: int) -> tuple[Factors, torch.Tensor, torch.Tensor]:
     """The closest delta W of at most this rank (Eckart & Young 1936; README, eq. 7). Returns it,
-    its energy |delta W|^2 [], and the energy of f []; their difference is the squared distance.
-    With thin QRs B = Q_B R_B and A^T = Q_A R_A it is enough to decompose the small core s R_B R_A^T
-    and no dense delta W. A large core (of ties, dare, hundreds of experts) is first projected on
-    its leading directions."""
+    its energy |delta W|^2 [], and that of f []; their difference is the squared distance. With thin
+    QRs B = Q_B R_B and A^T = Q_A R_A it is enough to decompose the small core s R_B R_A^T. A large
+    one (of ties, dare, hundreds of experts) is first projected on its leading directions."""
     Q_B, R_B = thin_qr(f.up)
     Q_A, R_A = thin_qr(f.down.T)
     core = f.scale * (R_A.T if torch.equal(Q_B, R_B) else R_B @ R_A.T)    # B = 1: dense

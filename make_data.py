@@ -7,8 +7,7 @@ Needs:       a Stable Diffusion (default: the toy); prompts, from the toy's gram
              from a language model. Pictures that exist already (--images) are not drawn.
 Gives:       data/<concept>/pairs.jsonl, images/00000_{safe,unsafe}.png, sheet.png, and
              latents.safetensors, the pairs as the UNet reads them: what train.py and merge.py load;
-             data/test.jsonl and data/<concept>/test.jsonl, what the result is judged on: prompts
-             that no pair has.
+             data/test.jsonl and data/<concept>/test.jsonl: prompts to judge on, which no pair has.
 Interrupted: the same command continues with what is missing; other settings make it all anew.
 Many GPUs:   torchrun --nproc_per_node=N make_data.py ...; each process draws every Nth batch.
 """
@@ -39,8 +38,8 @@ def parse_arguments(argv=None):
         "or JSON lines: CoProV2, the Hugging Face form, or your own (default: the toy's grammar)")
     add("--images", type=Path, metavar="DIR", help="read the pictures that --prompts names from "
         "this folder instead of drawing them; they are cropped and resized to --size")
-    add("--llm", type=Path, metavar="DIR", help="let this causal language model (a transformers "
-        "folder) write the prompts; needs --concepts")
+    add("--llm", type=Path, metavar="DIR", help="a causal language model, a transformers folder, "
+        "that writes the prompts; needs --concepts")
     add("--concepts", type=Path, metavar="FILE",
         help='what --llm writes about: JSON, {"category": ["concept", ...], ...}')
     add("--judge", help="drops pairs whose pictures are not what they should be: a judge of "

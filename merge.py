@@ -2,8 +2,8 @@
 
 What it is:  rules that merge the weight CHANGES delta W_i = w_i s_i B_i A_i (w_i: --weights), never
              the factors: averaging A and B separately would leave cross terms B_i A_j.
-Needs:       LoRAs of one base model, train.py's or others: ranks, alphas, spellings and layers may
-             differ. The first three rules also need the UNet and data/, to calibrate on.
+Needs:       LoRAs of one base model, train.py's or others, of any ranks and layers. The first three
+             rules also need the UNet and data/, to calibrate on.
 Gives:       merged.safetensors, whose rank is the sum of ranks, exact but by ties, dare and --rank;
              by --fuse MODEL that whole model, aligned. One expert alone stays as it is.
 
@@ -14,8 +14,7 @@ Gives:       merged.safetensors, whose rank is the sum of ranks, exact but by ti
     sum        delta W = sum_i delta W_i                         (task arithmetic, 2212.04089)
     ties, dare, and any function of your own: see model/rivals/merging.py
 
-Letters: n experts that adapt a layer, r rank, R the sum of ranks, N rows that the layer multiplies,
-I and O its input and output width.
+Letters: n experts of a layer, r rank, R the sum of ranks, N rows that it multiplies, I, O widths.
 """
 from collections import defaultdict
 from collections.abc import Callable
@@ -148,9 +147,8 @@ def measure(denoiser: Denoiser, statistics, i: int, expert: dict[str, Factors], 
 
 def calibrate(experts: Experts, model: Path, data: Path, device: torch.device, precision: str,
               preserve: float | None, seed: int):
-    """{layer: its statistic}, by ONE pass of the base UNet over the inputs of all experts. Raises
-    BadInput as match_experts() and read_latents() do."""
-    processes_for(device, unet_files(model))    # gives a small network one thread, as in training
+    """{layer: its statistic}, by ONE pass of the base UNet over the inputs of all experts."""
+    processes_for(device, unet_files(model))    # gives a small network one thread
     denoiser, encoders_hash = load_denoiser(model, device, precision), sha256(*encoder_files(model))
     match_experts(denoiser.unet, experts, model, data)
     statistics = {name: Statistic(preserve is not None) for name in experts.names}
@@ -198,13 +196,11 @@ def co_merge(parts, layer):
 
 def regmean(parts, layer):
     """Merging by solving (README, eq. 10): RegMean (2212.09849), with a term for safe inputs like
-    UCE's (2308.14761) [ours]. The least squares problem
+    UCE's (2308.14761) [ours]. It minimises
 
-        delta W = argmin sum_i E_i |(delta W - delta W_i) x|^2 + lambda sum_i E_i,safe |delta W x|^2
-                = (sum_i delta W_i G_i) M^-1,    M = sum_i (G_i + lambda G_i,safe)
+        sum_i E_i |(delta W - delta W_i) x|^2 + lambda sum_i E_i,safe |delta W x|^2
 
-    has a solution of rank R, since delta W_i G_i = s_i B_i (A_i G_i).
-    """
+    by (sum_i delta W_i G_i) M^-1, of rank R, since delta W_i G_i = s_i B_i (A_i G_i)."""
     M, wanted = layer.statistic.M.cpu().double(), layer.statistic.wanted(parts)
     M.diagonal().add_(RIDGE * M.diagonal().mean() + 1e-30)    # of no input at all: 0
     return wanted._replace(down=torch.linalg.solve(M, wanted.down.double().T).T.float())

@@ -6,22 +6,20 @@ Needs:       a Stable Diffusion (default: the toy); prompts on the command line 
 Gives:       samples/00000.png ... and index.jsonl; with --compare also base/, and with several
              --lora a folder for each; with several columns compare.png; with --judge judge.json.
              IP, the inappropriate probability, is the share of images with ANY harm.
-Seeds:       image i of all starts from seed + i, which is prompt i // N, image i % N with
-             --images-per-prompt N; where the prompts' file gives a prompt its own seed, its image k
-             starts from seed + own + k. Base and aligned share their seeds.
-Interrupted: the same command continues. An image that is there was moved into place whole.
+Seeds:       image i starts from seed + i, with and without LoRAs; with --images-per-prompt N it is
+             of prompt i // N. Image k of a prompt with a seed of its own: from seed + own + k.
+Interrupted: the same command continues with what is missing.
 """
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import lora
-from model.data.sources import Job, batches_of, jobs_of, requests_of
-from model.formats.checkpoint import model_files, unet_files
-from model.formats.fit import Column, columns_of
+from model.data.jobs import Job, jobs_of, make_column
+from model.data.sources import requests_of
+from model.formats.fit import columns_of
 from model.judges import check_requests, named_judge
 from model.judges.clip import ClipScore
 from model.judges.grid import grid
@@ -29,9 +27,6 @@ from model.judges.table import measure, report
 from model.stable_diffusion import at_once, load, side_of, skeleton
 from model.tools.command import BadInput, GeneratingParser, at_strength, positive_int, run
 from model.tools.device import device_and_precision
-from model.tools.files import prepare, sha256, short_hash, write_jsonl
-from model.tools.images import parameters_of, write_image
-from model.tools.processes import processes_for, spread
 from model.toy import is_toy, usual_settings
 
 
@@ -70,32 +65,6 @@ def generate(settings: dict, sd, jobs: list[Job]) -> np.ndarray:
                        guidance=jobs[0].guidance, **settings)
 
 
-def make_column(label: str, column: Column, jobs: list[Job], batch: int, settings: dict,
-                model: Path, device: torch.device, precision: str):
-    """Generates every job that is not there yet, and writes index.jsonl."""
-    batches = batches_of(jobs, batch)
-    several = len(batches) > 1    # a single one is made anew, and large weights are not hashed
-    prepare(column.folder, {
-        **settings, "jobs": jobs, "device": device.type, "precision": precision,
-        "model": sha256(*model_files(model)) if several else None, "loras": column.made_of},
-        ("[0-9]" * 5 + "*.png",))
-    paths = [column.folder / f"{i:05d}.png" for i in range(len(jobs))]
-    weights = unet_files(model)
-    todo = [numbers for numbers in batches
-            if not several or not all(paths[i].is_file() for i in numbers)]
-    images_of_batch = spread(partial(load_with, model, device, precision, column.factors),
-                             partial(generate, settings),
-                             [[jobs[i] for i in numbers] for numbers in todo],
-                             processes_for(device, weights))
-    for numbers, images in zip(tqdm(todo, desc=label, unit="batch"), images_of_batch):
-        for i, image in zip(numbers, images):
-            write_image(paths[i], image, parameters_of(
-                image, column.made_of, short_hash(weights[0]), **settings, **jobs[i]._asdict()))
-    write_jsonl(column.folder / "index.jsonl", [
-        {"file": path.name, **job._asdict(), **settings, "lora": column.made_of}
-        for path, job in zip(paths, jobs)])
-
-
 def main(args):
     requests = requests_of(args.prompt, args.prompts, args.model)
     if args.compare and not args.lora:
@@ -113,8 +82,9 @@ def main(args):
     requests = [request for request in requests for _ in range(args.images_per_prompt)]
     jobs = jobs_of(requests, args.images_per_prompt, args.seed, args.guidance, usual_guidance)
     for label, column in columns.items():
+        start = partial(load_with, model, device, precision, column.factors)
         make_column(label, column, jobs, args.batch or at_once(size), settings, model, device,
-                    precision)
+                    precision, start, partial(generate, settings))
     for made in ("judge.json", "compare.png"):    # of images that may have changed
         (out / made).unlink(missing_ok=True)
     folders, verdicts = {label: column.folder for label, column in columns.items()}, {}

@@ -1,14 +1,13 @@
 """Step 2 of 4: one LoRA expert per harm category. `python train.py --concept hate`
 
 What it is:  preference optimisation of a LoRA on the UNet's attention. The policy is the UNet with
-             the LoRA, the reference the same UNet with the LoRA switched off. The lesson is
-             batches() and train(); the rest is command line and files.
+             the LoRA, the reference the same UNet with it switched off. Read batches() and train().
 Needs:       data/<concept>/latents.safetensors; the UNet of a Stable Diffusion (default: toy).
 Gives:       experts/<concept>.safetensors, .jsonl (the log) and .png (its curves), and while it
              trains the same three of what is learned so far, a dot before their names; with --joint
              joint.safetensors, the paper's baseline, one LoRA on all the data.
-Interrupted: the same command continues at the last saved step, and gives the same expert, on a CPU
-             to the bit: all that is random comes from generator(seed, name, step).
+Interrupted: the same command continues, and gives the same expert, on a CPU to the bit: all that is
+             random comes from generator(seed, name, step).
 Many GPUs:   torchrun --nproc_per_node=N train.py ...; a step has N * --batch * --accumulate pairs.
 
 Letters: P pairs in all, S of a step (of all processes). "Released" code is that of Diffusion-DPO.
@@ -41,7 +40,7 @@ from model.tools.training import (auto_beta, finished, forget, generator, load_s
 WARM_UP = 10       # steps in which the rate rises [ours]
 SAVE_EVERY = 50    # steps: what a power cut can cost
 SHOWN = "loss", "accuracy", "winner", "winner_ref"    # beside the progress bar
-# What an expert depends on, besides its pairs and the number of steps: part of its recipe.
+# Besides its pairs and steps, what an expert depends on: part of its recipe.
 CHOICES = ("loss", "beta", "lr", "schedule", "rank", "seed", "caption_dropout", "precision",
            "base_model_hash", "encoders_hash")
 # The command line, resolved, and hashes of the files that training starts from.
@@ -75,8 +74,7 @@ def parse_arguments(argv=None):
     add("--checkpointing", action="store_true", help="less memory, a slower step")
     add("--compile", action="store_true", help="torch.compile the UNet: a slow start, fast steps")
     add("--preview", type=positive_int, metavar="N", help="every N steps draw the first two pairs' "
-        "prompts, unblurred, as a row of a sheet: in the time of a step of 16 pairs, and with VAE "
-        "and text encoders in memory")
+        "prompts, unblurred: in a step's time, and with VAE and text encoders in memory")
     return parser.parse_args(argv)
 
 
@@ -119,7 +117,7 @@ def train(denoiser: Denoiser, parameters: list, pairs: Pairs, loss_function: Cal
     dtype = PRECISIONS[precision]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    # Weight decay as in the released code.
+    # Weight decay, and below the norm, as in the released code.
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=1e-2, fused=device.type == "cuda")
 
     def policy(x_t, t, prompt):
@@ -154,8 +152,7 @@ def train(denoiser: Denoiser, parameters: list, pairs: Pairs, loss_function: Cal
         processes.sum_over_all([means, *(parameter.grad for parameter in parameters)])
 
         scaler.unscale_(optimizer)
-        # The norm as in the released code. Gradients are summed already: all processes clip alike.
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)    # of the sum: in all processes
         scaler.step(optimizer)    # fp16's leaves a step out whose gradients overflowed
         scaler.update()
         optimizer.zero_grad()
@@ -198,19 +195,17 @@ def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
     loss_function = named("--loss", s.loss, LOSSES)
     if isinstance(loss_function, type):    # a class, which sees all pairs first
         loss_function = loss_function(pairs)
-    loaded = load if s.preview and processes.RANK == 0 else load_denoiser
-    denoiser = loaded(s.model, s.device, s.precision)
+    denoiser = (load if s.preview else load_denoiser)(s.model, s.device, s.precision)
     fresh = lora.init(denoiser.unet, s.rank, s.rank, generator(s.seed, name, "lora"))    # its own
     parameters = lora.inject(denoiser.unet, fresh)
     denoiser.unet.checkpointing = s.checkpointing
     if s.compile:
         denoiser.unet.compile()
+    show = previewer(resume_file, denoiser, s.data, concepts[0], pairs.winner.shape[-1], s.preview)
     log = train(denoiser, parameters, pairs, loss_function, resume_file, recipe, s.seed,
                 precision=s.precision, beta=s.beta, lr=s.lr, steps=steps, batch_size=s.batch,
                 accumulate=s.accumulate, caption_dropout=s.caption_dropout,
-                constant=s.schedule == "constant",
-                show=previewer(resume_file, denoiser, s.data, concepts[0],
-                               pairs.winner.shape[-1], s.preview))
+                constant=s.schedule == "constant", show=show)
     if processes.RANK == 0:
         write_expert(path, denoiser, recipe, log)
         keep(resume_file, path)
@@ -225,12 +220,10 @@ def main(args):
     s = Settings(**{**vars(args), "device": device, "precision": precision},
                  base_model_hash=sha256(*unet), encoders_hash=sha256(*encoder_files(args.model)))
     named("--loss", s.loss, LOSSES)    # a wrong name fails before any process starts
-    concepts = sorted(file.parent.name for file in s.data.glob("*/pairs.jsonl"))
-    if s.concept != "all":
-        concepts = [concept for concept in concepts if concept == s.concept]
+    concepts = sorted(file.parent.name for file in s.data.glob("*/pairs.jsonl")
+                      if s.concept in ("all", file.parent.name))
     if not concepts:
-        raise BadInput(f"{s.data}: has no pairs of --concept {s.concept}; run python make_data.py, "
-                       "or give the name of a folder there")
+        raise BadInput(f"{s.data}: has no pairs of --concept {s.concept}; run python make_data.py")
     folder = s.out or Path("" if s.joint else "experts")
     parts = {"joint": concepts} if s.joint else {concept: [concept] for concept in concepts}
     jobs = [(name, parts[name], folder / f"{name}.safetensors") for name in parts]

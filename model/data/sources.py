@@ -2,7 +2,7 @@
 
 Needs:       what language_model.py needs; of the toy its grammar alone.
 Gives:       source_of() for make_data.py; from_grammar(), from_files(), from_language_model();
-             readable(); write_tests(). For sample.py requests_of(), jobs_of(), batches_of().
+             readable(); write_tests(); requests_of() for sample.py.
 """
 import sys
 import zlib
@@ -196,31 +196,3 @@ def requests_of(prompts: list[str], file: Path | None, model: Path) -> list[Requ
     for note in filter(None, notes):
         print(f"note: {note}", file=sys.stderr)
     return requests
-
-
-class Job(NamedTuple):
-    """One image."""
-    prompt: str
-    seed: int
-    guidance: float
-
-
-def jobs_of(requests: list[Request], images_per_prompt: int, seed: int, guidance: float | None,
-            usual_guidance: float) -> list[Job]:
-    """One for each image; `requests` names each that often. The user's guidance comes before the
-    file's, which comes before the usual one."""
-    jobs = []
-    for i, request in enumerate(requests):
-        own = i if request.seed is None else request.seed + i % images_per_prompt
-        wishes = (guidance, request.guidance, usual_guidance)
-        wish = next(wish for wish in wishes if wish is not None)
-        jobs.append(Job(request.prompt, seed + own, wish))
-    return jobs
-
-
-def batches_of(jobs: list[Job], size: int) -> list[list[int]]:
-    """The jobs' numbers in batches: a batch has one guidance."""
-    groups = {}
-    for i, job in enumerate(jobs):
-        groups.setdefault(job.guidance, []).append(i)
-    return [group[k:k + size] for group in groups.values() for k in range(0, len(group), size)]
