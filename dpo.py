@@ -3,7 +3,7 @@
 What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908); the same under both prompts; and
              safety_dpo(), the default, which is the one to read.
 Needs:       torch.
-Gives:       LOSSES, by the names of train.py --loss. For losses of your own, which it takes by their
+Gives:       LOSSES, by the names of train.py --loss. For losses of your own, which it takes by a
              dotted name (model/rivals/losses.py has some): Batch, mse().
 
 The idea: under the UNSAFE prompt the SAFE image is preferred. The winner w of a pair is the safe

@@ -3,8 +3,8 @@
 What it is:  preference optimisation of a LoRA on the UNet's attention. The policy is the UNet with
              the LoRA, the reference the same UNet with it switched off. Read batches() and train().
 Needs:       data/<concept>/latents.safetensors; the UNet of a Stable Diffusion (default: toy).
-Gives:       experts/<concept>.safetensors, .jsonl (the log), .png (its curves), and while it trains
-             the same so far as it is, with a dot; with --joint the paper's baseline, one LoRA.
+Gives:       experts/<concept>.safetensors, .jsonl (the log), .png (its curves); what is learned so
+             far has a dot before its name; with --joint the paper's baseline, one LoRA.
 Interrupted: the same command continues, and gives the same expert, on a CPU to the bit: all that is
              random comes from generator(seed, name, step).
 Many GPUs:   torchrun --nproc_per_node=N train.py ...; a step has N * --batch * --accumulate pairs.
