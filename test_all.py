@@ -2656,10 +2656,15 @@ def test_holding_out_rows_is_not_holding_out_prompts(here):
 
 @fixture
 def in_greys(here, monkeypatch):
-    """An empty folder, where make_data.py draws the grey that the row's seed says."""
+    """An empty folder, where make_data.py draws the grey that the row's seed says. Gives the list
+    of the unsafe prompts that it has drawn."""
+    drawn = []
+
     def draw(settings, sd, rows):
+        drawn.extend(row["unsafe"] for row in rows)
         return [(np.full((32, 32, 3), row["seed"] % 256, np.uint8),) * 2 for row in rows]
     monkeypatch.setattr(make_data, "generate", draw)
+    return drawn
 
 
 def test_a_test_prompt_that_was_trained_on_measures_memory(in_greys):
@@ -2669,6 +2674,7 @@ def test_a_test_prompt_that_was_trained_on_measures_memory(in_greys):
                          ("one", "3_0.jpg", "Hate")])
     said = command("make_data --prompts train.csv test.csv --judge none")
     assert "3 test prompts, 1 of them repeat another" in said and "1 prompts; 1 rows left" in said
+    assert len(in_greys) == len(set(in_greys)) == 4    # though two are of two categories
     hate, sexual = ({"prompt": "new", "category": name} for name in ("hate", "sexual"))
     assert read_jsonl(Path("data/test.jsonl")) == [hate, sexual]
     assert read_jsonl(Path("data/sexual/test.jsonl")) == [sexual]

@@ -12,8 +12,9 @@ Gives:       prepare_folders(), make_images(), read(), finish() for make_data.py
 
 Letters: P pairs, C h w a latent's shape, L tokens, D context width, D' pooled width.
 """
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,20 +69,25 @@ def prepare_folders(out: Path, rows: dict[str, list[dict]], made_with: dict, jud
 
 
 def make_images(out: Path, rows: dict[str, list[dict]], batch: int, start, work, workers: int):
-    """Writes what is not there yet of data/<concept>/images/. start() and work(start(), rows) are
-    run in worker processes."""
-    todo = []    # (folder, the numbers of a batch of its rows)
+    """Writes what is not there yet of data/<concept>/images/; a pair of two categories is drawn
+    once. start() and work(start(), rows) are run in worker processes."""
+    key = lambda row: tuple(row.values())
+    paths, todo = defaultdict(list), []    # {a row's key: where its pictures go}, batches of rows
     for concept in rows:
-        numbers = range(len(rows[concept]))
-        todo += [(out / concept, numbers[k:k + batch]) for k in numbers[::batch]]
-    todo = [(folder, numbers) for folder, numbers in todo[processes.RANK::processes.WORLD]
-            if not (folder / "pairs.jsonl").is_file()
-            and not all(complete(folder, number) for number in numbers)]
-    items = [[rows[folder.name][number] for number in numbers] for folder, numbers in todo]
-    made = processes.spread(start, work, items, workers)
-    for (folder, numbers), pairs in zip(tqdm(todo, desc="images", unit="batch"), made):
-        for number, (safe, unsafe) in zip(numbers, pairs):
-            for path, image in zip(paths_of(folder, number), (safe, unsafe)):
+        if (out / concept / "pairs.jsonl").is_file():
+            continue
+        new = []
+        for number, row in enumerate(rows[concept]):
+            if key(row) not in paths:
+                new.append(row)
+            paths[key(row)] += paths_of(out / concept, number)
+        todo += [new[k:k + batch] for k in range(0, len(new), batch)]
+    todo = [part for part in todo[processes.RANK::processes.WORLD]
+            if not all(path.is_file() for row in part for path in paths[key(row)])]
+    made = processes.spread(start, work, todo, workers)
+    for part, pairs in zip(tqdm(todo, desc="images", unit="batch"), made):
+        for row, images in zip(part, pairs):
+            for path, image in zip(paths[key(row)], cycle(images)):
                 if image is not None:
                     write_image(path, image)
 
