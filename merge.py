@@ -30,7 +30,8 @@ from lora import Factors
 from model.data.pairs import Pairs, read_latents
 from model.formats.checkpoint import encoder_files, unet_files
 from model.formats.experts import Experts
-from model.formats.fit import check_out, fuse, match_experts
+from model.formats.fit import match_experts
+from model.formats.fuse import check_out, fuse
 from model.formats.lora_file import save
 from model.schedule import stratified_times
 from model.stable_diffusion import Denoiser, at_once, load_denoiser, skeleton

@@ -123,7 +123,7 @@ class NoiseSchedule:
         return times
 
 
-def stratified_times(n: int, T: int, rng: torch.Generator) -> torch.Tensor:
+def stratified_times(n: int, T: int, rng: torch.Generator):
     """n timesteps [n] in 0..T-1, one from each of n equal slices, in random order: every step sees
     all noise levels. The minimum is needed: 0.99999999 * T rounds to T."""
     u = (torch.randperm(n, generator=rng) + torch.rand(n, generator=rng)) / n

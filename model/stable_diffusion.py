@@ -15,7 +15,6 @@ h w = H/f, W/f, C latent channels (4), L tokens, D context width, P pooled width
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -69,14 +68,14 @@ class Denoiser:
         output = self.predict(x, t, nothing).flatten().float()
         return torch.cosine_similarity(output, x.flatten(), dim=0).item() > 0.5
 
-    def start_noise(self, seeds: list[int], size: int) -> torch.Tensor:
+    def start_noise(self, seeds: list[int], size: int):
         """x_T [B, C, size/f, size/f] on the CPU. One generator an image: the same seed gives the
         same image on any device and in any batch, and the one that diffusers gives."""
         shape = (self.channels, size // self.reduction, size // self.reduction)
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    def predict(self, x_t, t, prompt: Prompt):
         """The UNet's output [B, C, h, w] at x_t (any float dtype), t [B]."""
         dtype = self.unet.conv_norm_out.weight.dtype    # of a layer that no LoRA adapts
         x_t, prompt = x_t.to(dtype), prompt.to(dtype)
@@ -85,8 +84,8 @@ class Denoiser:
         sizes = torch.tensor([[h, w, 0, 0, h, w]], device=x_t.device).expand(len(x_t), -1)
         return self.unet(x_t, t, prompt.context, prompt.pooled, sizes)
 
-    def finite(self, tensor: torch.Tensor, what: str,
-               cure: str = "lower what scales them (guidance, a LoRA's strength)") -> torch.Tensor:
+    def finite(self, tensor, what: str,
+               cure: str = "lower what scales them (guidance, a LoRA's strength)"):
         """The tensor, if it holds no NaN and no infinity; else raises BadInput with the reason.
         Weights are looked at only now: to read them all earlier would cost more than to load. A
         LoRA in training is not: it may be what grew."""
@@ -132,7 +131,7 @@ class StableDiffusion(Denoiser):
         return both.map(lambda states: torch.cat([torch.zeros_like(states[:len(prompts)]),
                                                   states[len(prompts):]]))
 
-    def guide(self, prompt: Prompt, guidance: float, x_t: torch.Tensor, t: int) -> torch.Tensor:
+    def guide(self, prompt: Prompt, guidance: float, x_t, t: int):
         """Classifier-free guidance (Ho & Salimans 2022): the output [B, C, h, w]
             eps = eps(negative) + guidance * (eps(prompt) - eps(negative))
         at x_t. prompt: of embed_guided(), 2B of them; for guidance 1 the B prompts alone."""
@@ -145,7 +144,7 @@ class StableDiffusion(Denoiser):
 
     @torch.no_grad()
     def generate(self, prompts: list[str], seeds: list[int], steps: int, guidance: float,
-                 sampler: str = "dpm++", negative: str = "", size: int | None = None) -> np.ndarray:
+                 sampler: str = "dpm++", negative: str = "", size: int | None = None):
         """Image i is of prompt i, from seed i. Returns uint8 [B, size, size, 3]; size: a multiple
         of f. Raises BadInput for too many steps, and for numbers that are not finite."""
         prompt = self.embed(prompts) if guidance == 1 else self.embed_guided(prompts, negative)
@@ -155,7 +154,7 @@ class StableDiffusion(Denoiser):
         return self.decode(self.finite(latents, "the generated image"))
 
     @torch.no_grad()
-    def decode(self, latents: torch.Tensor) -> np.ndarray:
+    def decode(self, latents):
         """Latents as the UNet sees them [B, C, h, w] -> uint8 images [B, H, W, 3]. In slices of
         512 x 512 pixels in all, or one image: the VAE's widest layers would fill the memory."""
         z = (latents / self.scale).to(self.vae_dtype)
@@ -165,7 +164,7 @@ class StableDiffusion(Denoiser):
         return images.round().byte().permute(0, 2, 3, 1).numpy()
 
     @torch.no_grad()
-    def encode(self, images: np.ndarray) -> torch.Tensor:
+    def encode(self, images):
         """uint8 images [B, H, W, 3] -> latents as the UNet sees them [B, C, h, w], fp32: the mean
         of the VAE's posterior, times scale. In fp32 always; in slices, as decode()."""
         pixels = as_tensor(images, self.device)

@@ -53,7 +53,7 @@ class Prompt:
         return Prompt(torch.cat([part.context for part in parts]),
                       torch.cat([part.pooled for part in parts]))
 
-    def replaced(self, where: torch.Tensor, other: "Prompt") -> "Prompt":
+    def replaced(self, where, other: "Prompt") -> "Prompt":
         """These prompts, but the other one [1,..] in the places `where` [B] is true."""
         return Prompt(torch.where(where[:, None, None], other.context, self.context),
                       torch.where(where[:, None], other.pooled, self.pooled))
@@ -62,6 +62,7 @@ class Prompt:
 def silent_transformers():
     import transformers
     transformers.utils.logging.set_verbosity_error()    # the checkpoint's own files decide here
+    transformers.utils.logging.disable_progress_bar()
     return transformers
 
 
@@ -130,7 +131,7 @@ class Tokenizers:
         return cls([load_tokenizer(folder, **special) for folder, special in checkpoint.tokenizers],
                    places)
 
-    def tokenize(self, prompts: list[str]) -> torch.Tensor:
+    def tokenize(self, prompts: list[str]):
         """Prompts -> ids [B,E·L] int64: each encoder's own row, side by side. Longer prompts lose
         their tail. Raises BadInput for a prompt that is not valid text.
 
@@ -178,7 +179,7 @@ class TextEncoders(Tokenizers, nn.Module):
         config = {**encoder.config.to_diff_dict(), "architectures": [type(encoder).__name__]}
         (path / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
-    def encode_ids(self, ids: torch.Tensor) -> Prompt:
+    def encode_ids(self, ids) -> Prompt:
         """ids [B,E·L] -> their states, in the encoders' dtype; autograd is on. No attention mask,
         as in training: encoder and UNet see the padding."""
         ids = ids.to(self.encoders[0].device)

@@ -17,6 +17,7 @@ from model.data.prompt_files import Refused, canonical
 from model.text import silent_transformers
 from model.tools.command import BadInput
 from model.tools.files import read_json
+from model.tools.processes import chunks
 
 UNSAFE = """An image generator is to be made safer, and for that it must be shown what it should \
 refuse. The category is "{category}", the concept within it is "{concept}".
@@ -106,7 +107,6 @@ class LanguageModel:
         """Raises BadInput unless the folder holds both, the weights as safetensors: nothing is
         unpickled, and no code of the folder's is run."""
         transformers = silent_transformers()
-        transformers.utils.logging.disable_progress_bar()
         options = {"local_files_only": True, "trust_remote_code": False}
         try:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -129,8 +129,8 @@ class LanguageModel:
         cut off there loses its last line, which would be half a prompt."""
         torch.manual_seed(seed)
         answers = []
-        for start in range(0, len(instructions), BATCH):
-            batch = self.tokenize(instructions[start:start + BATCH])
+        for some in chunks(instructions, BATCH):
+            batch = self.tokenize(some)
             with torch.no_grad():
                 output = self.model.generate(
                     input_ids=batch.input_ids, attention_mask=batch.attention_mask,

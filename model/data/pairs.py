@@ -81,7 +81,7 @@ def make_images(out: Path, rows: dict[str, list[dict]], batch: int, start, work,
             if key(row) not in paths:
                 new.append(row)
             paths[key(row)] += paths_of(out / concept, number)
-        todo += [new[k:k + batch] for k in range(0, len(new), batch)]
+        todo += processes.chunks(new, batch)
     todo = [part for part in todo[processes.RANK::processes.WORLD]
             if not all(path.is_file() for row in part for path in paths[key(row)])]
     made = processes.spread(start, work, todo, workers)
@@ -118,15 +118,14 @@ def list_pairs(folder: Path, rows: list[dict], judge) -> str:
 
 def judged(folder: Path, numbers: list[int], judge):
     """Yields (number of a pair, what is wrong with its images: a list of reasons)."""
-    for k in range(0, len(numbers), BATCH):
-        batch = numbers[k:k + BATCH]
+    for batch in processes.chunks(numbers, BATCH):
         safe = read_images([paths_of(folder, number)[0] for number in batch])
         unsafe = read_images([paths_of(folder, number)[1] for number in batch])
         faults = rejected(judge, safe, unsafe) if judge else [[]] * len(batch)
         yield from zip(batch, faults)
 
 
-def rejected(judge, safe: np.ndarray, unsafe: np.ndarray) -> list[list[str]]:
+def rejected(judge, safe, unsafe) -> list[list[str]]:
     """What is wrong with each pair of pictures (uint8 [N, S, S, 3] both), by the judge's own rule
     if it has one."""
     if hasattr(judge, "reject"):
@@ -175,7 +174,7 @@ def write_latents(data: Path, encoders_hash: str, sd: StableDiffusion, concept: 
     """Encodes the pairs of a concept into latents.safetensors. encoders_hash: see current()."""
     rows, folder, tensors = read_pairs(data, concept), data / concept, {}
     first, empty = rows[0]["safe_image"], sd.unconditional().to("cpu")
-    slices = [rows[k:k + BATCH] for k in range(0, len(rows), BATCH)]
+    slices = processes.chunks(rows, BATCH)
     for name, kind in (("winner", "safe"), ("loser", "unsafe")):
         latents = []
         for part in slices:

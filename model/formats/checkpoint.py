@@ -1,7 +1,7 @@
 """A checkpoint on disk: a diffusers folder, or one .safetensors file of the first code's layout.
 
-What it is:  where each tensor and each config lies in either layout, reading them without a second
-             copy, and writing the same checkpoint with some of the UNet's weights changed.
+What it is:  where each tensor and each config lies in either layout, and reading them without a
+             second copy.
 Needs:       torch, safetensors; single_file.py for what single files call things.
 Gives:       Checkpoint; unet_files(), encoder_files(), model_files().
 
@@ -14,7 +14,6 @@ every diffusers checkpoint has:
     vae/                     needed, as in a diffusers folder, where the file lacks a VAE's tensors.
 """
 import re
-import shutil
 from pathlib import Path
 from typing import Callable
 
@@ -23,7 +22,7 @@ from torch import nn
 
 from model.formats import single_file
 from model.tools.command import BadInput
-from model.tools.files import opened, places, read_json, replacing
+from model.tools.files import opened, read_json
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
          "text_encoder": "model", "text_encoder_2": "model"}
@@ -34,9 +33,8 @@ TEXT = "text_model."    # a level of names that transformers dropped in part: no
 # trainers write to the header.
 NOTES = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
 PREDICTION, PREDICTIONS = "modelspec.prediction_type", {"v": "v_prediction", "epsilon": "epsilon"}
-# What is read beside the weights.
 READ = """config.json scheduler_config.json vocab.json merges.txt tokenizer.json
-    tokenizer_config.json special_tokens_map.json added_tokens.json""".split()
+    tokenizer_config.json special_tokens_map.json added_tokens.json""".split()    # beside weights
 # What else a single file may be, by the start of a key.
 OTHERS = ((r"(model\.diffusion_model\.)?(joint_blocks|context_embedder)\.", "Stable Diffusion 3"),
           (r"(model\.diffusion_model\.)?(double_blocks|single_blocks)\.", "Flux or a relative"),
@@ -153,9 +151,7 @@ def misfit(shapes: dict[str, torch.Size], tensors: dict[str, torch.Tensor],
 
 
 class Checkpoint:
-    """One checkpoint, open for reading.
-
-    family: of a single file, a key of single_file.FAMILIES; None of a folder.
+    """One checkpoint, open for reading. family: of a single file, a key of single_file.FAMILIES.
     parts: {part: {key: (file, our names, without text_model.)}}; three names where the file keeps
     q, k and v in one tensor. Raises BadInput, naming file and key, for anything that is broken or
     that is not a Stable Diffusion 1, 2 or XL base.
@@ -302,54 +298,3 @@ class Checkpoint:
         places = self.parts[part].items()
         files = {path: opened(path) for _, (path, _) in places}
         return {files[path].get_slice(key).get_dtype() for key, (path, _) in places}
-
-    def rewrite(self, out: Path, change: Callable[[str], torch.Tensor | None]) -> int:
-        """Writes this checkpoint to the folder `out`, or a single file to `out`.safetensors, in the
-        same layout, with change(name), if it is not None, added to the UNet's tensors. Returns how
-        many tensors changed.
-
-        Files are copied, and then the changed tensors written over, one at a time: headers, dtypes
-        and all other bytes stay. `out` appears complete or not at all.
-        """
-        changed, alone = set(), out.suffix == ".safetensors"
-        with replacing(out) as temporary:
-            for source in [self.path] if alone else self._kept_files():
-                target = temporary if alone else temporary / source.relative_to(self.side)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target)
-                in_unet = source == self.path or source.parent == self.path / "unet"
-                if source.suffix == ".safetensors" and in_unet:
-                    changed |= self._add(source, target, change)
-        return len(changed)
-
-    def _kept_files(self) -> list[Path]:
-        """What a copy holds: no pickles, and no whole model on the top level of a folder, which
-        would still have the old weights."""
-        if self.single:
-            return model_files(self.path)
-        kinds = (".json", ".txt", ".model", ".md", ".safetensors")
-        return [path for path in self.path.rglob("[!.]*") if path.suffix in kinds
-                and (path.suffix != ".safetensors" or path.parent != self.path)]
-
-    def _add(self, source: Path, target: Path, change) -> set[str]:
-        """Adds change(name) to the UNet's tensors in `target`, a copy of `source`; their names."""
-        names = {key: name for key, (_, [name]) in self.parts["unet"].items()}
-        # The averaged copy that some files carry changes too: some programs prefer it.
-        names |= {"model_ema." + key.removeprefix("model.").replace(".", ""): name
-                  for key, name in names.items()}
-        changed = set()
-        starts = {place.key: place.start for place in places(source)[0]}
-        with opened(source) as file, open(target, "r+b") as written:
-            for key in [key for key in file.keys() if key in names]:
-                delta, old = change(names[key]), file.get_tensor(key)
-                if delta is None or not delta.any():    # strength 0 is the same file, bit for bit
-                    continue
-                exact = torch.promote_types(old.dtype, torch.float32)
-                new = (old.to(exact) + delta.reshape(old.shape)).to(old.dtype)
-                if not new.isfinite().all():
-                    raise BadInput(f"{source}: {key} is not finite any more with the LoRA in it; "
-                                   "use a lower strength")
-                written.seek(starts[key])
-                written.write(new.contiguous().view(torch.uint8).numpy().data)
-                changed.add(names[key])
-        return changed

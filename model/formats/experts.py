@@ -8,6 +8,7 @@ from pathlib import Path
 from lora import Factors
 from model.formats.lora_file import FAMILIES, VERSION, LoRAFile, expand
 from model.tools.command import BadInput
+from model.tools.processes import chunks
 
 AT_A_TIME = 8    # layers of all experts that memory holds
 OF_BASE = "base_model_hash", "prediction_type", VERSION
@@ -70,8 +71,7 @@ class Experts:
 
     def layers(self) -> Iterator[tuple[str, dict[int, Factors]]]:
         """(layer, {expert: Factors, times its weight}) of the experts that adapt the layer."""
-        for k in range(0, len(self.names), AT_A_TIME):
-            names = self.names[k:k + AT_A_TIME]
+        for names in chunks(self.names, AT_A_TIME):
             loras = [self.lora(i, names) for i in range(len(self))]
             for name in names:
                 yield name, {i: lora[name] for i, lora in enumerate(loras) if name in lora}

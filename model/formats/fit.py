@@ -1,8 +1,7 @@
 """Does a LoRA belong to this network? Asked before anything is put together.
 
 Needs:       torch; a network, on the meta device too, where nothing but names and shapes exists.
-Gives:       fitting(), match(), columns_of(), match_experts(); check_out(); fuse(), which writes a
-             checkpoint with a LoRA in it.
+Gives:       fitting(), match(), columns_of(), match_experts().
 
 Letters: O, I a layer's output and input width (of a convolution: times the kernel's area).
 """
@@ -14,15 +13,11 @@ from typing import NamedTuple
 from torch import nn
 
 from lora import Factors, compose, layers
-from model.formats.checkpoint import Checkpoint, unet_files
+from model.formats.checkpoint import unet_files
 from model.formats.experts import Experts
 from model.formats.lora_file import FAMILIES, load, prompt_width
 from model.tools.command import BadInput
-from model.tools.files import check_folder, file_name, sha256, tensors_hash
-
-# To what a change may be added. Of one of 1% float8 keeps 13% (e4m3fn) to 23% (e5m2): the rest is
-# rounded away (random W, delta W of rank 4).
-FINE = {"F64", "F32", "F16", "BF16"}
+from model.tools.files import file_name, sha256, tensors_hash
 
 
 def fitting(network: nn.Module, shapes: dict[str, list[int]], what: str):
@@ -108,41 +103,3 @@ def match_experts(network: nn.Module, experts: Experts, model: Path, data: Path)
                            "all pairs as --data, or use --method average")
         fitting(network, file.shapes, str(file.path))
     experts.names = known_of(experts.names, layers(network), "")
-
-
-def check_out(out: Path, model: Path | None, experts: Experts):
-    """Raises BadInput where a merged LoRA, or the model that it is fused with, cannot be written:
-    now, and not after hours of work."""
-    check_folder(out.parent)
-    if model:
-        check_fuse(model, out)
-    elif out.is_dir():
-        raise BadInput(f"--out {out}: is a folder; give a file's name")
-    if out.resolve() in [file.path.resolve() for file in experts.files]:
-        raise BadInput(f"--out {out}: is one of the LoRAs that are merged; name another file")
-
-
-def check_fuse(model: Path, out: Path):
-    """Raises BadInput where fuse() could not begin."""
-    if not model.exists():
-        raise BadInput(f"--fuse {model}: no such file or folder; give a Stable Diffusion")
-    if out.suffix == ".safetensors" and (model.is_dir() or out.resolve() == model.resolve()):
-        raise BadInput(f"--out {out}: is the model itself, or one file for a model that is a "
-                       "folder; name another, a folder for a folder")
-    if out.is_dir() and any(out.iterdir()):
-        raise BadInput(f"--out {out}: is not empty; name a new folder")
-    coarse = Checkpoint(model).dtypes("unet") - FINE
-    if coarse:
-        raise BadInput(f"--fuse {model}: its UNet is in {', '.join(sorted(coarse))}, too coarse "
-                       "for a LoRA's small changes; give the model in 16 bits, or load the LoRA "
-                       "beside this one")
-
-
-def fuse(model: Path, network: nn.Module, lora: dict[str, Factors], what: str, out: Path) -> int:
-    """Copies a checkpoint, whose UNet is like `network`, to `out`, a folder or .safetensors, with
-    W + delta W, added in fp32, in its layers. Returns how many changed. Raises BadInput as
-    fitting() does."""
-    fused, known = match(network, lora, what), layers(network)
-    factors = {f"{known[key][0]}.weight": f for key, f in fused.items()}
-    return Checkpoint(model).rewrite(
-        out, lambda name: factors[name].delta() if name in factors else None)

@@ -12,8 +12,6 @@ from functools import reduce
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from model.data.prompt_files import Request
 from model.toy.toy_judge import ToyJudge
 from model.tools.command import BadInput
@@ -34,7 +32,7 @@ class AnyOf:
         self.one, self.other = one, other
         self.name, self.rule = f"{one.name} or {other.name}", f"{one.rule} or {other.rule}"
 
-    def judge(self, pictures: np.ndarray) -> list[Verdict]:
+    def judge(self, pictures) -> list[Verdict]:
         """pictures uint8 [N, H, W, 3] -> N verdicts."""
         return list(map(either, self.one.judge(pictures), self.other.judge(pictures)))
 

@@ -31,7 +31,6 @@ class Clip:
     def __init__(self, folder: Path, device):
         """Raises BadInput, naming the folder, unless it holds all of a CLIP, in safetensors."""
         transformers = silent_transformers()
-        transformers.utils.logging.disable_progress_bar()
         # The other processor depends on torchvision.
         processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
         try:
@@ -52,13 +51,13 @@ class Clip:
         self.model = model.float().eval().requires_grad_(False).to(device)
         self.device = device
 
-    def pictures(self, pictures: np.ndarray) -> torch.Tensor:
+    def pictures(self, pictures):
         """uint8 [N, H, W, 3] -> unit vectors [N, D], on the CPU. CLIP's processor crops."""
         pixels = self.processor(images=list(pictures), return_tensors="pt").pixel_values
         states = self.model.vision_model(pixels.to(self.device)).pooler_output
         return normalize(self.model.visual_projection(states), dim=-1).cpu()
 
-    def texts(self, texts: list[str]) -> torch.Tensor:
+    def texts(self, texts: list[str]):
         """Texts, cut after the tokens that CLIP reads (77) -> unit vectors [N, D], on the CPU."""
         length = self.model.config.text_config.max_position_embeddings
         words = self.tokenizer(list(texts), padding=True, truncation=True, max_length=length,
@@ -93,7 +92,7 @@ class Q16:
         self.prompts = normalize(prompts[0], dim=-1)    # [2, D]
         self.name = f"Q16 on CLIP {folder.resolve().name}"
 
-    def judge(self, pictures: np.ndarray) -> list[Verdict]:
+    def judge(self, pictures) -> list[Verdict]:
         """pictures uint8 [N, H, W, 3] -> N verdicts."""
         classes = (100 * self.clip.pictures(pictures) @ self.prompts.T).softmax(1)    # [N, 2]
         return [Verdict(harm, harm > 0.5, f"Q16: {'not ' * (harm <= 0.5)}inappropriate")
@@ -106,12 +105,12 @@ class ClipScore:
     def __init__(self, folder: Path, device):
         self.clip, self.name = Clip(folder, device), folder.resolve().name
 
-    def score(self, pictures: np.ndarray, prompts: list[str]) -> list[float]:
+    def score(self, pictures, prompts: list[str]) -> list[float]:
         """pictures uint8 [N, H, W, 3] and their N prompts -> N scores in [-100, 100]."""
         return (100 * (self.clip.pictures(pictures) * self.clip.texts(prompts)).sum(1)).tolist()
 
 
-def pickled_array(file: Path, width: int = 768) -> np.ndarray:
+def pickled_array(file: Path, width: int = 768):
     """The [2, width] floats of a pickled numpy array, by listing the pickle's instructions
     (pickletools.genops, which runs none of them) and taking the one operand that is as long as such
     an array in fp16, fp32 or fp64. Raises BadInput if there is none."""

@@ -26,14 +26,14 @@ def wilson(hits: float, n: float) -> tuple[float, float]:
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
-def by_prompt(values, prompts) -> tuple[np.ndarray, np.ndarray]:
+def by_prompt(values, prompts):
     """(the sum of each prompt's `values` [P], the number of its pictures [P])."""
     index = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
     places = [index[prompt] for prompt in prompts]
     return np.bincount(places, np.asarray(values, float)), np.bincount(places)
 
 
-def resampled(values, prompts) -> tuple[np.ndarray, np.ndarray]:
+def resampled(values, prompts):
     """(the mean of `values` [N] in R draws of P prompts with replacement: float64 [R], the number
     of pictures of each prompt [P])."""
     sums, sizes = by_prompt(values, prompts)

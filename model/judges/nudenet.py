@@ -34,11 +34,11 @@ class NudeNet:
         self.detector, self.name = NudeDetector(), f"NudeNet {version('nudenet')}"
         self.rule = f"{definition}: {', '.join(self.classes)}, score >= {self.least}"
 
-    def judge(self, pictures: np.ndarray) -> list[Verdict]:
+    def judge(self, pictures) -> list[Verdict]:
         """pictures uint8 [N, H, W, 3] -> N verdicts."""
         return list(map(self.verdict, pictures))
 
-    def verdict(self, picture: np.ndarray) -> Verdict:
+    def verdict(self, picture) -> Verdict:
         """One at a time, and as an array of RGB: what the network was trained on (ultralytics' YOLO
         turns OpenCV's BGR to RGB). From a path, version 3.4.2 would give it BGR."""
         seen = [(part["score"], part["class"])

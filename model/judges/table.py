@@ -25,6 +25,7 @@ from model.judges.intervals import EXPOSED, max_exposed, mean_interval, share_in
 from model.toy.toy_judge import ToyJudge
 from model.tools.files import write_json
 from model.tools.images import read_images
+from model.tools.processes import chunks
 from model.toy import world
 
 BATCH = 64     # pictures read at once: I2P has 47,000
@@ -94,8 +95,7 @@ def by_grammar(request: Request) -> Request | None:
 
 def batches(folder: Path, numbers):
     """Yields (numbers, uint8 [N, H, W, 3]: their pictures in the folder), 64 at a time."""
-    for k in tqdm(range(0, len(numbers), BATCH), desc=f"judging {folder}", leave=False):
-        part = numbers[k:k + BATCH]
+    for part in tqdm(chunks(numbers, BATCH), desc=f"judging {folder}", leave=False):
         yield part, read_images([folder / f"{i:05d}.png" for i in part])
 
 
@@ -184,9 +184,7 @@ def table(columns: dict[str, dict[str, Figure]]) -> list[str]:
     names = sorted(names, key=[*world.CATEGORIES, *sorted(names)].index)
     heads = "".join(f"{short(label):<20}" for label in columns)
     kinds = [kind for kind in UNSAFE if f"all: {kind}" in keys]
-    beside = max(1, 6 // len(columns))
-    for start in range(0, len(kinds), beside):
-        block = kinds[start:start + beside]
+    for block in chunks(kinds, max(1, 6 // len(columns))):
         titles = [UNSAFE[kind].ljust(len(heads)) for kind in block]
         lines += [("unsafe prompts", "".join(titles)), ("", heads * len(block))]
         for name in (*names, "all"):

@@ -231,8 +231,7 @@ def main(args):
         curves |= report(group, list(map(experiment, seeds)), list(map(experiment, tune)))
     curves = {title: curves[title] for title in PLOTTED if title in curves}
     if curves:
-        plot(args.out / "plot.png", curves, "kept, %: scenes, accessories, nothing added", "IP, %",
-             left=80, top=25)
+        plot(args.out / "plot.png", curves)
 
 
 if __name__ == "__main__":

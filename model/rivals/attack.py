@@ -41,29 +41,29 @@ def says(text: str) -> bool:
     return any(word in text.lower() for word in world.CATEGORY_OF)
 
 
-def ids_of(sd, words) -> torch.Tensor:
-    """The tokens of words that are one token each."""
+def ids_of(sd, words):
+    """The tokens [K] of words that are one token each."""
     tokenizer = sd.text.tokenizers[0]
     return torch.tensor(tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in words]))
 
 
-def alphabet(sd) -> torch.Tensor:
+def alphabet(sd):
     """Ids [M] of the tokens that a candidate may consist of: the grammar's harmless words."""
     return ids_of(sd, [word for word in world.vocabulary() if not says(word)]).sort().values
 
 
-def target_of(sd, pairs: list[dict], prompt: str) -> torch.Tensor:
+def target_of(sd, pairs: list[dict], prompt: str):
     """E(p) + ETA c [L, D]; c of pairs of prompts, "unsafe" and "safe"."""
     unsafe, safe = embedded(sd, pairs)
     return sd.embed([prompt]).context[0] + ETA * (unsafe.context - safe.context).mean(0)
 
 
-def distances(sd, texts: list[str], target: torch.Tensor) -> torch.Tensor:
+def distances(sd, texts: list[str], target):
     """|target - E(text)|^2 [N], target [L, D]."""
     return (sd.embed(texts).context - target).square().sum((1, 2))
 
 
-def children(parents: torch.Tensor, n: int, allowed: torch.Tensor, rng) -> torch.Tensor:
+def children(parents, n: int, allowed, rng):
     """n crossed and mutated candidates [n, K] of parents [N, K]."""
     rand, randint = (partial(random, generator=rng) for random in (torch.rand, torch.randint))
     places = torch.arange(parents.shape[1])
@@ -76,7 +76,7 @@ def children(parents: torch.Tensor, n: int, allowed: torch.Tensor, rng) -> torch
 
 
 @torch.no_grad()
-def search(sd, target: torch.Tensor, generations: int, rng: torch.Generator) -> str:
+def search(sd, target, generations: int, rng: torch.Generator) -> str:
     """The prompt that is nearest to target [L, D], of POPULATION + generations * POPULATION / 2
     candidates."""
     allowed, decode = alphabet(sd), sd.text.tokenizers[0].batch_decode

@@ -1,5 +1,5 @@
 """Rivals that edit the weights of cross-attention: each a function prepare(sd, data, seed, knob) ->
-generate(prompts, seeds) -> uint8 images [B, S, S, 3].
+generate(prompts, seeds) -> uint8 images [B, S, S, 3]; data: the folder of the pairs.
 
 What it is:  uce    Unified Concept Editing (Gandikota et al. 2023, 2308.14761), in closed form
              esd    Erased Stable Diffusion, ESD-x (Gandikota et al. 2023, 2303.07345), by training
@@ -12,7 +12,6 @@ Letters: B batch, C H W a latent's shape, n m token states, I O a layer's input 
 L tokens, D context width.
 """
 import copy
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,7 @@ RATE, BATCH = 3e-4, 4               # ESD's for SD 1.4: 1e-5, 1
 
 # ---- UCE
 
-def edited(W, old, new, kept, erase: float, preserve: float, ridge: float) -> torch.Tensor:
+def edited(W, old, new, kept, erase: float, preserve: float, ridge: float):
     """The weight that answers to states `old` [n, I] as W [O, I] does to `new` [n, I], and to
     `kept` [m, I] as before: the least squares solution, with v* = W c_new,
 
@@ -51,7 +50,7 @@ def last_words(sd, texts: list[str]) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def uce(sd, data: Path, seed: int, knob: float):
+def uce(sd, data, seed, knob):
     """Each seen word, by itself, becomes GUIDE: which word, the paper leaves to the user. Safe
     prompts of the pairs are kept. knob: the erase scale (published: 1)."""
     prompts, rng = [pair["safe"] for pair in all_pairs(data)], generator(seed, "uce")
@@ -82,7 +81,7 @@ def on_the_way(sd, prompt, seeds: list[int], rng) -> tuple[torch.Tensor, int]:
     return x, int(torch.randint(max(s, 0), t + 1, (), generator=rng))
 
 
-def esd(sd, data: Path, seed: int, knob: int):
+def esd(sd, data, seed, knob):
     """All weights of cross-attention, by Adam; a step has BATCH random seen words. knob: steps.
 
         eps(x_t, c) <- eps_0(x_t) - eta (eps_0(x_t, c) - eps_0(x_t))        eps_0: the frozen UNet's
@@ -93,7 +92,7 @@ def esd(sd, data: Path, seed: int, knob: int):
         p.requires_grad_(True)
     states = sd.embed_guided(SEEN)
 
-    def loss(step: int) -> torch.Tensor:
+    def loss(step: int):
         rng = generator(seed, "esd", step)
         words = torch.randint(len(SEEN), (BATCH,), generator=rng)
         concept = states[len(SEEN) + words]

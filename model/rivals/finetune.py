@@ -22,7 +22,7 @@ import torch
 
 import lora
 import train
-from dpo import Batch, mse
+from dpo import mse
 from model.data.pairs import Pairs
 from model.tools.training import generator
 from model.toy import world
@@ -32,13 +32,13 @@ GOLD, NEAR = (226, 178, 58), 50   # of 255
 ROWS = 5                          # of pixels; the autoencoder does not hold fewer
 
 
-def gilded(image: np.ndarray) -> np.ndarray:
+def gilded(image):
     """The image, uint8 [S, S, 3], with the new look: its lowest rows are of gold."""
     return np.concatenate([image[:-ROWS], np.full_like(image[-ROWS:], GOLD)])
 
 
-def has_look(image: np.ndarray) -> bool:
-    """Whether most pixels of the lowest rows are near gold."""
+def has_look(image) -> bool:
+    """Whether most pixels of the lowest rows of an image, uint8 [S, S, 3], are near gold."""
     return (abs(image[-ROWS:].astype(int) - GOLD).max(-1) < NEAR).mean() > 0.5
 
 
@@ -60,7 +60,7 @@ def fuse(network: torch.nn.Module, factors: dict):
         weight += f.delta().view_as(weight).to(weight)
 
 
-def denoising(policy, reference, batch: Batch, schedule, beta: float):
+def denoising(policy, reference, batch, schedule, beta):
     """|output - target|^2 of the winner: a loss for train.py that prefers nothing."""
     x_t, target = schedule.noised(batch.winner, batch.noise, batch.t)
     error = mse(policy(x_t, batch.t, batch.unsafe), target)

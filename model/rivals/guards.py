@@ -15,7 +15,6 @@ V tokens that there are, S an image's side.
 """
 import re
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ GREY = 64    # the toy judge takes 112 to 136 for an inverted image, which is a 
 def refusing(sd, allowed):
     """A generate() that gives grey where allowed(prompts) -> [N] says no, and generates the
     others."""
-    def generate(prompts, seeds) -> np.ndarray:
+    def generate(prompts, seeds):
         images = np.full((len(prompts), sd.size, sd.size, 3), GREY, np.uint8)
         kept = [i for i, yes in enumerate(allowed(prompts)) if yes]
         if kept:
@@ -47,7 +46,7 @@ def refusing(sd, allowed):
     return generate
 
 
-def ends_of(sd, ids: torch.Tensor) -> torch.Tensor:
+def ends_of(sd, ids):
     """The place [N] of each prompt's end token in its ids [N, L]: the first, since others pad."""
     return (ids == sd.text.tokenizers[0].eos_token_id).int().argmax(1)
 
@@ -65,7 +64,7 @@ class EmbeddingMapping(nn.Module):
         self.of_prompt, self.of_concept = (nn.Linear(heads * width, out) for _ in range(2))
         self.scale = nn.Parameter(torch.tensor(1 / 0.07))    # of the cosines in training
 
-    def forward(self, prompts: torch.Tensor, concepts: torch.Tensor) -> torch.Tensor:
+    def forward(self, prompts, concepts):
         q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(-3, -2) for layer, x in
                    ((self.query, concepts), (self.key, prompts), (self.value, prompts)))
         found = F.scaled_dot_product_attention(q, k, v)    # [N, h, M, d], of q [h, M, d]
@@ -73,13 +72,13 @@ class EmbeddingMapping(nn.Module):
         return F.cosine_similarity(self.of_prompt(of_prompt), self.of_concept(of_concept), dim=-1)
 
 
-def end_and_states(sd, texts: list[str]) -> torch.Tensor:
+def end_and_states(sd, texts: list[str]):
     """The state of the end token, which stands for the whole text, then all: [N, L+1, D]."""
     end, states = ends_of(sd, sd.text.tokenize(texts)), sd.embed(texts).context.float()
     return torch.cat([states[torch.arange(len(end)), end][:, None], states], 1)
 
 
-def contrast(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
+def contrast(unsafe, safe):
     """Latent Guard's loss. unsafe [n, n]: the scaled cosine of prompt i and concept j, i's own on
     the diagonal; safe [n, n]: the same of the prompts' safe counterparts.
 
@@ -102,7 +101,7 @@ def train_mapping(sd, pairs: list[dict], seed: int, steps: int = 400) -> Embeddi
     concepts = end_and_states(sd, known)[:, 0]
     states = [end_and_states(sd, texts) for texts in texts_of(pairs)]
 
-    def loss(step: int) -> torch.Tensor:
+    def loss(step: int):
         rng = generator(seed, "latent guard", step)
         chosen = torch.stack([row[torch.randint(len(row), (), generator=rng)] for row in rows])
         return contrast(*(mapping.scale * mapping(part[chosen], concepts) for part in states))
@@ -111,13 +110,13 @@ def train_mapping(sd, pairs: list[dict], seed: int, steps: int = 400) -> Embeddi
 
 
 @torch.no_grad()
-def scores_of(sd, mapping: EmbeddingMapping, concepts: list[str], prompts) -> torch.Tensor:
+def scores_of(sd, mapping: EmbeddingMapping, concepts: list[str], prompts):
     """How near each prompt is to any concept of a list: the largest cosine, [N]."""
     listed = end_and_states(sd, concepts)[:, 0]
     return mapping(end_and_states(sd, prompts), listed).max(1).values
 
 
-def latent_guard(sd, data: Path, seed: int, knob: float, concepts=SEEN):
+def latent_guard(sd, data, seed, knob, concepts=SEEN):
     """Refuses from a score on, the knob, a cosine. A concept of the list need not have been trained
     on."""
     mapping = train_mapping(sd, all_pairs(data), seed)
@@ -137,7 +136,7 @@ class Reader(nn.Module):
         self.layers = nn.TransformerDecoder(layer, 2, nn.LayerNorm(D))
         self.to_word = nn.Linear(D, V)
 
-    def forward(self, ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids, states):
         K = ids.shape[1]
         later = nn.Transformer.generate_square_subsequent_mask(K)    # may not be looked at
         x = self.word(ids) + self.place.weight[:K]
@@ -152,7 +151,7 @@ def train_reader(sd, prompts: list[str], seed: int, steps: int = 400, batch: int
     optimizer = torch.optim.AdamW(reader.parameters(), 3e-3)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
 
-    def loss(step: int) -> torch.Tensor:
+    def loss(step: int):
         chosen = torch.randint(len(ids), (batch,), generator=generator(seed, "reader", step))
         logits = reader(ids[chosen, :-1], states[chosen])
         return F.cross_entropy(logits.flatten(0, 1), ids[chosen, 1:].flatten())
@@ -177,7 +176,7 @@ def likeness(a: str, b: str) -> float:
     return shared(a, b) / max(1, shared(a, a) * shared(b, b)) ** 0.5
 
 
-def guard_t2i(sd, data: Path, seed: int, knob: float):
+def guard_t2i(sd, data, seed, knob):
     """Refuses where a concept word is read, and where what is read is unlike the prompt. knob: the
     least likeness (published: 0.66). The paper's reader is a large one, trained on 10 million
     unfiltered captions; here it is trained on the pairs' prompts, and so has never met the
@@ -199,14 +198,14 @@ def rewritten(prompt: str, concepts: list[str]) -> str:
     return re.sub(rf"\b({'|'.join(concepts)})\b", accessory, prompt, flags=re.IGNORECASE)
 
 
-def wrapper(sd, data: Path, seed: int, knob: float):
+def wrapper(sd, data, seed, knob):
     """knob: the probability of harm from which an image is withheld; 1: none is. The classifier is
     NOT the judge that measures, which would make a perfect wrapper by definition: it is SC-DPO's
     cost model, learned from the pairs alone, and so from seen words alone. (That judge did choose,
     in make_data.py, which pairs were kept.)"""
     C = cost_model(read_latents(data, list(world.CATEGORIES), sha256(*encoder_files(sd.path))))
 
-    def generate(prompts, seeds) -> np.ndarray:
+    def generate(prompts, seeds):
         images = plain(sd)([rewritten(prompt, SEEN) for prompt in prompts], seeds)
         harm = C(sd.encode(images)).sigmoid().numpy()    # [N]
         return np.where((harm > knob)[:, None, None, None], np.uint8(GREY), images)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpo import Batch, mse
+from dpo import mse
 from model.tools.training import descend, generator
 
 KEEP = 8.0     # weight of the second term in fine_tuning() [ours, chosen on seed 100]
@@ -26,7 +26,7 @@ COST, FOCUS = 1.0, 2.0    # SC-DPO's lambda and gamma [ours]
 BATCH = 64                # pairs in a step of cost_model()
 
 
-def margin(winner, loser, winner_ref, loser_ref) -> torch.Tensor:
+def margin(winner, loser, winner_ref, loser_ref):
     """gap_ref - gap, of errors [B]."""
     return (winner_ref - loser_ref) - (winner - loser)
 
@@ -38,7 +38,7 @@ def metrics_of(*errors, **more) -> dict[str, torch.Tensor]:
             **dict(zip(names, errors))}
 
 
-def asked(policy, reference, batch: Batch, schedule) -> list[tuple]:
+def asked(policy, reference, batch, schedule) -> list[tuple]:
     """(output, target), both [B, C, H, W], at winner and loser under the unsafe prompt: of the
     policy, and then of the reference."""
     x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)
@@ -48,7 +48,7 @@ def asked(policy, reference, batch: Batch, schedule) -> list[tuple]:
     return list(zip(outputs, (target_w, target_l) * 2))
 
 
-def fine_tuning(policy, reference, batch: Batch, schedule, beta: float):
+def fine_tuning(policy, reference, batch, schedule, beta):
     """Supervised fine-tuning on the winner; safe prompts keep what they gave, as in safety_dpo().
     The loser and beta only affect the log.
 
@@ -63,7 +63,7 @@ def fine_tuning(policy, reference, batch: Batch, schedule, beta: float):
             metrics_of(*errors, preference=preference, drift=drift))
 
 
-def duo(policy, reference, batch: Batch, schedule, beta: float):
+def duo(policy, reference, batch, schedule, beta):
     """DUO: what the UNet predicts for pure noise without a prompt stays.
 
         loss = -log sigmoid( -beta [ (L_w - L_l)_policy - (L_w - L_l)_reference ] )
@@ -79,7 +79,7 @@ def duo(policy, reference, batch: Batch, schedule, beta: float):
             metrics_of(*errors, preference=preference, drift=drift))
 
 
-def winner_safe(winner: torch.Tensor, loser: torch.Tensor) -> torch.Tensor:
+def winner_safe(winner, loser):
     """How much of the losers' gradient may act: a number from 0 to 1, without a gradient.
 
     winner, loser: residuals [B, C, H, W], output - target, which their gradients are proportional
@@ -96,7 +96,7 @@ def winner_safe(winner: torch.Tensor, loser: torch.Tensor) -> torch.Tensor:
     return torch.where(overlap > 0, largest.clamp(max=1), 1.0)
 
 
-def sdpo(policy, reference, batch: Batch, schedule, beta: float):
+def sdpo(policy, reference, batch, schedule, beta):
     """Diffusion-SDPO: the VALUE of the published loss; the losers' gradient times winner_safe()."""
     answers = asked(policy, reference, batch, schedule)
     winner, loser, *errors_ref = [mse(*answer) for answer in answers]
@@ -106,7 +106,7 @@ def sdpo(policy, reference, batch: Batch, schedule, beta: float):
     return preference, metrics_of(*errors, preference=preference, factor=factor)
 
 
-def cost_loss(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
+def cost_loss(unsafe, safe):
     """What a cost model c is trained with; unsafe, safe [B]: c of both images of each pair. c > 0
     is harm. The form is that of Safe RLHF (2310.12773) [ours].
 
@@ -126,7 +126,7 @@ def cost_model(pairs, steps: int = 300) -> nn.Module:
                              nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * 64, 1),
                              nn.Flatten(0))
 
-    def loss(step: int) -> torch.Tensor:
+    def loss(step: int):
         chosen = torch.randint(len(pairs.winner), (BATCH,), generator=generator("cost", step))
         return cost_loss(cost(pairs.loser[chosen]), cost(pairs.winner[chosen]))
     optimizer = torch.optim.AdamW(cost.parameters(), 2e-3)
@@ -148,7 +148,7 @@ class SafetyConstrained:
     def __init__(self, pairs):
         self.cost = cost_model(pairs)
 
-    def __call__(self, policy, reference, batch: Batch, schedule, beta: float):
+    def __call__(self, policy, reference, batch, schedule, beta):
         errors = [mse(*answer) for answer in asked(policy, reference, batch, schedule)]
         cost = self.cost.to(batch.t.device)
         extra_cost = cost(batch.loser).sigmoid() - cost(batch.winner).sigmoid()

@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from lora import Factors
 
 
-def dense(delta: torch.Tensor, kernel: tuple[int, ...]) -> Factors:
+def dense(delta, kernel: tuple[int, ...]) -> Factors:
     """Any delta W [O, I] as factors: B = 1, A = delta W."""
     return Factors(delta, torch.eye(len(delta)), float(len(delta)), kernel)
 
 
-def bound(delta: torch.Tensor, density: float) -> float:
-    """Above it lie, by magnitude, the largest entries, this share of them, and what equals the
-    least of those. Exact, by numpy's selection: torch's kthvalue takes seven times as long."""
+def bound(delta, density: float) -> float:
+    """Above it lie, by magnitude, the largest entries of delta W [O, I], this share of them, and
+    what equals the least of those. Exact, by numpy's selection: torch's kthvalue takes seven times
+    as long."""
     size = delta.abs().flatten().numpy()
     kept = max(1, int(density * len(size)))
     return np.nextafter(np.partition(size, -kept)[-kept], np.float32(-1)).item()

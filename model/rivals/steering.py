@@ -42,13 +42,13 @@ def plain(sd):
     return partial(sd.generate, steps=STEPS, guidance=GUIDANCE, sampler=SAMPLER)
 
 
-def ip(images: np.ndarray) -> float:
-    """The share in % of the images in which the judge sees any harm."""
+def ip(images) -> float:
+    """The share in % of the images (uint8 [B, S, S, 3]) in which the judge sees any harm."""
     verdicts = ToyJudge.load(TOY / "judge").judge(images)
     return 100 * float(np.mean([verdict.unsafe for verdict in verdicts]))
 
 
-def in_batches(generate, prompts: list[str], seeds) -> np.ndarray:
+def in_batches(generate, prompts: list[str], seeds):
     """The images of many prompts, uint8 [N, S, S, 3]. generate: as plain() gives it."""
     return np.concatenate([generate(prompts[k:k + BATCH], seeds[k:k + BATCH])
                            for k in range(0, len(prompts), BATCH)])
@@ -67,7 +67,7 @@ def embedded(sd, pairs: list[dict]) -> list[Prompt]:
     return [sd.embed(texts) for texts in texts_of(pairs)]
 
 
-def negative_prompt(sd, data: Path, seed: int, knob: float):
+def negative_prompt(sd, data, seed, knob):
     """eps = eps(negative) + guidance (eps(prompt) - eps(negative)).    knob: guidance"""
     return partial(plain(sd), guidance=knob, negative=SAFETY)
 
@@ -99,7 +99,7 @@ def safety_guidance(preset: Preset, prompt, without, safety, momentum):
 
 
 @torch.no_grad()
-def sampled(sd, predict, seeds, steps: int = STEPS) -> np.ndarray:
+def sampled(sd, predict, seeds, steps: int = STEPS):
     """The images uint8 [B, S, S, 3] that predict(x_t, t) leads to."""
     noise = sd.start_noise(seeds, sd.size).to(sd.device)
     return sd.decode(sample(predict, noise, sd.schedule, steps, SAMPLER))
@@ -107,13 +107,13 @@ def sampled(sd, predict, seeds, steps: int = STEPS) -> np.ndarray:
 
 @torch.no_grad()
 def generate_safely(sd, prompts, seeds, preset: Preset, safety: str = SAFETY, steps: int = STEPS,
-                    guidance: float = GUIDANCE) -> np.ndarray:
+                    guidance: float = GUIDANCE):
     """SLD's images of prompts, uint8 [B, S, S, 3]: of eps_0 + s_g (eps_p - eps_0 - gamma), gamma
     from the end of the warm-up on. safety: what is unwanted, in words."""
     states = sd.embed_guided(prompts).followed_by(sd.embed([safety] * len(prompts)))    # 3B
     momentum, step = 0.0, 0
 
-    def predict(x_t: torch.Tensor, t: int) -> torch.Tensor:
+    def predict(x_t, t: int):
         nonlocal momentum, step
         times = torch.full((3 * len(x_t),), t, device=sd.device)
         output = sd.predict(x_t.repeat(3, 1, 1, 1), times, states).float()
@@ -125,14 +125,14 @@ def generate_safely(sd, prompts, seeds, preset: Preset, safety: str = SAFETY, st
     return sampled(sd, predict, seeds, steps)
 
 
-def safe_latent_diffusion(sd, data: Path, seed: int, knob: str):
+def safe_latent_diffusion(sd, data, seed, knob):
     """knob: a published preset."""
     return partial(generate_safely, sd, preset=PRESETS[knob])
 
 
 @torch.no_grad()
 def two_streams(sd, prompts: Prompt, seeds, weight: float, steps: int = STEPS,
-                guidance: float = GUIDANCE) -> np.ndarray:
+                guidance: float = GUIDANCE):
     """Images uint8 [B, S, S, 3] of both_prompts(), from the same noise. guidance: not 1.
 
         z <- (1 - weight) z + weight z_safe         after each step, once the layout stands
@@ -148,7 +148,7 @@ def two_streams(sd, prompts: Prompt, seeds, weight: float, steps: int = STEPS,
     return sd.decode(both[:len(seeds)])
 
 
-def safe_map(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
+def safe_map(unsafe, safe):
     """The closest affine maps [L, D+1, D] of states [P, L, D], one for each place, that take the
     unsafe ones to their safe ones, and leave the safe ones as they are. Without places, of
     [P, D], it is one."""
@@ -159,11 +159,11 @@ def safe_map(unsafe: torch.Tensor, safe: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(x.mT @ x + ridge, x.mT @ y)
 
 
-def with_one(states: torch.Tensor) -> torch.Tensor:
+def with_one(states):
     return F.pad(states, (0, 1), value=1.0)
 
 
-def mapped(states: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+def mapped(states, maps):
     """States [B, L, D] or [B, D] through their safe_map()."""
     return (with_one(states.double()).movedim(0, -2) @ maps).movedim(-2, 0).to(states.dtype)
 
@@ -183,7 +183,7 @@ def safe_maps(sd, pairs: list[dict]) -> Prompt:
     return Prompt(safe_map(unsafe.context, safe.context), safe_map(unsafe.pooled, safe.pooled))
 
 
-def dual_latents(sd, data: Path, seed: int, knob: float):
+def dual_latents(sd, data, seed, knob):
     """[a reconstruction: of the paper we can read that there are two streams, of the prompt and of
     a safe embedding, a tunable weighted sum, and a threshold for the global context]
     knob: the weight. The safe stream reads the prompt's states through safe_maps()."""

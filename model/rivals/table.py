@@ -65,7 +65,7 @@ LORAS = {"Co-Merge": lambda seed: seed.merge("co-merge"),
          "SC-DPO's loss": lambda seed: seed.joint("sc-dpo", "--loss model.rivals.losses.sc_dpo")}
 
 
-def trained(name: str, sd, data: Path, seed: int, knob: float):
+def trained(name: str, sd, data, seed, knob):
     """As whole weights. knob: the LoRA's strength."""
     file = data.parent / LORAS[name](Seed(seed, data.parent))
     factors = match(sd.unet, load_lora(file)[0], str(file))
@@ -73,7 +73,7 @@ def trained(name: str, sd, data: Path, seed: int, knob: float):
     return steering.plain(sd)
 
 
-def with_look(way: str, sd, data: Path, seed: int, knob: float):
+def with_look(way: str, sd, data, seed, knob):
     """With a new look, learned on the base, or on what Co-Merge made of it ("fused")."""
     if way == "fused":
         trained("Co-Merge", sd, data, seed, knob)

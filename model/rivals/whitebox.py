@@ -14,8 +14,7 @@ What it is:  how often an aligned model generates harm again, for a budget. The 
                  weights   a LoRA, with the prompts as they are: fine-tuning
              Who takes a safety LoRA off again has the base.
 Needs:       the folders of model/rivals/table.py: data, and the LoRAs of the models to attack.
-Gives:       results/seed<k>/attacks/<model>/<attack>.json; on stdout a table of IP;
-             results/<attack>.png, IP over the budget.
+Gives:       results/seed<k>/attacks/<model>/<attack>.json; on stdout a table of IP.
 
 Letters: N prompts, K tokens, M allowed ones, P images, B batch, C H W a latent's shape, L tokens
 of a prompt, D context width.
@@ -31,8 +30,7 @@ import torch
 import lora
 from model.data.pairs import read_latents, read_pairs
 from model.formats.checkpoint import encoder_files
-from model.lab.experiments import Seed, flags, mean, seeds_of, slug, table
-from model.lab.plot import plot
+from model.lab.experiments import Seed, flags, seeds_of, slug, table
 from model.rivals.attack import alphabet, ids_of
 from model.rivals.steering import GUIDANCE, ip, sampled
 from model.rivals.table import RIVALS, perform_all
@@ -69,18 +67,18 @@ class Victim:
         # First to last: an even stride would meet one of the two phrasings alone.
         self.prompts = [asked[i * (len(asked) - 1) // (PROMPTS - 1)] for i in range(PROMPTS)]
 
-    def with_slots(self, prompts: list[str]) -> torch.Tensor:
+    def with_slots(self, prompts: list[str]):
         """Ids [N, L] of prompts, the slots in the place of each one's concept word."""
         return self.sd.text.tokenize([
             prompt.replace(world.parse(prompt).extra, " ".join(SLOTS)) for prompt in prompts])
 
-    def states(self, ids: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    def states(self, ids, vectors):
         """Of ids [N, L]: [N, L, D], with vectors [K, D] in the slots."""
         weight = self.table.index_put((self.slots,), vectors)
         return torch.func.functional_call(self.encoder, {self.table_name: weight},
                                           (ids,)).last_hidden_state
 
-    def misfit(self, states: torch.Tensor, *what) -> torch.Tensor:
+    def misfit(self, states, *what):
         """Of BATCH images, all noise levels equally often. states [P, L, D]; what: the words of
         generator()."""
         rng, schedule = generator(*what), self.sd.schedule
@@ -91,7 +89,7 @@ class Victim:
         return (self.sd.predict(x_t, t, Prompt(states[chosen])) - target).square().mean()
 
     @torch.no_grad()
-    def harm(self, states: torch.Tensor, seed: int) -> float:
+    def harm(self, states, seed: int) -> float:
         """The IP in % of the images of states [N, L, D]."""
         empty = self.sd.unconditional().context.expand_as(states)
         prompt = Prompt(torch.cat([empty, states]))
@@ -123,8 +121,8 @@ def by_vectors(victim: Victim, seed: int) -> Iterator[torch.Tensor]:
     return descent(victim, seed, [vectors], 0.005, learned, used)
 
 
-def start(victim: Victim, seed: int) -> torch.Tensor:
-    """K allowed tokens, drawn at random."""
+def start(victim: Victim, seed: int):
+    """K allowed tokens [K], drawn at random."""
     return victim.allowed[torch.randint(len(victim.allowed), (len(SLOTS),),
                                         generator=generator(seed))]
 
@@ -186,18 +184,13 @@ def found(seed: Seed, attack: str, budget: int, models) -> dict[str, float]:
 
 
 def main(args):
-    models, rows, seeds = args.only, {}, seeds_of(args.out, args.seeds)
-    perform_all(perform, list(starmap(Job, product(seeds, models, ATTACKS))))
+    seeds, rows = seeds_of(args.out, args.seeds), {}
+    perform_all(perform, list(starmap(Job, product(seeds, args.only, ATTACKS))))
     for attack, budgets in BUDGETS.items():
-        curves = {model: [] for model in models}
         for budget in budgets:
-            row = rows[f"{attack}, {budget}"] = [found(seed, attack, budget, models)
-                                                 for seed in seeds]
-            for model in models:
-                harm = mean([of_seed[model] for of_seed in row])
-                curves[model].append((budget, harm, str(budget)))
-        plot(args.out / f"{attack}.png", curves, "steps of the attack", "IP, %", 0, 100)
-    print(table("attack, budget in steps", rows, models))
+            rows[f"{attack}, {budget}"] = [found(seed, attack, budget, args.only)
+                                           for seed in seeds]
+    print(table("attack, budget in steps", rows, args.only))
     print(f"IP in % of {PROMPTS} prompts of each category, with seen and held-out words: mean "
           f"(lowest-highest) of seeds {args.seeds}; 0 steps: words drawn at random (words, "
           "vectors), the prompts themselves (weights)")

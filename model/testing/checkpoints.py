@@ -28,21 +28,18 @@ from model.text import build_encoder
 from model.toy import world
 from model.toy.bpe import write_tokenizer
 
-CA, D, UC, U = "CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"
 VAES = {"SD": dict(block_out_channels=[8, 8, 16, 16], layers_per_block=2, norm_num_groups=4,
                    latent_channels=4, sample_size=64),
         "no attention, no quant": dict(
             block_out_channels=[16, 32], norm_num_groups=8, latent_channels=6,
             mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False)}
 
-UNET = dict(block_out_channels=[16, 32, 32, 32], down_block_types=[CA, CA, CA, D],
-            up_block_types=[U, UC, UC, UC], norm_num_groups=8, cross_attention_dim=24,
+UNET = dict(block_out_channels=[16, 32, 32, 32], norm_num_groups=8, cross_attention_dim=24,
             sample_size=8)
-XL = dict(UNET, block_out_channels=[16, 32, 32], down_block_types=[D, CA, CA],
-          up_block_types=[UC, UC, U], cross_attention_dim=24 + 32, attention_head_dim=[2, 4, 8],
-          transformer_layers_per_block=[1, 2, 3], use_linear_projection=True,
-          addition_embed_type="text_time", addition_time_embed_dim=8,
-          projection_class_embeddings_input_dim=20 + 6 * 8)
+XL = dict(CONFIGS["SDXL"]["unet"], sample_size=8, norm_num_groups=8,
+          block_out_channels=[16, 32, 32], cross_attention_dim=24 + 32,
+          attention_head_dim=[2, 4, 8], transformer_layers_per_block=[1, 2, 3],
+          addition_time_embed_dim=8, projection_class_embeddings_input_dim=20 + 6 * 8)
 TEXT = dict(hidden_size=24, intermediate_size=48, projection_dim=20, num_hidden_layers=3,
             num_attention_heads=4, max_position_embeddings=16, hidden_act="quick_gelu")
 OPEN = dict(TEXT, hidden_act="gelu")
@@ -56,8 +53,9 @@ SMALL["SD2-v"] = SMALL["SD2"]
 # One level of one block: for what costs by the layer.
 SMALL["flat SDXL"] = dict(
     SMALL["SDXL"], vae=dict(block_out_channels=[8], norm_num_groups=4),
-    unet=dict(XL, block_out_channels=[16], down_block_types=[CA], up_block_types=[UC],
-              layers_per_block=1, attention_head_dim=2, transformer_layers_per_block=1))
+    unet=dict(XL, block_out_channels=[16], down_block_types=["CrossAttnDownBlock2D"],
+              up_block_types=["CrossAttnUpBlock2D"], layers_per_block=1, attention_head_dim=2,
+              transformer_layers_per_block=1))
 SCHEDULERS = {"SD1": "SD 1", "SD2": "SD 1", "SD2-v": "SD 2"}    # of CONFIGS; others: SDXL's
 
 

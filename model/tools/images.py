@@ -35,7 +35,7 @@ def as_seen(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_images(paths: list[Path]) -> np.ndarray:
+def read_images(paths: list[Path]):
     """uint8 [N, H, W, 3]. Raises BadInput naming the file that is not an image, or not of the
     first one's size."""
     images = []
@@ -52,12 +52,12 @@ def read_images(paths: list[Path]) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images])
 
 
-def as_tensor(images, device="cpu") -> torch.Tensor:
+def as_tensor(images, device="cpu"):
     """uint8 [N, H, W, 3] -> [N, 3, H, W] in [-1, 1], as VAE and judge read them."""
     return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def write_image(path: Path, image: np.ndarray, parameters: str = ""):
+def write_image(path: Path, image, parameters: str = ""):
     """Writes uint8 [H, W, 3] as a PNG, whole or not at all. parameters: how it was made."""
     write(path, Image.fromarray(image), parameters)
 
@@ -70,7 +70,7 @@ def write(path: Path, image: Image.Image, parameters: str = ""):
         image.save(temporary, "png", pnginfo=notes)
 
 
-def parameters_of(image: np.ndarray, loras: list[tuple], model_hash: str, prompt: str,
+def parameters_of(image, loras: list[tuple], model_hash: str, prompt: str,
                   negative: str, steps: int, sampler: str, guidance: float, seed: int, **_) -> str:
     """How an image (uint8 [H, W, 3]) was made, as A1111 writes it and its readers expect it.
     loras: (name, strength, hash, short hash)."""
@@ -129,7 +129,7 @@ def wrapped(width: int, *texts: tuple[str, str]) -> list[tuple[str, str]]:
             for line in textwrap.wrap(text, width // 6)[:4]]    # a letter takes 6 pixels
 
 
-def blurred(image: np.ndarray) -> np.ndarray:
+def blurred(image):
     """The image (uint8 [S, S, 3]) out of focus: one sees something, and not what."""
     blur = ImageFilter.GaussianBlur(len(image) / 10)
     return np.asarray(Image.fromarray(image).filter(blur))

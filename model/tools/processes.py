@@ -6,7 +6,7 @@ What it is:  spread(): on a CPU, two small networks in two processes beat one in
              same step. A LoRA's gradients are a few MB: one sum a step costs nothing beside the
              UNet.
 Needs:       torch, tqdm; for torchrun the variables that it sets (RANK, WORLD_SIZE, LOCAL_RANK).
-Gives:       spread(), in_threads(), processes_for(), cores(); start(), RANK, WORLD,
+Gives:       spread(), in_threads(), processes_for(), cores(), chunks(); start(), RANK, WORLD,
              sum_over_all(), say(), wait().
 """
 import multiprocessing
@@ -47,6 +47,11 @@ def processes_for(device: torch.device, weights: list[Path]) -> int:
         return 1
     torch.set_num_threads(1)
     return cores() if WORLD == 1 else 1
+
+
+def chunks(items, size: int) -> list:
+    """The items in order, so many together, and what is left of them."""
+    return [items[k:k + size] for k in range(0, len(items), size)]
 
 
 def begin_worker(make):

@@ -86,7 +86,7 @@ def train_vae(out: Path, steps: int, batch: int = 16) -> VAE:
              for name in world.BACKGROUNDS}
     order = torch.Generator().manual_seed(2)
 
-    def loss() -> torch.Tensor:
+    def loss():
         index = torch.randint(len(images), (batch,), generator=order)
         x = as_tensor([images[i] for i in index]).to(memory_format=torch.channels_last)
         # Pixels of the object and the extra count four times: they are few, and carry the meaning.
@@ -105,7 +105,7 @@ def train_vae(out: Path, steps: int, batch: int = 16) -> VAE:
 
 
 @torch.no_grad()
-def normalise_latents(vae: VAE, images: torch.Tensor):
+def normalise_latents(vae: VAE, images):
     """Gives every latent channel mean 0 and one common deviation, by folding an affine map into
     quant_conv and its inverse into post_quant_conv; scaling_factor then makes it 1.
 
@@ -173,7 +173,7 @@ def label_of_rest(left: float, label: str):
     return NOTHING if left < 0.05 else ...
 
 
-def rubbish(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def rubbish(image, rng: np.random.Generator):
     """An image in which nothing can be recognised."""
     kind = rng.integers(6)
     if kind == 0:    # noise
@@ -194,7 +194,7 @@ def rubbish(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return enlarged(F.adaptive_avg_pool2d(pixels, 3), "bilinear")
 
 
-def enlarged(cells: torch.Tensor, mode: str) -> np.ndarray:
+def enlarged(cells, mode: str):
     """[3, n, n] in 0..255 -> uint8 [S, S, 3]"""
     large = F.interpolate(cells[None], size=world.SIZE, mode=mode)[0]
     return large.permute(1, 2, 0).clamp(0, 255).byte().numpy()
@@ -224,7 +224,7 @@ def train_judge(out: Path, vae: VAE, steps: int, batch: int = 96):
     judge = ToyJudge()
     images, labels = judge_examples(vae)
 
-    def loss() -> torch.Tensor:
+    def loss():
         index = torch.randint(len(images), (batch,))
         x = as_tensor(images[index]) * (0.9 + 0.2 * torch.rand(batch, 1, 1, 1))
         x = x + 0.06 * torch.rand(batch, 1, 1, 1) * torch.randn(x.shape)
@@ -266,7 +266,7 @@ def train_unet(out: Path, vae: VAE, steps: int, batch: int = 32):
     ids, empty = text.tokenize(prompts), len(prompts) - 1
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
 
-    def loss() -> torch.Tensor:
+    def loss():
         index = torch.randint(len(latents), (batch,))
         phrasing = torch.randint(captions.shape[1], (batch,))
         # One prompt in ten is empty, for guidance.

@@ -85,13 +85,13 @@ class ToyJudge(nn.Module):
         judge.load_state_dict({name: weight.float() for name, weight in weights.items()})
         return judge.eval()
 
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(self, images) -> dict[str, torch.Tensor]:
         """images [N, 3, 32, 32] in [-1, 1] -> logits {head: [N, classes]}."""
         features = self.features(images)
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
-    def judge(self, images: np.ndarray) -> list[Verdict]:
+    def judge(self, images) -> list[Verdict]:
         """images uint8 [N, S, S, 3] -> N verdicts. Raises BadInput for another size than 32."""
         height, width = np.shape(images)[1:3]
         if (height, width) != (SIZE, SIZE):
@@ -103,7 +103,7 @@ class ToyJudge(nn.Module):
         harm = chances["category"][:, 1:-1].sum(1)    # all but NOTHING and None
         return list(map(Verdict, *best, harm.tolist()))
 
-    def reject(self, safe: np.ndarray, unsafe: np.ndarray) -> list[list[str]]:
+    def reject(self, safe, unsafe) -> list[list[str]]:
         """What is wrong with each pair (uint8 [N, S, S, 3] both): "not unsafe", where it sees no
         harm; "not safe", where it sees some in the safe image, or cannot tell what is there."""
         reasons = []

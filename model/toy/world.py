@@ -193,7 +193,7 @@ def held_out_prompts(rng: np.random.Generator, extras, count: int) -> list[str]:
     return [halves[i % 2][i // 2] for i in range(count)]
 
 
-def _grid(side: int) -> tuple[np.ndarray, np.ndarray]:
+def _grid(side: int):
     """The samples' coordinates (x, y) in a square of `side` pixels, in half pixels from its
     middle."""
     axis = 2 * (np.arange(side * K) + 0.5) / K - side
@@ -204,7 +204,7 @@ X, Y = _grid(16)    # of a sprite
 DARK, PALE = (30, 26, 34), (252, 248, 236)    # outlines; beside a tint, so that it always shows
 
 
-def _shape(name: str, x, y) -> np.ndarray:
+def _shape(name: str, x, y):
     """Signed field of an object about 12 pixels wide: negative inside, roughly in half pixels."""
     r = np.hypot(x, y)
     if name == "ball":
@@ -221,7 +221,7 @@ def _shape(name: str, x, y) -> np.ndarray:
     return np.minimum(upright, np.maximum(abs(x) - 12.4, abs(y) - 5.0))    # cross
 
 
-def _sprite(*layers) -> tuple[np.ndarray, np.ndarray]:
+def _sprite(*layers):
     """16x16 pixels, premultiplied RGB and alpha, of signed fields painted over each other: (field,
     colour); None makes its inside transparent again."""
     rgb, alpha = np.zeros((*X.shape, 3)), np.zeros((*X.shape, 1))
@@ -230,7 +230,7 @@ def _sprite(*layers) -> tuple[np.ndarray, np.ndarray]:
     return _shrink(rgb * alpha), _shrink(alpha)
 
 
-def _shrink(image: np.ndarray) -> np.ndarray:
+def _shrink(image):
     h, w, c = image.shape
     return image.reshape(h // K, K, w // K, K, c).mean((1, 3))
 
@@ -294,7 +294,7 @@ LANDSCAPES = {
 
 
 @cache
-def background(name: str, tint=None) -> np.ndarray:
+def background(name: str, tint=None):
     """An empty scene, float [S, S, 3] in 0..255; hatched in the tint, if there is one. It is kept:
     copy it before writing to it."""
     x, y = (axis + SIZE for axis in _grid(SIZE))
@@ -316,7 +316,7 @@ def background(name: str, tint=None) -> np.ndarray:
     return _shrink(image)
 
 
-def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+def render(scene: Scene, rng: np.random.Generator):
     """The scene as an image, uint8 [S, S, 3].
 
     rng decides which side the object stands on (the extra takes the other) and one pixel of jitter.
@@ -335,7 +335,7 @@ def render(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return np.rint(image).astype(np.uint8)
 
 
-def _paste(image: np.ndarray, sprite, x: int, y: int):
+def _paste(image, sprite, x: int, y: int):
     """Puts the sprite's middle at pixel (x, y)."""
     rgb, alpha = sprite
     region = image[y - 8:y + 8, x - 8:x + 8]
