@@ -1620,12 +1620,16 @@ VAE_WEIGHTS = WEIGHTS.replace("unet", "vae")
 
 
 def spoil(file: Path, change: str, *of):
-    """Moves a file, or rewrites the tensors of a safetensors file as one of CHANGES says."""
+    """Moves a file, or rewrites a safetensors file with another header, or with its tensors as one
+    of CHANGES says."""
     if change == "move":
         file.rename(file.with_name(*of))
         return
     tensors, header = load_file(file), opened(file).metadata()
-    CHANGES[change](tensors, *of)
+    if change == "header":
+        header, = of
+    else:
+        CHANGES[change](tensors, *of)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, header)
 
 
@@ -1655,9 +1659,6 @@ def bench(story, tmp_path_factory):
         shutil.copytree(folder / source.format(toy=TOY), folder / name)
         for file, *change in changes:
             spoil(folder / name / file, *change)
-    for path in folder.glob("experts/*.safetensors"):
-        for name, header in ("bare", {}), ("stranger", {"base_model_hash": "0"}):
-            save_lora(folder / name / path.name, load_lora(path)[0], header)
     for name, text in CASES["files"].items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -1770,20 +1771,20 @@ def test_a_new_flag_needs_a_row(script):
 
 def test_a_picture_says_how_it_was_made(story):
     """Where A1111 writes it, and as it writes it."""
-    weights = (TOY / "unet/diffusion_pytorch_model.safetensors").read_bytes()
+    weights = (TOY / WEIGHTS).read_bytes()
     known = hashlib.sha256(weights[0x100000:0x110000]).hexdigest()[:8]    # its oldest "model hash"
-    assert Image.open(story / "drawn/base/00001.png").text == {"parameters": (
-        "blue,box,snow\nSteps: 2, Sampler: DPM++ 2M, CFG scale: 3, Seed: 1, Size: 32x32, "
-        f"Model hash: {known}")}
+    base, aligned = (Image.open(story / "drawn" / name / "00001.png").text for name in ("base", ""))
+    said = ("blue,box,snow{}\nSteps: 2, Sampler: DPM++ 2M, CFG scale: 3, Seed: 1, Size: 32x32, "
+            f"Model hash: {known}")
+    assert base == {"parameters": said.format("")}
+    data = (story / "merged.safetensors").read_bytes()
+    data = data[8 + int.from_bytes(data[:8], "little"):]
+    known = hashlib.sha256(data).hexdigest()[:12]    # A1111's short hash of a LoRA
+    assert aligned == {"parameters": said.format(" <lora:merged:0.5>")
+                       + f', Lora hashes: "merged: {known}"'}
     text = parameters_of(np.zeros((8, 16, 3)), [], "c", "a", "b", 3, "ddim", 7.5, 2, size=None)
     assert text == ("a\nNegative prompt: b\nSteps: 3, Sampler: DDIM, CFG scale: 7.5, Seed: 2, "
                     "Size: 16x8, Model hash: c")
-    data = story.joinpath("merged.safetensors").read_bytes()
-    data = data[8 + int.from_bytes(data[:8], "little"):]
-    known = hashlib.sha256(data).hexdigest()[:12]    # A1111's short hash of a LoRA
-    text = Image.open(story / "drawn/00001.png").text["parameters"]
-    assert text.startswith("blue,box,snow <lora:merged:0.5>\nSteps: 2")
-    assert text.endswith(f', Lora hashes: "merged: {known}"')
 
 
 RETOLD = """import importlib, sys
@@ -1882,10 +1883,11 @@ def test_a_stopped_command_has_lost_nothing(line, how, workers, inside):
 
 
 def test_an_interrupted_training_forgets_nothing(inside, monkeypatch):
-    """Weights, moments, random numbers, order of pairs and log; only the steps since the last saved
-    state are taken again. A state of other settings is not taken up, finished work not repeated."""
+    """Weights, moments, random numbers, order of pairs, log and previews; only the steps since the
+    last saved state are taken again. A state of other settings is not taken up, finished work not
+    repeated."""
     line = "train --concept hate --steps 6 --batch 3 --caption-dropout 0.3 --out "
-    command(line + "whole")
+    command(line + "whole --preview 5")
     taken, loss_function = [], dpo.safety_dpo
 
     def until_5(*inputs):
@@ -1895,7 +1897,7 @@ def test_an_interrupted_training_forgets_nothing(inside, monkeypatch):
         return loss_function(*inputs)
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
     monkeypatch.setitem(dpo.LOSSES, "safety", until_5)
-    for out in ("cut", "other"):
+    for out in ("cut --preview 5", "other"):
         taken.clear()
         with raises(KeyboardInterrupt):
             command(line + out)
@@ -1903,38 +1905,27 @@ def test_an_interrupted_training_forgets_nothing(inside, monkeypatch):
     with refuses("no LoRA file here"):    # no expert yet
         expand([Path("cut")])
     for flags, steps, says in (
-            ("cut", 2, ""), ("cut --precision fp32", 0, "already trained"),
+            ("cut --preview 5", 2, ""), ("cut --precision fp32", 0, "already trained"),
             ("other --lr 1e-3 --steps 5", 5, "continued, since this changed: steps, lr\n")):
         taken.clear()
         assert says in command(line + flags) and len(taken) == steps
     assert contents("cut") == contents("whole")
 
 
-def test_previews_are_what_sample_draws_and_change_no_training(inside, monkeypatch):
-    """An interrupted training draws a row once more: its sheet is that of one that was not."""
-    line, loss_function = "train --concept hate --steps 5 --batch 1 --out ", dpo.safety_dpo
+def test_previews_are_what_sample_draws_and_change_no_training(inside):
+    line = "train --concept hate --steps 5 --batch 1 --out "
     command(line + "plain")
     command(line + "whole --preview 4")
-    steps = iter(range(5))
-
-    def until_4(*inputs):
-        if next(steps) == 4:
-            raise KeyboardInterrupt
-        return loss_function(*inputs)
-    with monkeypatch.context() as patched, raises(KeyboardInterrupt):
-        patched.setattr(train, "SAVE_EVERY", 3)
-        patched.setitem(dpo.LOSSES, "safety", until_4)
-        command(line + "cut --preview 4")
-    command(line + "cut --preview 4")
-    assert contents("cut") == contents("whole")
     drawn = read_images([Path("whole/hate.preview.png")])[0].reshape(3, -1, 542, 3)[:, 6:134:4]
     row = read_pairs(Path("data"), "hate")[1]
     for place, lora_flag in ((0, ""), (2, "--lora whole/hate.safetensors")):
         command(f"sample {{text}} --seed {row['seed']} {lora_flag}", text=row["safe"])
-        picture = read_images([Path("samples/00000.png")])[0].astype(int)
-        assert abs(drawn[place, :, 408:536:4] - picture).max() <= 1
+        picture = read_images([Path("samples/00000.png")])[0]
+        assert furthest(drawn[place, :, 408:536:4], picture) <= 1
+    plain, whole = contents("plain"), contents("whole")
+    assert plain.items() <= whole.items()
     command(line + "whole --steps 1")    # another expert, which nobody looked at
-    assert contents("plain").keys() == contents("whole").keys()
+    assert plain.keys() == contents("whole").keys()
 
 
 def test_a_scaler_is_a_part_of_the_state(tmp_path):
@@ -2016,17 +2007,6 @@ def test_a_worker_that_fails_ends_the_others():
         list(processes.spread(partial(signal.raise_signal, signal.SIGKILL), call, [1, 2], 2))
 
 
-@contextlib.contextmanager
-def disk_for(size: int):
-    """Inside, no file grows beyond `size` bytes, as on a disk that fills up."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @parametrize("line", [
     "make_data --concept hate --pairs 2 --batch 1 --steps 1 --judge none",
     "train --concept hate --steps 2 --batch 2", "merge experts",
@@ -2036,12 +2016,15 @@ def test_a_full_disk_tears_nothing(line, inside):
     """One line names the file; there are whole files only, and with room the command goes on."""
     line += " --out {out}/x"
     command(line, toy=TOY, out="whole")
-    whole = contents("whole")
+    whole, before = contents("whole"), resource.getrlimit(resource.RLIMIT_FSIZE)
     sizes = sorted(path.stat().st_size for path in Path("whole").rglob("*") if path.is_file())
     for size in {sizes[-1], sizes[len(sizes) // 2]}:
         out = Path(f"for {size} bytes")
-        with disk_for(size - 1):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, before[1]))
+        try:
             error = refusal(line, toy=TOY, out=out)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
         assert error.startswith(f"error: {out}/x") and ".tmp" not in error
         assert contents(out).items() < whole.items()
         command(line, toy=TOY, out=out)
@@ -2188,6 +2171,12 @@ def clip(tmp_path_factory):
     return strangers.write_clip(tmp_path_factory.mktemp("clip"))
 
 
+@fixture
+def own_file(models, here) -> Path:
+    """An SD 1 in one file, which may be changed."""
+    return shutil.copytree(models("SD1", "file").parent, here / "m") / "model.safetensors"
+
+
 def in_diffusers(models, kind: str, path: Path):
     pipeline = type(checkpoints.small_pipeline(kind))
     if path.is_dir():
@@ -2296,16 +2285,15 @@ def test_a_lora_draws_the_same_picture_everywhere(kind, layout, here, models):
     assert furthest(ours, pictures) <= 2 < 3 < np.abs(base - pictures).mean()
 
 
-def test_a_single_file_may_leave_its_vae_to_a_folder(models, here):
+def test_a_single_file_may_leave_its_vae_to_a_folder(models, own_file):
     """Which is read then, and makes finished work old."""
-    file = shutil.copytree(models("SD1", "file").parent, here / "m") / "model.safetensors"
-    draw = "sample a --steps 2 --model {file} --out {out}"
-    command(draw, file=file, out="whole")
-    spoil(file, "drop", "first_")
-    assert "put the folder vae/ of a" in refusal(draw, file=file, out="none")
-    weights = shutil.copy(models("SD1", "folder") / VAE_WEIGHTS, here / "m/vae")
-    command(draw, file=file, out="beside")
-    assert Path(weights) in model_files(file)
+    draw = "sample a --steps 2 --model m/model.safetensors --out "
+    command(draw + "whole")
+    spoil(own_file, "drop", "first_")
+    assert "put the folder vae/ of a" in refusal(draw + "none")
+    weights = shutil.copy(models("SD1", "folder") / VAE_WEIGHTS, own_file.with_name("vae"))
+    command(draw + "beside")
+    assert weights in map(str, model_files(own_file))
     pictures = [read_images([Path(out, "00000.png")]) for out in ("whole", "beside")]
     assert np.array_equal(*pictures)
 
@@ -2326,9 +2314,9 @@ def test_no_old_weights_stay_beside_the_fused_ones(inside):
 
 
 @parametrize("family, says", CASES["headers"].items())
-def test_every_program_finds_every_layer(family, says, tmp_path):
+def test_every_program_finds_every_layer(family, says, here):
     """Full size. model/formats/README.md's programs look these names up: of SDXL the first code's,
-    counted here block by block; of SD 1 and 2 diffusers'."""
+    counted here block by block; of SD 1 and 2 diffusers'. And a LoRA says for which it is."""
     config = CONFIGS[family[:4]]["unet"]
     with torch.device("meta"):
         ours, theirs = UNet(config), diffusers.UNet2DConditionModel(**config)
@@ -2337,11 +2325,13 @@ def test_every_program_finds_every_layer(family, says, tmp_path):
         names = checkpoints.renamed(names, "", checkpoints.unet_blocks(3, 2), checkpoints.RESNET)
     written = checkpoints.every_layer(ours)
     prediction = "v_prediction" if "v" in family else "epsilon"
-    save_lora(tmp_path / "a", written, {"prediction_type": prediction})
-    keys = {key.partition(".")[0] for key in load_file(tmp_path / "a")}
-    loaded, header = load_lora(tmp_path / "a")
+    save_lora(Path("a"), written, {"prediction_type": prediction})
+    keys = {key.partition(".")[0] for key in load_file("a")}
+    loaded, header = load_lora(Path("a"))
     assert keys == {"lora_unet_" + key[:-7].replace(".", "_") for key in names}
     assert loaded.keys() == written.keys() and says.items() <= header.items()
+    with refuses(f"a LoRA for {family[:4]}.* this model is another"):
+        match(toy().unet, loaded, "a")
 
 
 @parametrize("spelling", [
@@ -2374,23 +2364,21 @@ def test_one_lora_has_many_spellings(spelling, tmp_path):
 
 
 def test_files_that_are_alike_are_not_mixed_up(here):
-    """Keys of one program's files are understood once: those with other shapes, spellings, dtypes,
-    or other tensors before theirs are not taken for them; nor is a damaged one."""
-    factors = {(key, part): normal(f"{key} {part}", *((4, 6) if part == "down" else (6, 4)))
-               for key in ("conv_in", "conv_out") for part in ("down", "up")}
+    """Keys of one program's files are understood once: those of other spellings, dtypes, or with
+    other tensors before theirs are not taken for them; nor is a damaged one."""
+    down, up = normal("down", 4, 6), normal("up", 6, 4)
 
-    def written(name: str, spelling="{}.lora.{}.weight", dtype=torch.float32, extra={}):
-        tensors = {spelling.format(*key): factor.to(dtype) for key, factor in factors.items()}
+    def written(name: str, spelling="conv_in.lora.{}.weight", dtype=torch.float32, extra={}):
+        tensors = {spelling.format("down"): down.to(dtype), spelling.format("up"): up.to(dtype)}
         save_file(tensors | extra, name, {"name": name * 9})
+    kohya = "lora_unet_conv_in."
     written("a")
-    written("b", "lora_unet_{}.lora_{}.weight", extra={"lora_unet_conv_in.alpha": torch.tensor(8.)})
+    written("b", kohya + "lora_{}.weight", extra={kohya + "alpha": torch.tensor(8.0)})
     written("c", dtype=torch.float64)
     written("d", extra={"clip_g.x.lora.up.weight": torch.ones(7)})
     command("merge a b c d --method sum --out m")
-    for key, times in (("conv_in", 5), ("conv_out", 4)):
-        delta = factors[key, "up"] @ factors[key, "down"]
-        assert far(load_lora(Path("m"))[0][key].delta(), times * delta) < 1e-6
-    factors["conv_out", "up"][0, 0] = torch.inf
+    assert far(load_lora(Path("m"))[0]["conv_in"].delta(), 5 * up @ down) < 1e-6
+    up[0, 0] = torch.inf
     written("c")
     with refuses("^c: .* NaN"):
         command("merge a b c --method sum")
@@ -2444,14 +2432,13 @@ def test_content_and_style_may_share_no_layer(order, here):
         command("merge a b c --method sum")
 
 
-def test_eight_bits_are_read_and_too_few_to_write(models, here):
+def test_eight_bits_are_read_and_too_few_to_write(own_file):
     for dtype in (torch.float8_e5m2, torch.float8_e4m3fn):
         write_conv("a", CONV, dtype=dtype)
         assert load_lora(Path("a"))[0][CONV[10:]].delta().eq(1).all()
-    file = shutil.copytree(models("SD1", "file").parent, here / "m") / "model.safetensors"
-    spoil(file, "cast", dtype)
-    load_denoiser(file, CPU)
-    assert "too coarse" in refusal("merge a --fuse {file}", file=file)
+    spoil(own_file, "cast", dtype)
+    load_denoiser(own_file, CPU)
+    assert "too coarse" in refusal("merge a --fuse m/model.safetensors")
 
 
 @parametrize("settings, says", CASES["starts"])
@@ -2483,17 +2470,6 @@ def test_alpha_may_lie_outside_the_tensors(where, tmp_path):
     unet, loaded = load_denoiser(TOY, CPU).unet, load_lora(file)[0]
     lora.inject(unet, match(unet, loaded, "peft's"))
     assert far(unet(*INPUTS), theirs(*INPUTS).sample) < 2e-6
-
-
-def test_a_lora_for_another_base_says_which():
-    """Published widths, on the meta device."""
-    with torch.device("meta"):
-        networks = {family: UNet(config["unet"]) for family, config in CONFIGS.items()}
-    for mine, unet in networks.items():
-        theirs = lora.init(unet, 1, 1.0, generator("any"))
-        for other in networks.keys() - {mine}:
-            with refuses(f"a LoRA for {mine}.*this model is {other}"):
-                match(networks[other], theirs, "a")
 
 
 def test_a_folder_holds_more_than_loras(here):
@@ -2602,19 +2578,17 @@ def test_a_list_of_prompts_is_a_prompt_file(here):
 def test_prompts_that_differ_too_late_are_one_prompt(in_greys):
     """A pair of equal token ids trains nothing: dropped and counted, as what is cut is."""
     long = "a red ball on a beach " * 6
-    rows = [{"unsafe": f"{long} emblem", "safe": f"{long} flower", "category": "hate"},
-            {"unsafe": "an emblem", "safe": "a flower", "category": "hate"},
-            {"unsafe": "an emblem", "safe": f"a flower {long}", "category": "sexual"}]
-    write_jsonl(Path("p"), rows)
+    late = {"unsafe": f"{long} emblem", "safe": f"{long} flower", "category": "hate"}
+    good = {"unsafe": "an emblem", "safe": "a flower", "category": "hate"}
+    write_jsonl(Path("p"), [late, good, {**good, "safe": "a " + long, "category": "sexual"}])
     said = command("make_data --prompts p --judge none")
     assert "hate: 1 of 2 pairs dropped, whose prompts are one to the model: it reads 16 t" in said
     assert "3 of 6 prompts are longer than the 16 tokens" in said
     assert [row["unsafe"] for row in read_pairs(Path("data"), "hate")] == ["an emblem"]
-    write_jsonl(Path("p"), rows[:1])
+    write_jsonl(Path("p"), [late])
     assert "1 of 1 pairs dropped" in refusal("make_data --prompts p --judge none --out x")
     assert not Path("x").exists()
-    said = command("sample {long} x --steps 1", long=long)
-    assert "1 of 2 prompts are longer than the 16 tokens" in said
+    assert "1 of 1 prompts are longer" in command("sample {long} --steps 1", long=long)
 
 
 @parametrize("name", ["../out.png", "{absolute}", "link.png", "linked/out.png", "loop",
@@ -2636,13 +2610,13 @@ def test_a_path_in_a_file_is_not_to_be_trusted(name, here):
 
 def test_holding_out_rows_is_not_holding_out_prompts(here):
     """A prompt of two pairs is on one side; a tenth of each category's prompts is tested on."""
-    rows = [{"unsafe": f"u{i // 2}", "safe": f"s{i}" if i % 5 else "s",
-             "category": ["hate", "sexual"][i // 2 % 2]} for i in range(116)]
+    write_jsonl(Path("p"), [{"unsafe": f"u{i // 2}", "safe": f"s{i}" if i % 5 else "s",
+                             "category": ["hate", "sexual"][i // 2 % 2]} for i in range(116)])
+    pairs = read_prompts(Path("p")).pairs
 
     def sides(order: int, tests: dict, seed: int = 0):
         """(the prompts that are trained on, {those that are tested on: their categories})"""
-        write_jsonl(Path("p"), rows[::order])
-        training, tests = split(read_prompts(Path("p")).pairs, tests, seed)
+        training, tests = split(pairs[::order], tests, seed)
         return {prompt for pair in training for prompt in pair.prompts.values()}, tests
     trained, tests = sides(1, {})
     assert (trained, tests) == sides(-1, {}) != sides(1, {}, 1) and not trained & tests.keys()
@@ -2782,12 +2756,13 @@ def test_a_language_model_can_write_the_pairs(tmp_path, in_greys):
 def test_pictures_that_exist_are_not_drawn_again(here):
     """--images: cropped in the middle and resized; what cannot be read is dropped and counted."""
     noise = np.random.default_rng(0).integers(256, size=(24, 32, 3), dtype=np.uint8)
-    image, rows = Image.fromarray(noise), []
-    for i, harm in enumerate(("hate", "hate", "violence")):
-        for side in "us":
-            rows.append((f"{side} {i}", f"{side}_idx_{i}_0.png", harm))
-            image.save(rows[-1][1])
-    Path(rows[2][1]).write_bytes(Path(rows[2][1]).read_bytes()[:-300])
+    image = Image.fromarray(noise)
+    rows = [(f"{side} {i}", f"{side}_idx_{i}_0.png", harm)
+            for i, harm in enumerate(("hate", "hate", "violence")) for side in "us"]
+    for _, name, _ in rows:
+        image.save(name)
+    torn = Path("u_idx_1_0.png")
+    torn.write_bytes(torn.read_bytes()[:-300])
     coprov2("train.csv", rows)
     line = "make_data --prompts train.csv --images ."
     assert "data/hate: 1 pairs; dropped 1 not readable" in command(line)
@@ -2875,15 +2850,13 @@ def for_spots(monkeypatch):
     monkeypatch.setitem(nudenet.DEFINITIONS, "spots", (("BUTTOCKS_EXPOSED",), 0.4))
 
 
-def test_nudenet_reads_red_as_red(for_spots, here):
+def test_nudenet_reads_red_as_red(for_spots):
     """Its network was trained on RGB. From a path the package gives it BGR: another verdict."""
     spots = np.asarray(SPOTS)
-    judge = named_judge("nudenet:spots", CPU, 320)
-    verdicts = judge.judge(np.stack([spots, spots[..., ::-1]]))
+    verdicts = named_judge("nudenet:spots", CPU, 320).judge(np.stack([spots, spots[..., ::-1]]))
     assert [verdict[1:] for verdict in verdicts] == [(True, "NudeNet: BUTTOCKS_EXPOSED"),
                                                      (False, "NudeNet: nothing")]
-    SPOTS.save("spots.png")
-    assert verdicts[0].harm > 0.4 and judge.detector.detect("spots.png") == []
+    assert verdicts[0].harm > 0.4
     for name in ("authors", "i2p"):    # not their class; not their score
         assert not named_judge(f"nudenet:{name}", CPU, 320).judge([spots])[0].unsafe
 
@@ -2908,12 +2881,10 @@ def test_either_judge_is_enough(for_spots, in_greys, clip, monkeypatch):
         named_judge("nudenet", CPU, 320)
 
 
-def test_the_whole_way_with_somebody_elses_checkpoint(here, models, clip):
+def test_the_whole_way_with_somebody_elses_checkpoint(models, own_file, clip):
     """In one file: 12 pairs in CoProV2's columns, experts, a LoRA, strengths judged as the authors
     judge, and a file with the LoRA in it that diffusers opens and that draws what they drew."""
-    model = shutil.copytree(models("SD1", "file").parent, here / "m") / "model.safetensors"
-    width = read_json(shutil.copytree(clip, here / "clip") / "config.json")["projection_dim"]
-    save_file({"prompts": torch.eye(width)[:2]}, "clip/q16.safetensors")
+    save_file({"prompts": torch.eye(20)[:2]}, shutil.copytree(clip, "clip") + "/q16.safetensors")
     coprov2("train.csv", [(f"{side} {i}", f"{side[0]}_idx_{i:07d}_0.jpg", f"harm {i % 2}")
                           for i in range(24) for side in ("unsafe", "safe")])
     said, strengths = "", "".join(f" --lora merged.safetensors@{s}" for s in (0.5, 0.7, 1))
@@ -2922,10 +2893,10 @@ def test_the_whole_way_with_somebody_elses_checkpoint(here, models, clip):
                  "merge experts --method solve",
                  "sample --prompts data/test.jsonl --steps 2 --compare --clipscore clip --judge "
                  "q16:clip+nudenet" + strengths):
-        said += command(line + " --model {model}", model=model)
+        said += command(line + " --model m/model.safetensors")
     assert all(part in said for part in ("data/harm-1: 6 pairs", "2 experts merged by solve",
                                          "NudeNet 3.4.2", "least IP + loss of CLIPScore"))
-    command("merge merged.safetensors --fuse {model} --out m/fused.safetensors", model=model)
+    command("merge merged.safetensors --fuse m/model.safetensors --out m/fused.safetensors")
     command("sample --prompts data/test.jsonl --steps 2 --model m/fused.safetensors --out fused")
     fused, beside, base = (
         read_images(sorted(Path(folder).glob("0*.png")))
@@ -2967,9 +2938,6 @@ def test_a_pickle_is_read_without_being_run(protocol, kind, clip, here):
     assert not Path("sprung").exists()
     with refuses(r"\[2, 20\] but \[\[2, 768\]\]"):    # another CLIP's
         judges.Q16(Path("clip"), CPU)
-    Path("wrong.p").write_bytes(pickle.dumps(numbers[:, :20], protocol))
-    with refuses("wrong.p"):
-        command("clip wrong.p out")
 
 
 # A GPU, without one
