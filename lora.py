@@ -124,8 +124,9 @@ def rows(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 def stack(parts: list[Factors], weights: list[float]) -> Factors:
     """Sum of w_i * delta W_i of ONE layer as one pair of factors, exactly (README, eq. 6): ranks
     add up. Adding or averaging the factors themselves would leave cross terms B_i A_j."""
-    down = torch.cat([f.down for f in parts])
-    up = torch.cat([w * f.scale * f.up for f, w in zip(parts, weights)], dim=1)
+    down, up = torch.cat([f.down for f in parts]), torch.cat([f.up for f in parts], dim=1)
+    scales = torch.tensor([w * f.scale for f, w in zip(parts, weights)])
+    up *= scales.repeat_interleave(torch.tensor([f.down.shape[0] for f in parts]))
     return Factors(down, up, float(len(down)), parts[0].kernel)    # alpha = rank: scale 1
 
 

@@ -237,8 +237,8 @@ def merge(experts: Experts, rule: Callable, statistics, rank: int | None, densit
         f = rule(list(parts.values()), layer) if len(experts) > 1 else parts[0]
         if not (f.up.sum() + f.down.sum()).isfinite():    # asked before any SVD
             raise BadInput(f"{name} is not finite any more; use --weights or --density nearer to 1")
-        total = sum(len(part.down) for part in parts.values())    # where this file's are exact
-        most = rank or (total if rule in RULES.values() else min(LARGEST_RANK, total))
+        most = rank or (len(f.down) if rule in RULES.values() else    # exact
+                        min(LARGEST_RANK, sum(len(part.down) for part in parts.values())))
         return name, *(lora.compress(f, most) if most < len(f.down) else (f, 0.0, 0.0))
 
     rows = list(tqdm(in_threads(merged, experts.layers()), "merging", len(experts.names)))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lora import Factors
-from model.formats.lora_file import FAMILIES, VERSION, LoRAFile, expand
+from model.formats.lora_file import FAMILIES, VERSION, LoRAFile, expand, read
 from model.tools.command import BadInput
 from model.tools.processes import chunks
 
@@ -63,15 +63,18 @@ class Experts:
                 raise BadInput(f"{file.path}: {name} is for a layer of shape {shape}, in "
                                f"{other.path} of {known}; merge experts of one model")
 
-    def lora(self, i: int, names: list[str] | None = None) -> dict[str, Factors]:
-        """Expert i, or these of its layers, times its weight."""
-        weight, lora = self.weights[i], self.files[i].read(names or self.names)
-        return lora if weight == 1 else {
-            name: f._replace(up=weight * f.up) for name, f in lora.items()}
+    def lora(self, i: int) -> dict[str, Factors]:
+        """Expert i, times its weight."""
+        return times(self.weights[i], read([self.files[i]], self.names)[0])
 
     def layers(self) -> Iterator[tuple[str, dict[int, Factors]]]:
         """(layer, {expert: Factors, times its weight}) of the experts that adapt the layer."""
         for names in chunks(self.names, AT_A_TIME):
-            loras = [self.lora(i, names) for i in range(len(self))]
+            loras = [times(*pair) for pair in zip(self.weights, read(self.files, names))]
             for name in names:
                 yield name, {i: lora[name] for i, lora in enumerate(loras) if name in lora}
+
+
+def times(weight: float, lora: dict[str, Factors]) -> dict[str, Factors]:
+    return lora if weight == 1 else {
+        name: f._replace(up=weight * f.up) for name, f in lora.items()}

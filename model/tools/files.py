@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,7 +158,7 @@ def finite(x: torch.Tensor) -> bool:
 
 
 class Place(NamedTuple):
-    """Where a tensor lies in its file: bytes from start to end."""
+    """Where a tensor lies in its file: bytes from start to end, counted from where data begins."""
     key: str
     start: int
     end: int
@@ -165,44 +166,60 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
-def places(path: Path) -> tuple[tuple[Place, ...], dict[str, str]]:
-    """Of a safetensors file: the places, sorted by key, and the metadata. Raises BadInput as
-    opened() does: the library has checked what is read here."""
+@lru_cache
+def places_of(header: str) -> tuple[Place, ...]:
+    """What a header without metadata says, sorted by key. Headers that are alike are understood
+    once, and give the same object."""
+    return tuple(Place(key, *entry["data_offsets"], entry["dtype"], tuple(entry["shape"]))
+                 for key, entry in sorted(json.loads(header).items()))
+
+
+def places(path: Path) -> tuple[tuple[Place, ...], dict[str, str], int]:
+    """Of a safetensors file: the places, sorted by key; the metadata; and the byte where data
+    begins. Raises BadInput as opened() does: the library has checked what is read here."""
     opened(path)
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    metadata = header.pop("__metadata__", None) or {}
-    return tuple(Place(key, *(8 + size + offset for offset in entry["data_offsets"]),
-                       entry["dtype"], tuple(entry["shape"]))
-                 for key, entry in sorted(header.items())), metadata
+        header = file.read(size).decode().rstrip()
+    metadata, start = {}, '{"__metadata__":'
+    if header.startswith(start):    # where writers put it: then it is all that alike files differ in
+        metadata, end = json.JSONDecoder().raw_decode(header, len(start))
+        header = "{" + header[end:].lstrip(",")
+    elif "__metadata__" in header:
+        entries = json.loads(header)
+        metadata, header = entries.pop("__metadata__", None), json.dumps(entries)
+    return places_of(header), metadata or {}, 8 + size
 
 
-def read_tensors(path: Path, wanted: list[Place]) -> dict[str, torch.Tensor]:
-    """{key: what lies there, flat and fp32}. Neighbours of one dtype are read and checked as one: a
-    LoRA has hundreds of small tensors, for which the library takes long. Raises BadInput, naming
-    the file, for NaN, infinity and unusual dtypes."""
+def read_tensors(files: list[tuple[Path, int]], wanted: list[Place]) -> dict[str, torch.Tensor]:
+    """{key: what lies there, fp32, [file, number]} of files (path, where its data begins) that are
+    alike. Neighbours of one dtype are read and checked as one: a LoRA has hundreds of small
+    tensors, for which the library takes long. Raises BadInput, naming the file, for NaN, infinity
+    and unusual dtypes."""
     runs, tensors = [], {}
     for place in sorted(wanted, key=lambda place: place.start):
         last = runs[-1][-1] if runs else place
         if (last.end, last.dtype) != (place.start, place.dtype):
             runs.append([])
         runs[-1].append(place)
-    with open(path, "rb") as file:
-        for run in runs:
-            first = run[0]
-            if first.dtype not in BY_NAME:
-                raise BadInput(f"{path}: {first.key} of {first.dtype} cannot be read; save it as "
-                               "F32")
-            file.seek(first.start)
-            data = torch.empty(run[-1].end - first.start, dtype=torch.uint8)
-            file.readinto(data.numpy())
-            block = data.view(BY_NAME[first.dtype]).float()
-            if not finite(block):
-                raise BadInput(f"{path}: {first.key} or a tensor after it holds NaN or infinity; "
-                               "make this file again")
-            parts = block.split([math.prod(place.shape) for place in run])
-            tensors |= {place.key: part for place, part in zip(run, parts)}
+    blocks = [torch.empty(len(files), run[-1].end - run[0].start, dtype=torch.uint8)
+              for run in runs]
+    for i, (path, begin) in enumerate(files):
+        with open(path, "rb") as file:
+            for run, block in zip(runs, blocks):
+                file.seek(begin + run[0].start)
+                file.readinto(block[i].numpy())
+    for run, block in zip(runs, blocks):
+        first, (path, _) = run[0], files[0]
+        if first.dtype not in BY_NAME:
+            raise BadInput(f"{path}: {first.key} of {first.dtype} cannot be read; save it as F32")
+        block = block.view(BY_NAME[first.dtype]).float()
+        if not finite(block):
+            path = next(path for (path, _), numbers in zip(files, block) if not finite(numbers))
+            raise BadInput(f"{path}: {first.key} or a tensor after it holds NaN or infinity; make "
+                           "this file again")
+        parts = block.split([math.prod(place.shape) for place in run], 1)
+        tensors |= {place.key: part for place, part in zip(run, parts)}
     return tensors
 
 
