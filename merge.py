@@ -235,11 +235,13 @@ def merge(experts: Experts, rule: Callable, statistics, rank: int | None, densit
         layer = Layer(len(experts), density, generator(seed, name), statistics.get(name))
         # Of a single expert there is nothing to merge: not even its alpha is touched.
         f = rule(list(parts.values()), layer) if len(experts) > 1 else parts[0]
-        if not (f.up.sum() + f.down.sum()).isfinite():    # asked before any SVD
-            raise BadInput(f"{name} is not finite any more; use --weights or --density nearer to 1")
         most = rank or (len(f.down) if rule in RULES.values() else    # exact
                         min(LARGEST_RANK, sum(len(part.down) for part in parts.values())))
-        return name, *(lora.compress(f, most) if most < len(f.down) else (f, 0.0, 0.0))
+        if most >= len(f.down):
+            return name, f, 0.0, 0.0
+        if not (f.up.sum() + f.down.sum()).isfinite():
+            raise BadInput(f"{name} is not finite any more; use --weights or --density nearer to 1")
+        return name, *lora.compress(f, most)
 
     rows = list(tqdm(in_threads(merged, experts.layers()), "merging", len(experts.names)))
     energies = torch.tensor([row[2:] for row in rows], dtype=torch.float64)

@@ -10,7 +10,7 @@ from model.formats.lora_file import FAMILIES, VERSION, LoRAFile, expand, read
 from model.tools.command import BadInput
 from model.tools.processes import chunks
 
-AT_A_TIME = 8    # layers of all experts that memory holds
+AT_A_TIME = 4    # layers of all experts that memory holds
 OF_BASE = "base_model_hash", "prediction_type", VERSION
 
 
