@@ -182,7 +182,7 @@ def places(path: Path) -> tuple[tuple[Place, ...], dict[str, str], int]:
         size = int.from_bytes(file.read(8), "little")
         header = file.read(size).decode().rstrip()
     metadata, start = {}, '{"__metadata__":'
-    if header.startswith(start):    # where writers put it: then it is all that alike files differ in
+    if header.startswith(start):    # where writers put it; what follows is alike in alike files
         metadata, end = json.JSONDecoder().raw_decode(header, len(start))
         header = "{" + header[end:].lstrip(",")
     elif "__metadata__" in header:
