@@ -67,7 +67,8 @@ def add(checkpoint: Checkpoint, changes: dict, source: Path, target: Path) -> se
     # The averaged copy that some files carry changes too: some programs prefer it.
     names |= {"model_ema." + key.removeprefix("model.").replace(".", ""): name
               for key, name in names.items()}
-    changed, starts = set(), {place.key: place.start for place in places(source)[0]}
+    tensors, _, begin = places(source)
+    changed, starts = set(), {place.key: begin + place.start for place in tensors}
     with opened(source) as file, open(target, "r+b") as written:
         for key in file.keys():
             name = names.get(key)
