@@ -1,26 +1,26 @@
 """The preference losses. Each is one flat function, in the order of its equation.
 
-What it is:  Diffusion-DPO (Wallace et al. 2023, 2311.12908); the same under both prompts; and
+What it is:  diffusion_dpo() (Wallace et al. 2023, 2311.12908); both_prompts(), the same twice; and
              safety_dpo(), the default, which is the one to read.
 Needs:       torch.
-Gives:       LOSSES, by the names of train.py --loss. For losses of your own, which it takes by a
-             dotted name (model/rivals/losses.py has some): Batch, mse().
+Gives:       LOSSES, by the names of train.py --loss. For losses of your own Batch and mse(): --loss
+             takes dotted names too, such as those in model/rivals/losses.py.
 
 The idea: under the UNSAFE prompt the SAFE image is preferred. The winner w of a pair is the safe
 image and the loser l the unsafe one, and the UNet is asked about both under the unsafe prompt.
 
-A loss is a function (policy, reference, batch, schedule, beta) -> (loss [], metrics); of a class,
-train.py first makes an object, from all pairs (model/data/pairs.py).
+A loss is a function (policy, reference, batch, schedule, beta) -> (loss [], metrics); or a class,
+which train.py first calls with all pairs (model/data/pairs.py), whose objects are such functions.
     policy      (x_t [N, C, H, W], t [N], N prompts) -> what the UNet predicts there, [N, C, H, W]
                 fp32, with the LoRA on and with gradients
     reference   the same UNet with the LoRA off and without gradients
-    schedule    of model/schedule.py; noised() gives x_t and what is to be predicted there
+    schedule    of model/schedule.py; noised() gives x_t and the target there, noise or v
     metrics     {name: [B] or []}, whose means are the log. In a healthy run winner stays below
                 winner_ref, and loser rises above loser_ref. margin is above 0 where the policy
-                prefers the winner more than the reference does, and accuracy their share
+                prefers the winner more than the reference does; accuracy: how often it is
 
-Letters: B pairs that go through the UNet at once, C H W a latent's shape; w winner, l loser, L an
-error. Numbers (1) to (4) are the README's equations. "Ours": no paper's choice.
+Letters: B pairs of a batch, N latents of a call, C H W a latent's shape; w winner, l loser, L an
+error. Numbers (1) to (4) are the README's equations. "Ours": from no paper.
 """
 from typing import Any, NamedTuple
 
@@ -41,8 +41,8 @@ class Batch(NamedTuple):
 
 
 def mse(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L (README, eq. 2): [B, C, H, W] twice -> [B], the MEAN over elements, which the published
-    beta of 5000 goes with. In fp32, because beta multiplies a small difference of these: rounding
+    """L (README, eq. 2): [B, C, H, W] twice -> [B], the MEAN over elements, as the published beta
+    of 5000 assumes. In fp32, because beta multiplies a small difference of these: rounding
     an error of 0.1 to fp16 moves the logit by up to 0.08 at beta 5000."""
     return (output.float() - target.float()).square().flatten(1).mean(1)
 
@@ -54,9 +54,9 @@ def diffusion_dpo(policy, reference, batch: Batch, schedule, beta: float):
 
     It is ln 2 = 0.693 at the start, where policy and reference agree. It rewards a GAP, so nothing
     stops both errors from rising together: watch `winner`. How to choose beta: the reference
-    predicts its own unsafe image better than the safe one, by delta = (L_w - L_l)_reference. A
-    policy that predicts both equally well has the logit beta delta / 2. Where beta is far above
-    2 / delta, the sigmoid is flat long before that, and training stops to pull."""
+    predicts the unsafe image better than the safe one, by delta = (L_w - L_l)_reference. A policy
+    that predicts both equally well has the logit beta delta / 2. Where beta is far above 2 / delta,
+    the sigmoid is flat long before that, and training stops pulling."""
     x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)
     x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)
     x_t, t = torch.cat([x_w, x_l]), batch.t.repeat(2)
@@ -76,21 +76,21 @@ def diffusion_dpo(policy, reference, batch: Batch, schedule, beta: float):
 
 def both_prompts(policy, reference, batch: Batch, schedule, beta: float):
     """diffusion_dpo() under the unsafe prompt, and again under the safe one, with the safe image as
-    the winner of both: how the authors most likely trained, since their released data has one row
+    the winner of both: how SafetyDPO was most likely trained, since its released data has one row
     for each image with that image's own prompt [our reconstruction]."""
-    unsafe, metrics = diffusion_dpo(policy, reference, batch, schedule, beta)
-    safe, _ = diffusion_dpo(policy, reference, batch._replace(unsafe=batch.safe), schedule, beta)
-    return (unsafe + safe) / 2, metrics
+    first, metrics = diffusion_dpo(policy, reference, batch, schedule, beta)
+    again, _ = diffusion_dpo(policy, reference, batch._replace(unsafe=batch.safe), schedule, beta)
+    return (first + again) / 2, metrics
 
 
 def safety_dpo(policy, reference, batch: Batch, schedule, beta: float):
-    """The default [ours; README, eq. 4]: Diffusion-DPO, and what the UNet predicts under safe
-    prompts stays as it was.
+    """The default [ours; README, eq. 4]: Diffusion-DPO, and a penalty on what changes under safe
+    prompts.
 
         loss = diffusion_dpo + beta drift
         drift = mean |policy - reference|^2, on the winner under the SAFE prompt
 
-    Times beta, since the first term's gradient starts out proportional to beta too."""
+    Times beta, as the first term's gradient is at first: their balance depends on no beta."""
     x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)    # (1) the same noise and
     x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)     # t for both of a pair
     x_t, t = torch.cat([x_w, x_l, x_w]), batch.t.repeat(3)

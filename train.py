@@ -3,8 +3,8 @@
 What it is:  preference optimisation of a LoRA on the UNet's attention. The policy is the UNet with
              the LoRA, the reference the same UNet with it switched off. Read batches() and train().
 Needs:       data/<concept>/latents.safetensors; the UNet of a Stable Diffusion (default: toy).
-Gives:       experts/<concept>.safetensors, .jsonl (the log), .png (its curves); what is learned so
-             far has a dot before its name; with --joint the paper's baseline, one LoRA.
+Gives:       experts/<concept>.safetensors, .jsonl (the log), .png (its curves), with a dot before
+             their names while it trains. With --joint one LoRA on all data, SafetyDPO's baseline.
 Interrupted: the same command continues, and gives the same expert, on a CPU to the bit: all that is
              random comes from generator(seed, name, step).
 Many GPUs:   torchrun --nproc_per_node=N train.py ...; a step has N * --batch * --accumulate pairs.
@@ -39,10 +39,10 @@ from model.tools.training import (auto_beta, finished, forget, generator, load_s
 WARM_UP = 10       # steps in which the rate rises [ours]
 SAVE_EVERY = 50    # steps: what a power cut can cost
 SHOWN = "loss", "accuracy", "winner", "winner_ref"    # beside the progress bar
-# Besides its pairs and steps, what an expert depends on: part of its recipe.
+# What an expert depends on, besides pairs and steps: part of its recipe.
 CHOICES = ("loss", "beta", "lr", "schedule", "rank", "seed", "caption_dropout", "precision",
            "base_model_hash", "encoders_hash")
-# The command line, resolved, and hashes of the files that training starts from.
+# The command line (Parser adds to it), resolved, and hashes of what training starts from.
 Settings = namedtuple("Settings", [*CHOICES, "concept", "joint", "data", "out", "steps", "batch",
                                    "accumulate", "checkpointing", "compile", "preview", "model",
                                    "device"])
@@ -58,18 +58,18 @@ def parse_arguments(argv=None):
     add("--out", type=Path, help="folder to write (default: experts; with --joint .)")
     add("--loss", default="safety", help="safety, dpo, both, sft (see dpo.py), or a dotted name "
         "such as model.rivals.losses.duo")
-    add("--beta", type=auto_or_positive, default=10.0, help="of the loss: near the 2/delta that is "
-        "printed at the end; auto asks the base model for that; published: 5000")
+    add("--beta", type=auto_or_positive, default=10.0, help="of the loss: near 2/delta (dpo.py), "
+        "which is printed at the end; auto measures that first; published: 5000")
     add("--steps", type=positive_int, default=220, help="optimiser steps for each concept")
     add("--batch", type=positive_int, default=8, help="pairs that go through the UNet at once")
-    add("--accumulate", type=positive_int, default=1, help="batches in a step")
+    add("--accumulate", type=positive_int, default=1, help="batches of one process in a step")
     add("--lr", type=positive_float, default=2e-3, help="AdamW's peak learning rate; published for "
         "SD 1.5: 1.6e-4 for the 16 pairs of a step")
     add("--schedule", choices=["cosine", "constant"], default="cosine", help="of the rate: rises "
-        f"for {WARM_UP} steps, then cosine to zero; published: for a quarter of all, then constant")
+        f"for {WARM_UP} steps, on a cosine to 0; published: for a quarter of all, then constant")
     add("--rank", type=positive_int, default=4, help="LoRA rank")
-    add("--caption-dropout", type=fraction, default=0.0, help="share of a step's pairs without "
-        "their prompts; published: 0.2 (default: 0)")
+    add("--caption-dropout", type=fraction, default=0.0, help="chance that a pair loses "
+        "both prompts in a step; published, with dpo: 0.2 (default: 0)")
     add("--checkpointing", action="store_true", help="less memory, a slower step")
     add("--compile", action="store_true", help="torch.compile the UNet: a slow start, fast steps")
     add("--preview", type=positive_int, metavar="N", help="every N steps draw the first two pairs' "
@@ -80,7 +80,7 @@ def parse_arguments(argv=None):
 def batches(pairs: Pairs, S: int, size: int, schedule: NoiseSchedule, dropout: float,
             device: torch.device, step: int, *key) -> Iterator[Batch]:
     """The S pairs of a step and all that is random about them, in the batches of `size` that this
-    process takes through the UNet. It is drawn for the step, however that is divided."""
+    process takes through the UNet. All is drawn for the whole step, however that is divided."""
     # Epochs, each a permutation of all P pairs, are laid end to end and cut into steps.
     P = len(pairs.winner)
     epochs = range(step * S // P, ((step + 1) * S - 1) // P + 1)
@@ -91,7 +91,7 @@ def batches(pairs: Pairs, S: int, size: int, schedule: NoiseSchedule, dropout: f
     rng = generator(*key, step)
     noise = torch.randn(S, *pairs.winner.shape[1:], generator=rng)
     t = stratified_times(S, schedule.T, rng)
-    # Without their prompts, some pairs train the preference for images of no prompt too.
+    # These pairs train the preference under the empty prompt instead.
     dropped = torch.rand(S, generator=rng) < dropout
     whole = Batch(pairs.winner[chosen], pairs.loser[chosen], noise, t,
                   pairs.unsafe[chosen].replaced(dropped, pairs.empty),
@@ -107,21 +107,21 @@ def train(denoiser: Denoiser, parameters: list, pairs: Pairs, loss_function: Cal
           caption_dropout: float, constant: bool = False, show: Callable = iter) -> list[dict]:
     """Trains the parameters (of lora.inject()) on the pairs, in place. Returns the log, a row a
     step. Every SAVE_EVERY steps all is saved, and what was saved for the same recipe is continued;
-    of beta "auto" the recipe is told the number. show: a previewer(), which passes the steps on.
+    of beta "auto" the number joins the recipe. show: wraps the steps, to draw previews.
     Raises BadInput where numbers are not finite."""
     schedule, device, name = denoiser.schedule, denoiser.device, recipe["concept"]
     parts = accumulate * processes.WORLD    # batches in a step, of all processes
     # Mixed precision by hand: the UNet computes in half precision; the LoRA, its gradients and the
-    # loss are fp32. fp16 alone needs the scaler, since small gradients would be zero there.
+    # loss are fp32. Only fp16 needs the scaler, since small gradients would be zero there.
     dtype = PRECISIONS[precision]
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    # Weight decay, and below the norm, as in the released code.
+    # Weight decay, and clipping below, as in the released code.
     optimizer = torch.optim.AdamW(parameters, lr, weight_decay=1e-2, fused=device.type == "cuda")
 
     def policy(x_t, t, prompt):
-        # Entered for each call, since autocast keeps the half-precision copies of weights that it
-        # makes until it is left: copies made for the reference would carry no gradient.
+        # Entered for each call: until it is left, autocast keeps the half-precision copies that it
+        # makes of the LoRA, and they must not outlive a step.
         with autocast:
             return denoiser.predict(x_t, t, prompt).float()
 
@@ -146,13 +146,13 @@ def train(denoiser: Denoiser, parameters: list, pairs: Pairs, loss_function: Cal
         for batch in batches(pairs, batch_size * parts, batch_size, schedule, caption_dropout,
                              device, step, seed, name):
             loss, metrics = loss_function(policy, reference, batch, schedule, beta)
-            scaler.scale(loss / parts).backward()    # gradients add up to those of the step's mean
+            scaler.scale(loss / parts).backward()    # summed, the gradient of the step's mean
             means = means + torch.stack([loss, *map(torch.mean, metrics.values())]).detach() / parts
         processes.sum_over_all([means, *(parameter.grad for parameter in parameters)])
 
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)    # of the sum: in all processes
-        scaler.step(optimizer)    # fp16's leaves a step out whose gradients overflowed
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)    # the same in all processes
+        scaler.step(optimizer)    # fp16: leaves it out where gradients overflowed
         scaler.update()
         optimizer.zero_grad()
 
@@ -178,7 +178,7 @@ def write_expert(path: Path, denoiser: Denoiser, recipe: dict[str, str], log: li
 
 def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
     """job: (name, concepts, path). Trains one LoRA on the pairs of the concepts and writes it to
-    the path, unless it is there. Returns a line that sums it up. (spread() gives None besides.)"""
+    the path, unless it is there. Returns a line that sums it up. (_: None, from spread().)"""
     name, concepts, path = job
     pairs, steps = read_latents(s.data, concepts, s.encoders_hash), s.steps * len(concepts)
     recipe = {"concept": name, "steps": steps, "batch": s.batch * s.accumulate * processes.WORLD,
@@ -195,7 +195,8 @@ def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
     if isinstance(loss_function, type):    # a class, which sees all pairs first
         loss_function = loss_function(pairs)
     denoiser = (load if s.preview else load_denoiser)(s.model, s.device, s.precision)
-    fresh = lora.init(denoiser.unet, s.rank, s.rank, generator(s.seed, name, "lora"))    # its own
+    # An A of its own. alpha is the rank, so that the scale is 1.
+    fresh = lora.init(denoiser.unet, s.rank, s.rank, generator(s.seed, name, "lora"))
     parameters = lora.inject(denoiser.unet, fresh)
     denoiser.unet.checkpointing = s.checkpointing
     if s.compile:
@@ -224,8 +225,8 @@ def main(args):
     if not concepts:
         raise BadInput(f"{s.data}: has no pairs of --concept {s.concept}; run python make_data.py")
     folder = s.out or Path("" if s.joint else "experts")
-    parts = {"joint": concepts} if s.joint else {concept: [concept] for concept in concepts}
-    jobs = [(name, parts[name], folder / f"{name}.safetensors") for name in parts]
+    experts = {"joint": concepts} if s.joint else {concept: [concept] for concept in concepts}
+    jobs = [(name, experts[name], folder / f"{name}.safetensors") for name in experts]
     processes.say(f"{folder}/.*: what is learned so far, every {SAVE_EVERY} steps")
     workers = processes.processes_for(device, unet)
     for line in processes.spread(None, partial(train_expert, s), jobs, workers):
