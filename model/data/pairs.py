@@ -3,7 +3,8 @@
 What it is:  pairs.jsonl, a row a pair: the prompts "safe" and "unsafe", the pictures "safe_image"
              and "unsafe_image". latents.safetensors, made from them once by make_data.py, so that
              training and merging load a UNet and these tensors, and no VAE and no text encoder:
-                 winner, loser [P, C, h, w]    the pictures' latents, fp32
+                 winner, loser [P, C, h, w]    the pictures' latents: fp32; of a model in half
+                                               precision fp16, which the loss does not notice
                  safe, unsafe  [P, L, D]       the prompts' states; empty [1, L, D]: no prompt;
                  safe_pooled ... [P, D']       D' is 0 but for SDXL
              Its header has the hashes of what it was made from.
@@ -160,8 +161,8 @@ def read_pairs(data: Path, concept: str) -> list[dict]:
 
 class Pairs(NamedTuple):
     """The pairs of one or more concepts, as training reads them."""
-    winner: torch.Tensor    # [P, C, h, w] latents of the safe images
-    loser: torch.Tensor     # [P, C, h, w] latents of the unsafe images
+    winner: torch.Tensor    # [P, C, h, w] latents of the safe images, fp32
+    loser: torch.Tensor     # [P, C, h, w] latents of the unsafe images, fp32
     unsafe: Prompt          # P prompts
     safe: Prompt            # P prompts
     empty: Prompt           # one: what guidance subtracts
@@ -175,12 +176,13 @@ def write_latents(data: Path, encoders_hash: str, sd: StableDiffusion, concept: 
     rows, folder, tensors = read_pairs(data, concept), data / concept, {}
     first, empty = rows[0]["safe_image"], sd.unconditional().to("cpu")
     slices = processes.chunks(rows, BATCH)
+    dtype = torch.float32 if empty.context.dtype == torch.float32 else torch.float16
     for name, kind in (("winner", "safe"), ("loser", "unsafe")):
         latents = []
         for part in slices:
             # Beside the first image, so that one of another size is refused, by name.
             images = read_images([first, *(row[f"{kind}_image"] for row in part)])[1:]
-            latents.append(sd.encode(images).cpu())
+            latents.append(sd.encode(images).to("cpu", dtype))
         tensors[name] = torch.cat(latents)
         prompts = [sd.embed([row[kind] for row in part]).to("cpu") for part in slices]
         # Without a safe prompt: what guidance subtracts, which for SDXL is not the state of "".
@@ -246,4 +248,4 @@ def read_latents(data: Path, concepts: list[str], encoders_hash: str) -> Pairs:
         same = name.startswith("empty")    # of one model: the same one in every file
         joined[name] = joined[name] if same else torch.cat([part[name] for part in parts])
     prompts = [Prompt(joined[kind], joined.get(f"{kind}_pooled")) for kind in PROMPTS]
-    return Pairs(joined["winner"], joined["loser"], *prompts)
+    return Pairs(joined["winner"].float(), joined["loser"].float(), *prompts)
