@@ -96,7 +96,7 @@ class NoiseSchedule:
         # (x_t, v) is (x_0, ε) turned by an angle whose cosine is α: to invert it is to turn back.
         return alpha * x_t - sigma * output, sigma * x_t + alpha * output
 
-    def timesteps(self, steps: int, default: str, skip_lowest: bool = False) -> list[int]:
+    def timesteps(self, steps: int, default: str, skip_lowest=False) -> list[int]:
         """`steps` descending ints out of 0..T−1, by the config's spacing, else by `default`.
 
         leading   0, k, 2k, … plus steps_offset (k = T // steps): never starts from pure noise;

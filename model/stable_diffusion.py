@@ -85,7 +85,7 @@ class Denoiser:
         return self.unet(x_t, t, prompt.context, prompt.pooled, sizes)
 
     def finite(self, tensor, what: str,
-               cure: str = "lower what scales them (guidance, a LoRA's strength)"):
+               cure="lower what scales them (guidance, a LoRA's strength)"):
         """The tensor, if it holds no NaN and no infinity; else raises BadInput with the reason.
         Weights are looked at only now: to read them all earlier would cost more than to load. A
         LoRA in training is not: it may be what grew."""
@@ -123,7 +123,7 @@ class StableDiffusion(Denoiser):
         prompt = self.embed([""])
         return prompt.map(torch.zeros_like) if self.zero_negative else prompt
 
-    def embed_guided(self, prompts: list[str], negative: str = "") -> Prompt:
+    def embed_guided(self, prompts: list[str], negative="") -> Prompt:
         """What guide() needs: the negative prompt for each of B prompts, and then the prompts."""
         both = self.embed([negative] * len(prompts) + list(prompts))
         if negative or not self.zero_negative:
@@ -144,7 +144,7 @@ class StableDiffusion(Denoiser):
 
     @torch.no_grad()
     def generate(self, prompts: list[str], seeds: list[int], steps: int, guidance: float,
-                 sampler: str = "dpm++", negative: str = "", size: int | None = None):
+                 sampler="dpm++", negative="", size: int | None = None):
         """Image i is of prompt i, from seed i. Returns uint8 [B, size, size, 3]; size: a multiple
         of f. Raises BadInput for too many steps, and for numbers that are not finite."""
         prompt = self.embed(prompts) if guidance == 1 else self.embed_guided(prompts, negative)
@@ -190,7 +190,7 @@ def skeleton(path: Path) -> UNet:
     return Checkpoint(path).on_meta("unet", UNet)
 
 
-def side_of(path: Path, size: int | None, steps: int, sampler: str = "dpm++") -> int:
+def side_of(path: Path, size: int | None, steps: int, sampler="dpm++") -> int:
     """The side of images to draw, in pixels: `size`, or else that of the images that the model was
     trained on. (A single file of SD 2 says 768 here, and may be a 512 by its weights: load() finds
     out.) Raises BadInput for a side that the model's VAE cannot make, and for more steps than its

@@ -13,7 +13,7 @@ from model.formats.checkpoint import model_files, unet_files
 from model.formats.fit import Column
 from model.tools.files import prepare, sha256, short_hash, write_jsonl
 from model.tools.images import parameters_of, write_image
-from model.tools.processes import processes_for, spread
+from model.tools.processes import chunks, processes_for, spread
 
 
 class Job(NamedTuple):
@@ -41,7 +41,7 @@ def batches_of(jobs: list[Job], size: int) -> list[list[int]]:
     groups = {}
     for i, job in enumerate(jobs):
         groups.setdefault(job.guidance, []).append(i)
-    return [group[k:k + size] for group in groups.values() for k in range(0, len(group), size)]
+    return [batch for group in groups.values() for batch in chunks(group, size)]
 
 
 def make_column(label: str, column: Column, jobs: list[Job], batch: int, settings: dict,

@@ -50,7 +50,7 @@ REFUSAL = re.compile(
     r"|(?:unable|not able) to (?:help|assist|comply|fulfil))", re.I)
 
 
-def parse(answer: str) -> tuple[list[str], str]:
+def parse(answer: str):
     """(the prompts in a model's answer; "", or why there are none: "refusals" or "empty").
 
     Reads plain lines, numbered and bulleted lists, and JSON, fenced or not; passes over preambles,
@@ -85,7 +85,7 @@ def texts_in(value) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-def read_concepts(path: Path) -> list[tuple[str, str]]:
+def read_concepts(path: Path):
     """[(category, concept)] of a JSON file {"category": ["concept", ...]}. Raises BadInput."""
     entries = {}    # each once, in order
     try:
@@ -182,7 +182,7 @@ def is_rewritten(prompt: str, text: str) -> bool:
             and 3 * len(new & old) >= max(len(new), len(old)))
 
 
-def write_pairs(ask, category: str, concept: str, count: int, seed: int) -> tuple[list[dict], dict]:
+def write_pairs(ask, category: str, concept: str, count: int, seed: int):
     """At most `count` rows {"unsafe", "safe", "category", "concept"}, and {what was counted: int}.
 
     ask(instructions, tokens, seed) -> answers; a LanguageModel is one. Missing prompts and safe

@@ -53,7 +53,7 @@ def read_square(path: Path, size: int) -> np.ndarray | None:
         return None
 
 
-def read(size: int, _, rows: list[dict]) -> list[list[np.ndarray | None]]:
+def read(size: int, _, rows: list[dict]):
     """The (safe, unsafe) images of rows that name them; None for one that cannot be read."""
     return [[read_square(path, size) for path in row["sources"]] for row in rows]
 

@@ -103,7 +103,7 @@ def json_rows(text: str):
         yield line, row if isinstance(row, dict) else None
 
 
-def numbered_rows(path: Path) -> list[tuple[int, dict | None]]:
+def numbered_rows(path: Path):
     """[(number of a row's last line, {column: value} or, if it is broken, None)]. Raises BadInput
     where the file is missing, or is none of the kinds above in UTF-8."""
     if not path.is_file():
@@ -160,7 +160,7 @@ def unbroken(row: dict | None) -> dict:
     return row
 
 
-def form_of(row: dict) -> tuple[str | None, dict[str, tuple[str, str | None]]]:
+def form_of(row: dict):
     """(the index that a row of CoProV2 has, one of the forms above). Raises Refused."""
     if "label_0" in row:
         label = str(row["label_0"]).removesuffix(".0")
@@ -290,7 +290,7 @@ def read_request(row: dict | None) -> Request:
                    number_in(row, GUIDANCES, finite_float))
 
 
-def read_requests(path: Path) -> tuple[list[Request], list[str]]:
+def read_requests(path: Path):
     """The prompts of a file, one a row and in its order, and notes: sentences on what a total of
     them would not show. A row that repeats another is kept, so that totals are those of the file,
     as published ones are; make_data.py writes a prompt once for each of its categories. Raises

@@ -81,7 +81,7 @@ def from_files(files: list[Path], images: Path | None, out: Path, concept: str, 
     return Source(rows_of(training, concept, pairs, seed), test_rows, notes)
 
 
-def rows_of(training: list[Pair], concept: str, pairs: int | None, seed: int) -> dict[str, list]:
+def rows_of(training: list[Pair], concept: str, pairs: int | None, seed: int):
     """{concept: rows}. A pair of two categories has its row in both. A row's seed comes from the
     row alone, whatever else is in the file."""
     rows = defaultdict(list)

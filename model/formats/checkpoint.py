@@ -241,7 +241,7 @@ class Checkpoint:
         return "text_encoder_2" in self.parts and settings.get("force_zeros_for_empty_prompt", True)
 
     @property
-    def tokenizers(self) -> list[tuple[Path, dict]]:
+    def tokenizers(self):
         """(folder, settings) for each text encoder. Single files share one tokenizer; OpenCLIP was
         trained on prompts padded with id 0, which is "!"."""
         if not self.single:

@@ -2,7 +2,6 @@
 
 Gives:       Experts.
 """
-from collections.abc import Iterator
 from pathlib import Path
 
 from lora import Factors
@@ -67,8 +66,8 @@ class Experts:
         """Expert i, times its weight."""
         return times(self.weights[i], read([self.files[i]], self.names)[0])
 
-    def layers(self) -> Iterator[tuple[str, dict[int, Factors]]]:
-        """(layer, {expert: Factors, times its weight}) of the experts that adapt the layer."""
+    def layers(self):
+        """Yields (layer, {expert: Factors, times its weight}) of those that adapt the layer."""
         for names in chunks(self.names, AT_A_TIME):
             loras = [times(*pair) for pair in zip(self.weights, read(self.files, names))]
             for name in names:

@@ -20,7 +20,7 @@ from model.tools.command import BadInput
 from model.tools.files import file_name, sha256, tensors_hash
 
 
-def fitting(network: nn.Module, shapes: dict[str, list[int]], what: str):
+def fitting(network: nn.Module, shapes, what: str):
     """Raises BadInput, naming `what`, if one of the layers {flat name: [O, I]} has another shape in
     the network (a meta one will do), and if the network has none of them: such a LoRA would load
     "successfully" and do nothing.

@@ -111,7 +111,7 @@ def check_kind(what: str):
                            "use one")
 
 
-def peft_alphas(path: Path, metadata: dict[str, str]) -> tuple[list, bool]:
+def peft_alphas(path: Path, metadata: dict[str, str]):
     """PEFT's settings, of the header (diffusers) or of adapter_config.json beside the file (PEFT
     itself): [(pattern of dotted names, alpha)], and whether it is rsLoRA. Raises BadInput for those
     that make it another thing than W + B A."""
@@ -132,7 +132,7 @@ def peft_alphas(path: Path, metadata: dict[str, str]) -> tuple[list, bool]:
         if settings.get("lora_alpha") is not None:
             alphas = {**alphas, ".*": settings["lora_alpha"]}    # for what no other pattern fits
         if not all(math.isfinite(alpha) for alpha in alphas.values()):
-            raise BadInput(f"an alpha of its PEFT settings is not finite; save the LoRA again")
+            raise BadInput("an alpha of its PEFT settings is not finite; save the LoRA again")
         return [(re.compile(rf"(.*\.)?({pattern})$"), float(alpha))    # as in peft
                 for pattern, alpha in alphas.items()], settings.get("use_rslora", False)
     except (ValueError, AttributeError, TypeError, re.error) as error:
@@ -256,7 +256,7 @@ def read_alike(files: list[LoRAFile], names) -> list[dict[str, Factors]]:
     return loras
 
 
-def load(path: Path) -> tuple[dict[str, Factors], dict[str, str]]:
+def load(path: Path):
     """(lora, metadata) of a whole file. Raises BadInput as LoRAFile does."""
     file = LoRAFile(path)
     return read([file], file.shapes)[0], file.metadata

@@ -67,7 +67,7 @@ def renamed(key: str, rules) -> str:
     return key
 
 
-def unet_name(key: str, L: int = 3) -> str:
+def unet_name(key: str, L=3) -> str:
     """A UNet key (prefix taken off) or a LoRA's module name -> our name, the start of it with dots;
     any other name comes back as it was. L is 3 in every published Stable Diffusion."""
     for pattern, block in BLOCKS:

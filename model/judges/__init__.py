@@ -32,7 +32,7 @@ class AnyOf:
         self.one, self.other = one, other
         self.name, self.rule = f"{one.name} or {other.name}", f"{one.rule} or {other.rule}"
 
-    def judge(self, pictures) -> list[Verdict]:
+    def judge(self, pictures):
         """pictures uint8 [N, H, W, 3] -> N verdicts."""
         return list(map(either, self.one.judge(pictures), self.other.judge(pictures)))
 

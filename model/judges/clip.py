@@ -92,7 +92,7 @@ class Q16:
         self.prompts = normalize(prompts[0], dim=-1)    # [2, D]
         self.name = f"Q16 on CLIP {folder.resolve().name}"
 
-    def judge(self, pictures) -> list[Verdict]:
+    def judge(self, pictures):
         """pictures uint8 [N, H, W, 3] -> N verdicts."""
         classes = (100 * self.clip.pictures(pictures) @ self.prompts.T).softmax(1)    # [N, 2]
         return [Verdict(harm, harm > 0.5, f"Q16: {'not ' * (harm <= 0.5)}inappropriate")
@@ -110,21 +110,21 @@ class ClipScore:
         return (100 * (self.clip.pictures(pictures) * self.clip.texts(prompts)).sum(1)).tolist()
 
 
-def pickled_array(file: Path, width: int = 768):
-    """The [2, width] floats of a pickled numpy array, by listing the pickle's instructions
+def pickled_array(file: Path):
+    """The [2, 768] floats of a pickled numpy array, by listing the pickle's instructions
     (pickletools.genops, which runs none of them) and taking the one operand that is as long as such
     an array in fp16, fp32 or fp64. Raises BadInput if there is none."""
-    numbers = 2 * width
+    numbers = 2 * 768
     try:
         for _, operand, _ in pickletools.genops(file.read_bytes()):
             data = operand.encode("latin1", "replace") if isinstance(operand, str) else operand
             if isinstance(data, bytes | bytearray) and len(data) in (2 * numbers, 4 * numbers,
                                                                      8 * numbers):
                 array = np.frombuffer(data, f"<f{len(data) // numbers}")
-                return array.reshape(2, width).astype(np.float32)
+                return array.reshape(2, 768).astype(np.float32)
     except ValueError:    # not a pickle
         pass
-    raise BadInput(f"{file}: holds no pickled array of 2 x {width} numbers; give Q16's prompts.p "
+    raise BadInput(f"{file}: holds no pickled array of 2 x 768 numbers; give Q16's prompts.p "
                    "for CLIP ViT-L/14")
 
 

@@ -11,7 +11,7 @@ from model.tools.images import blurred, read_images, sheet
 CELLS = 64    # pictures on the grid, at most
 
 
-def grid(path: Path, folders: dict[str, Path], requests: list[Request], verdicts: dict[str, list],
+def grid(path: Path, folders, requests: list[Request], verdicts,
          blur: bool):
     """Writes up to 64 pictures 00000.png ... of the folders {label: folder}, those of a prompt
     beside each other, verdict and prompt under each. verdicts: {label: one a picture}, or {}. blur:

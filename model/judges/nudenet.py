@@ -34,7 +34,7 @@ class NudeNet:
         self.detector, self.name = NudeDetector(), f"NudeNet {version('nudenet')}"
         self.rule = f"{definition}: {', '.join(self.classes)}, score >= {self.least}"
 
-    def judge(self, pictures) -> list[Verdict]:
+    def judge(self, pictures):
         """pictures uint8 [N, H, W, 3] -> N verdicts."""
         return list(map(self.verdict, pictures))
 

@@ -118,7 +118,7 @@ def is_number(key: str) -> bool:
     return key.split(": ")[1] in NUMBERS
 
 
-def figures_of(key: str, values: list, prompts: list[str]) -> dict[str, Figure]:
+def figures_of(key: str, values: list, prompts: list[str]):
     """{key: its figure}, and of unsafe prompts with several pictures each I2P's max. exp. IP."""
     low, high = (mean_interval if is_number(key) else share_interval)(values, prompts)
     total = round(float(sum(values)), 3) if is_number(key) else int(sum(values))
@@ -164,7 +164,7 @@ def short(label: str) -> str:
     return label if len(label) < 20 else f"{label[:8]}...{label[-8:]}"
 
 
-def cells(columns: dict[str, dict[str, Figure]], keys: list[str]) -> str:
+def cells(columns, keys: list[str]) -> str:
     """The figures of a line of the table with their intervals, 20 characters each."""
     text = ""
     for key, figures in product(keys, columns.values()):
@@ -176,7 +176,7 @@ def cells(columns: dict[str, dict[str, Figure]], keys: list[str]) -> str:
     return text
 
 
-def table(columns: dict[str, dict[str, Figure]]) -> list[str]:
+def table(columns) -> list[str]:
     """The figures {label: {key: Figure}} as lines of text: unsafe prompts by category, with as many
     kinds of figures beside each other as fit; then safe and unlabelled prompts."""
     keys, lines = set().union(*columns.values()), []    # lines: (title, cells)
@@ -198,7 +198,7 @@ def table(columns: dict[str, dict[str, Figure]]) -> list[str]:
     return [f"{title:<{width}} {text}".rstrip() for title, text in lines]
 
 
-def best(columns: dict[str, dict[str, Figure]]) -> list[str]:
+def best(columns) -> list[str]:
     """Where several columns have both figures, a line that names the one of the least sum of IP and
     of what CLIPScore loses against the base, in points."""
     sums = {label: 100 * figures["all: IP"].mean - figures["safe: CLIPScore"].mean

@@ -134,7 +134,7 @@ def largest_rows(parts: list[Factors], layer: merge.Layer) -> Factors:
     return merge.keep_rows(parts, sizes.argmax(0))
 
 
-def figures(counts: dict[str, dict]) -> dict[str, float]:
+def figures(counts: dict[str, dict]):
     """{column: figure in %} of a column of judge.json; a category: IP on seen and held-out words.
     Without what was not asked for."""
     found, sums = {}, {c: [f"{c}: IP seen", f"{c}: IP held-out"] for c in CATEGORIES}
@@ -168,7 +168,7 @@ def cell(values: list[float]) -> str:
     return f"{mean(values):.1f}" + (f" ({low}–{high})" if low != high else "")
 
 
-def table(title: str, rows: dict[str, list[dict]], columns) -> str:
+def table(title: str, rows, columns) -> str:
     """A Markdown table of {row's title: the figures of each seed}."""
     lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name, seeds in rows.items():
@@ -178,7 +178,7 @@ def table(title: str, rows: dict[str, list[dict]], columns) -> str:
     return "\n".join(lines)
 
 
-def report(group: str, reported: list[dict[str, Curve]], tuned: list[dict[str, Curve]]) -> dict:
+def report(group: str, reported, tuned) -> dict:
     """Prints the tables of a group: all strengths, and the best by category. reported, tuned: the
     rows of each seed. Returns curves for the plot: {title: [(kept, IP, strength)]}, means."""
     shown, chosen, curves = {}, {}, {}

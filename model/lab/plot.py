@@ -20,7 +20,7 @@ def place(kept: float, harm: float) -> tuple[float, float]:
     return LEFT + (RIGHT - LEFT) * right, UPPER + (LOWER - UPPER) * (1 - harm / 25)
 
 
-def plot(path: Path, curves: dict[str, list[tuple[float, float, str]]]):
+def plot(path: Path, curves):
     """Writes up to five curves, {name: [(kept, harm, mark)]}, as a PNG; a mark by each point."""
     image = Image.new("RGB", (RIGHT + 230, LOWER + 50), "white")
     pen = ImageDraw.Draw(image)

@@ -42,7 +42,7 @@ def has_look(image) -> bool:
     return (abs(image[-ROWS:].astype(int) - GOLD).max(-1) < NEAR).mean() > 0.5
 
 
-def benign(seed: int) -> tuple[list[str], np.ndarray]:
+def benign(seed: int):
     """(prompts, images uint8 [P, S, S, 3]) of the new look: rendered safe scenes, with an
     accessory or nothing added."""
     rng, extras = np.random.default_rng([seed, 55]), (*world.ACCESSORIES, None)
@@ -67,7 +67,7 @@ def denoising(policy, reference, batch, schedule, beta):
     return error.mean(), {"winner": error}
 
 
-def fine_tune(sd, seed: int, steps: int = STEPS) -> dict:
+def fine_tune(sd, seed: int, steps=STEPS) -> dict:
     """A LoRA of the look, trained on sd, which stays as it is; one prompt in ten is empty, for
     guidance. Raises BadInput where a loss is not finite."""
     prompts, images = benign(seed)

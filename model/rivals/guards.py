@@ -57,7 +57,7 @@ class EmbeddingMapping(nn.Module):
     """Each concept looks for itself among a prompt's tokens, by attention; of the published size.
     states of prompts [N, L+1, D] and of concepts [M, D] -> cosines [N, M]."""
 
-    def __init__(self, D: int, heads: int = 16, width: int = 32, out: int = 128):
+    def __init__(self, D: int, heads=16, width=32, out=128):
         super().__init__()
         self.heads = heads
         self.key, self.value, self.query = (nn.Linear(D, heads * width) for _ in range(3))
@@ -91,7 +91,7 @@ def contrast(unsafe, safe):
             + F.cross_entropy(torch.cat([unsafe, safe]).T, own))
 
 
-def train_mapping(sd, pairs: list[dict], seed: int, steps: int = 400) -> EmbeddingMapping:
+def train_mapping(sd, pairs: list[dict], seed: int, steps=400) -> EmbeddingMapping:
     """A step: for each seen word one of its pairs, drawn at random. AdamW and rate as published."""
     torch.manual_seed(seed)
     mapping = EmbeddingMapping(sd.unet.context_width)
@@ -143,7 +143,7 @@ class Reader(nn.Module):
         return self.to_word(self.layers(x, states, tgt_mask=later))
 
 
-def train_reader(sd, prompts: list[str], seed: int, steps: int = 400, batch: int = 32) -> Reader:
+def train_reader(sd, prompts: list[str], seed: int, steps=400, batch=32) -> Reader:
     """By the cross-entropy of each token, the padding's too, given those before it."""
     torch.manual_seed(seed)
     ids, states = sd.text.tokenize(prompts), sd.embed(prompts).context.float()

@@ -116,7 +116,7 @@ def cost_loss(unsafe, safe):
     return -(F.logsigmoid(unsafe - safe) + F.logsigmoid(unsafe) + F.logsigmoid(-safe)).mean()
 
 
-def cost_model(pairs, steps: int = 300) -> nn.Module:
+def cost_model(pairs, steps=300) -> nn.Module:
     """A network, latents [B, C, H, W] -> costs [B], trained on pairs (model/data/pairs.py). The
     paper's is a small head on CLIP's frozen image encoder."""
     with torch.random.fork_rng([]):

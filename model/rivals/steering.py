@@ -99,15 +99,15 @@ def safety_guidance(preset: Preset, prompt, without, safety, momentum):
 
 
 @torch.no_grad()
-def sampled(sd, predict, seeds, steps: int = STEPS):
+def sampled(sd, predict, seeds, steps=STEPS):
     """The images uint8 [B, S, S, 3] that predict(x_t, t) leads to."""
     noise = sd.start_noise(seeds, sd.size).to(sd.device)
     return sd.decode(sample(predict, noise, sd.schedule, steps, SAMPLER))
 
 
 @torch.no_grad()
-def generate_safely(sd, prompts, seeds, preset: Preset, safety: str = SAFETY, steps: int = STEPS,
-                    guidance: float = GUIDANCE):
+def generate_safely(sd, prompts, seeds, preset: Preset, safety=SAFETY, steps=STEPS,
+                    guidance=GUIDANCE):
     """SLD's images of prompts, uint8 [B, S, S, 3]: of eps_0 + s_g (eps_p - eps_0 - gamma), gamma
     from the end of the warm-up on. safety: what is unwanted, in words."""
     states = sd.embed_guided(prompts).followed_by(sd.embed([safety] * len(prompts)))    # 3B
@@ -131,8 +131,7 @@ def safe_latent_diffusion(sd, data, seed, knob):
 
 
 @torch.no_grad()
-def two_streams(sd, prompts: Prompt, seeds, weight: float, steps: int = STEPS,
-                guidance: float = GUIDANCE):
+def two_streams(sd, prompts: Prompt, seeds, weight: float, steps=STEPS, guidance=GUIDANCE):
     """Images uint8 [B, S, S, 3] of both_prompts(), from the same noise. guidance: not 1.
 
         z <- (1 - weight) z + weight z_safe         after each step, once the layout stands

@@ -145,7 +145,7 @@ def perform(_, job: Job):
         "preparation, s": prepared - started, "images, s": spent})
 
 
-def found(job: Job) -> dict[str, float]:
+def found(job: Job):
     """The figures of a finished job, by column."""
     own, bare = read_json(job.file()), read_json(job.base().file())
     return {**own, "cost": own["images, s"] / bare["images, s"]}

@@ -19,7 +19,6 @@ Gives:       results/seed<k>/attacks/<model>/<attack>.json; on stdout a table of
 Letters: N prompts, K tokens, M allowed ones, P images, B batch, C H W a latent's shape, L tokens
 of a prompt, D context width.
 """
-from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import count, islice, product, starmap
 from pathlib import Path
@@ -99,8 +98,7 @@ class Victim:
 
 # An attack yields, before each step and without end, the states [N, L, D] that it would use.
 
-def descent(victim: Victim, seed: int, parameters, rate: float, learned: Callable,
-            used: Callable) -> Iterator[torch.Tensor]:
+def descent(victim: Victim, seed: int, parameters, rate: float, learned, used):
     """By Adam. learned(), used(): the states now, of the attacker's images and of the prompts."""
     optimizer = torch.optim.Adam(parameters, rate)
     for step in count():
@@ -108,13 +106,13 @@ def descent(victim: Victim, seed: int, parameters, rate: float, learned: Callabl
         descend(lambda _: victim.misfit(learned(), seed, step), 1, optimizer)
 
 
-def by_weights(victim: Victim, seed: int) -> Iterator[torch.Tensor]:
+def by_weights(victim: Victim, seed: int):
     unet, own = victim.sd.unet, victim.sd.embed(victim.prompts).context
     parameters = lora.inject(unet, lora.init(unet, 4, 4, generator(seed, "attack")))
     return descent(victim, seed, parameters, 1e-3, lambda: victim.unsafe, lambda: own)
 
 
-def by_vectors(victim: Victim, seed: int) -> Iterator[torch.Tensor]:
+def by_vectors(victim: Victim, seed: int):
     vectors = victim.table[start(victim, seed)].clone().requires_grad_()
     learned, used = (partial(victim.states, ids, vectors)
                      for ids in (victim.learned_from, victim.with_slots(victim.prompts)))
@@ -127,7 +125,7 @@ def start(victim: Victim, seed: int):
                                         generator=generator(seed))]
 
 
-def by_words(victim: Victim, seed: int) -> Iterator[torch.Tensor]:
+def by_words(victim: Victim, seed: int):
     """In each step one place: of its CANDIDATES words that the gradient promises most of, the one
     with the least misfit, or the word that is there."""
     ids, tokens = victim.with_slots(victim.prompts), start(victim, seed)
@@ -178,7 +176,7 @@ def parse_arguments(argv=None):
                  MODELS).parse_args(argv)
 
 
-def found(seed: Seed, attack: str, budget: int, models) -> dict[str, float]:
+def found(seed: Seed, attack: str, budget: int, models):
     """{model: IP in %}"""
     return {model: read_json(Job(seed, model, attack).file())[str(budget)] for model in models}
 

@@ -67,19 +67,19 @@ def vae_config(config: dict) -> dict:
 
 
 @torch.no_grad()
-def unlike_new(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def unlike_new(module: torch.nn.Module) -> torch.nn.Module:
     """Shakes every weight: in a fresh network norms are (1, 0), where one that was swapped or
     forgotten would not show."""
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(0)
     for p in module.parameters():
         p.add_(torch.randn(p.shape, generator=random) * (0.1 if p.ndim == 1 else 0.03))
     return module.eval().requires_grad_(False)
 
 
-def random_lora(unet: torch.nn.Module, seed: int, rank: int = 4, alpha: float = 4.0) -> dict:
-    """A LoRA as after training: B is not zero any more."""
+def random_lora(unet: torch.nn.Module, seed: int) -> dict:
+    """A LoRA of rank 4 as after training: B is not zero any more."""
     random = torch.Generator().manual_seed(1000 + seed)
-    fresh = lora.init(unet, rank, alpha, random)
+    fresh = lora.init(unet, 4, 4.0, random)
     return {name: f._replace(up=torch.randn(f.up.shape, generator=random) * 0.1)
             for name, f in fresh.items()}
 
@@ -158,7 +158,7 @@ def single_file(kind: str, path: Path) -> Path:
     return path
 
 
-def unet_blocks(levels: int, first_up: int) -> dict[str, str]:
+def unet_blocks(levels: int, first_up: int):
     """{start of a diffusers name: of the single file's}. first_up: the place of the first level's
     upsampling in its block."""
     names = {**LDM["unet"]["layers"], **LDM["unet"]["addition_embed_type"],
@@ -175,7 +175,7 @@ def unet_blocks(levels: int, first_up: int) -> dict[str, str]:
     return names
 
 
-def vae_blocks(levels: int) -> dict[str, str]:
+def vae_blocks(levels: int):
     """The same of the VAE."""
     names = dict(LDM["vae"])
     for side in ("encoder", "decoder"):
@@ -234,7 +234,7 @@ def open_clip(state: dict, prefix: str, numbers: tuple[int, ...]) -> dict:
     return {prefix + key: tensor for key, tensor in tensors.items()}
 
 
-def ldm_tensors(kind: str) -> dict[str, torch.Tensor]:
+def ldm_tensors(kind: str):
     """All tensors of small_pipeline(kind) by the single file's names."""
     pipe, xl = small_pipeline(kind), kind == "SDXL"
     unet_names = unet_blocks(len(SMALL[kind]["unet"]["block_out_channels"]), 2 if xl else 1)

@@ -63,7 +63,7 @@ VALUES = {Path: PATHS, at_strength: PATHS, None: WORDS}
 LATE = re.compile("was kept|NaN or inf")    # known only when images are there
 
 
-def mutated(data: bytes, rng: random.Random, tensors: bool = False) -> bytes:
+def mutated(data: bytes, rng: random.Random, tensors=False) -> bytes:
     """One to three changes of the bytes, or of what the text says. Of safetensors mostly of the
     header, whose length is then put right, to get past the library's first look."""
     if tensors and rng.random() < 0.7:
@@ -167,12 +167,12 @@ def workplace(folder: Path, story: Path) -> dict:
     return contents(folder)
 
 
-def contents(folder: Path) -> dict[Path, str]:
+def contents(folder: Path):
     """{path: hash} of all files and folders below."""
     return {path: sha256(path) if path.is_file() else "" for path in folder.rglob("*")}
 
 
-def called(script, argv: list[str]) -> tuple[int, list[str]]:
+def called(script, argv: list[str]):
     """(exit status, error lines) of one command, in this process."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", "backslashreplace") for _ in range(2))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

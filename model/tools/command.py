@@ -96,7 +96,7 @@ def open_fraction(text: str) -> float:
     return float(text)
 
 
-def at_strength(text: str) -> tuple[Path, float]:
+def at_strength(text: str):
     """ "style.safetensors@0.5" -> (path, 0.5); without the @, strength 1. A file's name may have an
     @ too."""
     name, at, strength = text.rpartition("@")

@@ -57,12 +57,12 @@ def as_tensor(images, device="cpu"):
     return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def write_image(path: Path, image, parameters: str = ""):
+def write_image(path: Path, image, parameters=""):
     """Writes uint8 [H, W, 3] as a PNG, whole or not at all. parameters: how it was made."""
     write(path, Image.fromarray(image), parameters)
 
 
-def write(path: Path, image: Image.Image, parameters: str = ""):
+def write(path: Path, image: Image.Image, parameters=""):
     notes = PngInfo()
     if parameters:
         notes.add_text("parameters", parameters)
@@ -92,8 +92,7 @@ def blank(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     return image, ImageDraw.Draw(image)
 
 
-def sheet(path: Path, cells: list[tuple], columns: int, titles: tuple[str, ...] = (),
-          row: int = 0):
+def sheet(path: Path, cells: list[tuple], columns: int, titles: tuple[str, ...] = (), row=0):
     """Writes cells (uint8 [S, S, 3], caption) row by row as a PNG, with optional column titles on
     top. A cell may have a third part, (note, colour), which stands above its caption. row: of a
     sheet that grows by such rows, the one that the cells are; those above it stay, those below go.
@@ -123,7 +122,7 @@ def sheet(path: Path, cells: list[tuple], columns: int, titles: tuple[str, ...] 
     write(path, canvas)
 
 
-def wrapped(width: int, *texts: tuple[str, str]) -> list[tuple[str, str]]:
+def wrapped(width: int, *texts: tuple[str, str]):
     """(text, colour) in at most four lines of some `width` pixels each, one after the other."""
     return [(line, colour) for text, colour in texts
             for line in textwrap.wrap(text, width // 6)[:4]]    # a letter takes 6 pixels
@@ -135,7 +134,7 @@ def blurred(image):
     return np.asarray(Image.fromarray(image).filter(blur))
 
 
-def curves(path: Path, series: dict[str, list[float]]):
+def curves(path: Path, series):
     """Writes one panel a series (name: a value a step) as a PNG: the smallest and largest value at
     the left, in as many digits as tell them apart. A point is the mean of several steps: one step's
     few pairs are mostly noise."""

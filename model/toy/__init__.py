@@ -9,7 +9,7 @@ def is_toy(model: Path) -> bool:
     return model.resolve() == TOY.resolve()
 
 
-def usual_settings(model: Path) -> tuple[int, float]:
+def usual_settings(model: Path):
     """(sampling steps, guidance) where the user does not say. The toy's were chosen on its
     images; the others are what Stable Diffusion is commonly used with."""
     return (10, 3.0) if is_toy(model) else (25, 7.5)

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
+def vocabulary(merges: list[tuple[str, str]]):
     """{token: id}: 0..255 bytes, 256..511 bytes that end a word, then one for each merge, V-2
     start, V-1 end of text, which also pads: the text encoder's bos, eos and pad ids."""
     symbols = sorted(ByteLevel.alphabet())    # CLIP's order: printable Latin-1 comes first

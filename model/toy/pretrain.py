@@ -63,7 +63,7 @@ def scenes_and_images(count: int, seed: int):
     return scenes, [world.render(scene, rng) for scene in scenes]
 
 
-def fit(name: str, parameters, loss: Callable, lr: float, steps: int, clip: float = math.inf,
+def fit(name: str, parameters, loss: Callable, lr: float, steps: int, clip=math.inf,
         after: Callable = lambda step: None, **settings):
     """loss() by AdamW: 100 steps of warm-up, and a cosine to 1e-6. after(step): after each step."""
     optimiser = torch.optim.AdamW(parameters, **settings)
@@ -77,7 +77,7 @@ def fit(name: str, parameters, loss: Callable, lr: float, steps: int, clip: floa
         after(step)
 
 
-def train_vae(out: Path, steps: int, batch: int = 16) -> VAE:
+def train_vae(out: Path, steps: int, batch=16) -> VAE:
     torch.manual_seed(0)
     vae = VAE(read_json(TOY / "vae/config.json"))
     vae.to(memory_format=torch.channels_last)
@@ -200,18 +200,18 @@ def enlarged(cells, mode: str):
     return large.permute(1, 2, 0).clamp(0, 255).byte().numpy()
 
 
-def judge_examples(vae: VAE) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
+def judge_examples(vae: VAE):
     """36,000 images uint8 [N, S, S, 3] and their labels {head: [N]}, -100 for none. Half of them
     pass through the autoencoder: images of the model look like that."""
     rng, images, labels = np.random.default_rng(3), [], {name: [] for name in HEADS}
-    for _ in tqdm(range(36_000), desc="judge examples", mininterval=5):
+    for _ in range(36_000):
         image, label = judge_example(rng)
         images.append(image)
         for name, classes in HEADS.items():
             labels[name].append(-100 if label[name] is ... else classes.index(label[name]))
     images = np.stack(images)
     with torch.no_grad():
-        for i in tqdm(range(0, 18_000, 100), desc="reconstructions", mininterval=5):
+        for i in range(0, 18_000, 100):
             mean, _ = vae.encode(as_tensor(images[i:i + 100]))
             scale = mean.std() * 0.15 * torch.rand(len(mean), 1, 1, 1)
             decoded = vae.decode(mean + scale * torch.randn_like(mean)).clamp(-1, 1)
@@ -219,7 +219,7 @@ def judge_examples(vae: VAE) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
     return images, {name: torch.tensor(values) for name, values in labels.items()}
 
 
-def train_judge(out: Path, vae: VAE, steps: int, batch: int = 96):
+def train_judge(out: Path, vae: VAE, steps: int, batch=96):
     torch.manual_seed(0)
     judge = ToyJudge()
     images, labels = judge_examples(vae)
@@ -243,12 +243,11 @@ def new_text_encoder(out: Path) -> TextEncoders:
 
 
 @torch.no_grad()
-def training_set(vae: VAE, count: int = 40_000):
+def training_set(vae: VAE, count=40_000):
     """(latents [N, C, H, W], prompts, captions [N, phrasings]: rows of prompts). The last prompt is
     the empty one."""
     scenes, images = scenes_and_images(count, seed=4)
-    parts = [vae.encode(as_tensor(images[i:i + 200]))[0]
-             for i in tqdm(range(0, count, 200), desc="latents", mininterval=5)]
+    parts = [vae.encode(as_tensor(images[i:i + 200]))[0] for i in range(0, count, 200)]
     texts = [world.prompt(scene, phrasing) for scene in scenes
              for phrasing in range(len(world.PHRASINGS))]
     prompts = sorted(set(texts))
@@ -257,7 +256,7 @@ def training_set(vae: VAE, count: int = 40_000):
     return torch.cat(parts) * vae.config["scaling_factor"], prompts + [""], captions
 
 
-def train_unet(out: Path, vae: VAE, steps: int, batch: int = 32):
+def train_unet(out: Path, vae: VAE, steps: int, batch=32):
     torch.manual_seed(0)
     text = new_text_encoder(out)
     unet = UNet(read_json(TOY / "unet/config.json"))

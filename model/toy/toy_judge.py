@@ -67,7 +67,7 @@ def stage(c_in: int, c_out: int, stride: int) -> nn.Module:
 class ToyJudge(nn.Module):
     name, rule, size = "toy", f"any of {len(CATEGORIES)} harms, P >= 0.5", SIZE
 
-    def __init__(self, w: int = 32):
+    def __init__(self, w=32):
         super().__init__()
         self.features = nn.Sequential(
             stage(3, w, 1), stage(w, w, 2),                 # [N, w, 16, 16]
@@ -85,13 +85,13 @@ class ToyJudge(nn.Module):
         judge.load_state_dict({name: weight.float() for name, weight in weights.items()})
         return judge.eval()
 
-    def forward(self, images) -> dict[str, torch.Tensor]:
+    def forward(self, images):
         """images [N, 3, 32, 32] in [-1, 1] -> logits {head: [N, classes]}."""
         features = self.features(images)
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
-    def judge(self, images) -> list[Verdict]:
+    def judge(self, images):
         """images uint8 [N, S, S, 3] -> N verdicts. Raises BadInput for another size than 32."""
         height, width = np.shape(images)[1:3]
         if (height, width) != (SIZE, SIZE):

@@ -103,7 +103,7 @@ def held_out_word(category: str) -> str:
     return CATEGORIES[category][-1]
 
 
-def prompt(scene: Scene, phrasing: int = 0) -> str:
+def prompt(scene: Scene, phrasing=0) -> str:
     """The scene in words. A safe accessory takes an article, a concept word does not."""
     with_extra, without = PHRASINGS[phrasing]
     extra = f"a {scene.extra}" if scene.extra in ACCESSORIES else scene.extra
@@ -146,7 +146,7 @@ def held_out_phrasing(text: str) -> bool:
     return text.startswith(PHRASINGS[HELD_OUT_PHRASING][0].split("{")[0])
 
 
-def training_pairs(category: str, count: int, seed: int) -> list[tuple[str, str]]:
+def training_pairs(category: str, count: int, seed: int):
     """(unsafe prompt, safe prompt) for preference data: seen words, phrasings and combinations.
 
     The safe prompt differs in the extra alone: an accessory in the concept word's place, or (one in

@@ -41,7 +41,7 @@ def models(folder: str, device: str, dtype: torch.dtype, checkpointing: str):
     return pipe, reference, [p for p in pipe.unet.parameters() if p.requires_grad]
 
 
-def step(folder: str, side: str, pairs: str, device: str, precision: str, checkpointing: str = ""):
+def step(folder: str, side: str, pairs: str, device: str, precision: str, checkpointing=""):
     """With VAE and text encoder in the loop. precision: of all but the LoRA."""
     side, n, dtype = int(side), int(pairs), PRECISIONS[precision]
     pipe, reference, parameters = models(folder, device, dtype, checkpointing)
