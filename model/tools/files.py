@@ -174,7 +174,7 @@ def places_of(header: str) -> tuple[Place, ...]:
                  for key, entry in sorted(json.loads(header).items()))
 
 
-def places(path: Path) -> tuple[tuple[Place, ...], dict[str, str], int]:
+def places(path: Path):
     """Of a safetensors file: the places, sorted by key; the metadata; and the byte where data
     begins. Raises BadInput as opened() does: the library has checked what is read here."""
     opened(path)
@@ -191,7 +191,7 @@ def places(path: Path) -> tuple[tuple[Place, ...], dict[str, str], int]:
     return places_of(header), metadata or {}, 8 + size
 
 
-def read_tensors(files: list[tuple[Path, int]], wanted: list[Place]) -> dict[str, torch.Tensor]:
+def read_tensors(files, wanted: list[Place]):
     """{key: what lies there, fp32, [file, number]} of files (path, where its data begins) that are
     alike. Neighbours of one dtype are read and checked as one: a LoRA has hundreds of small
     tensors, for which the library takes long. Raises BadInput, naming the file, for NaN, infinity
