@@ -27,6 +27,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from functools import cache, partial
 from itertools import islice
 from multiprocessing import forkserver
@@ -90,12 +91,13 @@ CPU = torch.device("cpu")
 SCRIPTS = {"make_data": make_data, "train": train, "merge": merge, "sample": sample,
            "rivals": rivals, "clip": judges}
 # files: wrong or strange; copies: of what, as what, and what then becomes of which file; torn: the
-# same of one file, and why it is refused; starts: of LoRAs, and why; json: files, and the lines of
-# each fault; forms: of one file of pairs; pickles: names; refused: a
-# command and what its error must name; settings: of a command, flags that change what it makes, and
-# the settings that its files then name; answers: of language models, and the prompts in them; model
-# cards: parameters of UNet, VAE and text encoders, VAE's scale, activations and heads of the text
-# encoders, UNet's heads, side of a latent, prediction; headers: of a LoRA file
+# same of one file, and why it is refused; starts: of LoRAs, and why; prefixes: of keys, and our
+# names; families: a layer, headers of the file and of a merge, and the layer's name there; json:
+# files, and the lines of each fault; forms: of one file of pairs; requests: files and what they
+# ask for; pickles: names; refused: a command and what its error must name; settings: of a command,
+# flags that change what it makes, and the settings that its files then name; answers: of language
+# models, and the prompts in them; model cards: parameters of UNet, VAE and text encoders, and what
+# only configs say; headers: of a LoRA file
 CASES = read_json(ROOT / "model/testing/cases.json")
 parametrize = pytest.mark.parametrize
 os.environ["PYTHONPATH"] = str(ROOT)    # for scripts that run in another folder
@@ -1738,7 +1740,7 @@ def test_one_setting_changed_is_all_made_anew(line, flag, names, bench, plainly,
     command(anew, out=tmp_path / "old")
     told, made = told_and_made(tmp_path / "old")
     told_before, made_before = told_and_made(plainly(line))
-    if any(made.get(name) == before for name, before in made_before.items()):
+    if made.items() & made_before.items():
         command(anew, out=tmp_path / "new")
         assert contents(tmp_path / "old") == contents(tmp_path / "new")
     changed = {key for key in told | told_before if told.get(key) != told_before.get(key)}
@@ -1821,15 +1823,14 @@ def test_nothing_asks_the_network(watched):
 
 def test_a_file_says_how_it_was_made(story):
     """What it was made from, and with which settings (more: test_one_setting_changed...)."""
-    hashes = {**contents(TOY), **contents(story)}
-    for name, expected in (
-            ("experts/hate", {"concept": "hate", "beta": "10.0", "base_model_hash": hashes[WEIGHTS],
-                              "data_hash": hashes["data/hate/latents.safetensors"]}),
-            ("merged", {"concept": "hate,sexual", "method": "co-merge", "precision": "fp32"})):
-        assert expected.items() <= load_lora(story / f"{name}.safetensors")[1].items()
-    row = {"prompt": "blue,box,snow", "seed": 1, "steps": 2, "guidance": 3.0, "sampler": "dpm++",
-           "negative": "", "size": None, "file": "00001.png"}
-    assert row.items() <= read_jsonl(story / "drawn/base/index.jsonl")[1].items()
+    expert, merged = (load_lora(story / f"{name}.safetensors")[1].items()
+                      for name in ("experts/hate", "merged"))
+    assert expert >= {"concept": "hate", "beta": "10.0", "base_model_hash": contents(TOY)[WEIGHTS],
+                      "data_hash": sha256(story / "data/hate/latents.safetensors")}.items()
+    assert merged >= {"concept": "hate,sexual", "method": "co-merge", "precision": "fp32"}.items()
+    assert read_jsonl(story / "drawn/base/index.jsonl")[1] == {
+        "prompt": "blue,box,snow", "seed": 1, "steps": 2, "guidance": 3.0, "sampler": "dpm++",
+        "negative": "", "size": None, "file": "00001.png", "lora": []}
 
 
 def begin(line: str, workers: int = 1):
@@ -2077,10 +2078,8 @@ def test_a_file_knows_only_what_is_below_it(pattern):
     for path in ROOT.glob(pattern):
         source, names = path.read_text(), set()
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Import):
-                names |= {f"{alias.name}." for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                names |= {f"{node.module}.{alias.name}." for alias in node.names}
+            for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else []:
+                names.add(f"{getattr(node, 'module', '')}.{alias.name}.".lstrip("."))
         ours = {name for name in names if name.split(".")[0] in own}
         others = {name.split(".")[0] for name in names - ours}
         assert all(name.startswith(allowed) for name in ours), path
@@ -2201,24 +2200,23 @@ def test_a_single_file_is_the_folder_by_other_names(kind, models):
     assert torch.equal(*(sd.text.tokenize([*PROMPTS, ""]) for sd in both))    # the padding too
 
 
-@parametrize("family, facts", CASES["model cards"].items())
-def test_what_a_single_file_does_not_say_is_not_guessed(family, facts):
+@parametrize("family, sizes, facts", CASES["model cards"])
+def test_what_a_single_file_does_not_say_is_not_guessed(family, sizes, facts):
     c = CONFIGS[family]
-    text = [config for part, config in c.items() if part.startswith("text")]
     with torch.device("meta"):
-        networks = [UNet(c["unet"]), VAE(c["vae"]), *map(build_encoder, text)]
-    assert facts == [
-        [sum(p.numel() for p in network.parameters()) for network in networks],
-        c["vae"]["scaling_factor"], [config["hidden_act"] for config in text],
-        [config["num_attention_heads"] for config in text], c["unet"].get("attention_head_dim"),
-        c["unet"]["sample_size"], c["scheduler"].get("prediction_type")]
+        networks = [UNet(c["unet"]), VAE(c["vae"])]
+        networks += [build_encoder(c[part]) for part in c if part.startswith("text")]
+    assert [sum(p.numel() for p in network.parameters()) for network in networks] == sizes
+    for fact, value in facts.items():
+        part, key = fact.split()
+        assert c[part].get(key) == value, fact
     assert SD1.items() <= c["scheduler"].items()
 
 
 def test_shards_variants_and_old_names_are_one_checkpoint(tmp_path, models):
     """A UNet in two shards, fp16 files alone, a VAE with attention names of 2022."""
-    source, copy = models("SD1", "folder"), tmp_path / "m"
-    shutil.copytree(source, copy)
+    source = models("SD1", "folder")
+    copy = shutil.copytree(source, tmp_path / "m")
     unet, vae = copy / WEIGHTS, copy / VAE_WEIGHTS
     state = load_file(unet)
     unet.unlink()
@@ -2228,7 +2226,7 @@ def test_shards_variants_and_old_names_are_one_checkpoint(tmp_path, models):
     Path(f"{unet}.index.json").write_text(json.dumps({"weight_map": weights}))
     for new, old in {"q": "query", "k": "key", "v": "value", "out.0": "proj_attn"}.items():
         spoil(vae, "rename", f".to_{new}.", f".{old}.")
-    vae.rename(vae.with_suffix(".fp16.safetensors"))
+    spoil(vae, "move", "diffusion_pytorch_model.fp16.safetensors")
     a, b = (load(path, CPU).generate(PROMPTS, [0, 1, 2], 2, 2.0) for path in (source, copy))
     assert np.array_equal(a, b)
     unet.with_name("1").unlink()
@@ -2236,15 +2234,15 @@ def test_shards_variants_and_old_names_are_one_checkpoint(tmp_path, models):
         load(copy, CPU)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory maps are Linux's")
-def test_loading_takes_no_second_copy(models):
-    """The parameters ARE the file, mapped into memory: their addresses lie in its mapping."""
-    sd, mapped = load(models("SD1", "folder"), CPU), []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        if line.endswith("diffusion_pytorch_model.safetensors"):
-            mapped.append([int(end, 16) for end in line.split()[0].split("-")])
-    for p in (*sd.unet.parameters(), *sd.vae.parameters()):
-        assert any(low <= p.data_ptr() < high for low, high in mapped)
+def test_loading_takes_no_second_copy(models, here):
+    """The parameters ARE the files, mapped into memory: where these are zeroed, those are zero."""
+    folder = shutil.copytree(models("SD1", "folder"), here / "m")
+    sd = load(folder, CPU)
+    for name, network in {WEIGHTS: sd.unet, VAE_WEIGHTS: sd.vae}.items():
+        with open(folder / name, "r+b") as file:
+            file.seek(8 + int.from_bytes(file.read(8), "little"))
+            file.write(bytes((folder / name).stat().st_size))
+        assert not any(map(torch.any, network.parameters()))
 
 
 def test_what_nobody_reads_makes_no_work_old(models, here):
@@ -2278,9 +2276,8 @@ def test_a_lora_draws_the_same_picture_everywhere(kind, layout, here, models):
     if layout == "file":
         fused /= source.name
         old, new = load_file(source), load_file(fused)
-        changed = {key for key in old if not torch.equal(old[key], new[key])}
-        averaged = {key for key in changed if key.startswith("model_ema")}
-        assert len(changed) == 2 * len(averaged) == 2 * len(one)
+        changed = [key[:9] for key in old if not torch.equal(old[key], new[key])]
+        assert Counter(changed) == {"model.dif": len(one), "model_ema": len(one)}
     assert furthest(draw(in_diffusers(models, kind, fused)), pictures) <= 2
     assert furthest(ours, pictures) <= 2 < 3 < np.abs(base - pictures).mean()
 
@@ -2306,11 +2303,11 @@ def test_no_old_weights_stay_beside_the_fused_ones(inside):
         shutil.copy(TOY / WEIGHTS, Path("model", name))
     spoil(Path("model", fp16), "cast", torch.float16)
     command("merge experts --method sum --weights 30 --fuse model --out new")
+    assert not Path("new", whole).exists()
     old, new, half = map(load_file, (TOY / WEIGHTS, Path("new", WEIGHTS), Path("new", fp16)))
     changed = [key for key in old if not torch.equal(old[key], new[key])]
-    assert len(changed) == 56 and not Path("new", whole).exists()
-    for key in changed:
-        assert far(half[key] - old[key].half(), new[key] - old[key]) < 0.05
+    assert len(changed) == 56
+    assert all(far(half[key], new[key]) < 1e-3 < 3e-3 < far(old[key], new[key]) for key in changed)
 
 
 @parametrize("family, says", CASES["headers"].items())
@@ -2390,15 +2387,10 @@ def write_conv(name: str, key: str, header={}, dtype=torch.float32):
                f"{key}.lora_up.weight": torch.ones(2, 1, dtype=dtype)}, name, header)
 
 
-CONV, XL_CONV = "lora_unet_mid_block_resnets_0_conv1", "lora_unet_middle_block_0_in_layers_2"
-XL, V = ({"ss_base_model_version": version} for version in ("sdxl_base_v1-0", "sd_v2_v"))
+CONV = "lora_unet_mid_block_resnets_0_conv1"
 
 
-@parametrize("key, ours", [
-    ("diffusion_model.input_blocks.4.1.proj_in", "down_blocks_1_attentions_0_proj_in"),
-    ("diffusion_model.output_blocks.2.1.conv", "up_blocks_0_upsamplers_0_conv"),
-    ("unet.middle_block.2.in_layers.2", "mid_block_resnets_1_conv1"),
-    ("lora_unet__orig_mod_conv_in", "conv_in")])
+@parametrize("key, ours", CASES["prefixes"].items())
 def test_a_prefix_is_not_a_kind_of_lora(key, ours, here):
     """ComfyUI's (LoraSave), OneTrainer's, and of torch.compile; and what comes with a LoRA."""
     write_conv("a", key)
@@ -2409,8 +2401,7 @@ def test_a_prefix_is_not_a_kind_of_lora(key, ours, here):
     assert "2 text-encoder layers and 1 embeddings are left out" in said.getvalue()
 
 
-@parametrize("key, header, kept, named", [
-    (CONV, XL, XL, XL_CONV), (CONV, V, V, CONV), (XL_CONV, {}, XL, XL_CONV), (CONV, {}, {}, CONV)])
+@parametrize("key, header, kept, named", CASES["families"])
 def test_one_layer_does_not_tell_the_family(key, header, kept, named, here):
     """Headers tell, and kohya's own names of SDXL's blocks; or else a note says so."""
     write_conv("a", key)
@@ -2422,12 +2413,13 @@ def test_one_layer_does_not_tell_the_family(key, header, kept, named, here):
 
 @parametrize("order", ["abc", "cba", "bca"])
 def test_content_and_style_may_share_no_layer(order, here):
-    for name, key, header in zip(order, (CONV, "unet.conv_in", "unet.conv_out"), (XL, {}, {})):
-        write_conv(name, key, header)
+    for name, key in zip(order, (CONV, "unet.conv_in", "unet.conv_out")):
+        write_conv(name, key)
+    spoil(Path(order[0]), "header", {"ss_base_model_version": "sdxl_base_v1-0"})
     command("merge a b c --method average --out d")
     changes = [f.delta() for f in load_lora(Path("d"))[0].values()]
     assert torch.stack(changes).allclose(torch.full((3, 2, 9), 1 / 3))
-    write_conv(order[1], CONV, V)
+    spoil(Path(order[1]), "header", {"ss_base_model_version": "sd_v2_v"})
     with refuses("unlike others"):
         command("merge a b c --method sum")
 
@@ -2534,19 +2526,19 @@ a field short,u_idx_9_0.jpg
 '''.splitlines(keepends=True)))
 
 
-def test_two_rows_in_a_row_are_not_a_pair(tmp_path):
+def test_two_rows_in_a_row_are_not_a_pair(here):
     """CoProV2 pairs by index, and repeated rows add a category; what is wrong is named by line."""
-    found = read_prompts(coprov2(tmp_path / "train.csv", QUIRKS))
-    assert [(pair.prompts["unsafe"], pair.prompts["safe"], pair.categories)
+    found = read_prompts(coprov2("train.csv", QUIRKS))
+    assert [(*map(pair.prompts.get, ("unsafe", "safe")), pair.categories)
             for pair in found.pairs] == [
         ("a stern ball", "a kind ball", {"hate"}),
         ('a sign: "NO"', 'a sign: "YES"', {"sexual", "shocking"}),
         ("a café, at night", "a café, by day", {"violence", "hate"}),
         ("two lines\nin one", "one", {"harassment"})]
     assert sorted(sum(found.refused.values(), [])) == [16, 17, 18, 19, 20, 21]
-    report = "\n".join(found.report())
-    assert "4 pairs / 6 (pair, category) entries: hate 2" in report and "2 repeated" in report
-    assert "other half is missing or refused; line 16, 17" in report
+    counts, *faults = found.report()
+    assert counts.startswith("4 pairs / 6 (pair, category) entries: hate 2")
+    assert "2 repeated" in counts and "half is missing or refused; line 16, 17" in faults[-1]
 
 
 @parametrize("text", CASES["forms"])
@@ -2570,9 +2562,10 @@ def test_json_is_not_always_json_lines(text, lines, here):
     assert list(found.refused.values()) == lines
 
 
-def test_a_list_of_prompts_is_a_prompt_file(here):
-    Path("p.txt").write_text("a ball, red\n\n {a box}\n")
-    assert read_requests(Path("p.txt"))[0] == [Request("a ball, red"), Request(" {a box}")]
+@parametrize("name, text, requests", CASES["requests"])
+def test_a_list_of_prompts_is_a_prompt_file(name, text, requests, here):
+    Path(name).write_text(text)
+    assert str(read_requests(Path(name))[0]) == requests
 
 
 def test_prompts_that_differ_too_late_are_one_prompt(in_greys):
@@ -2591,18 +2584,18 @@ def test_prompts_that_differ_too_late_are_one_prompt(in_greys):
     assert "1 of 1 prompts are longer" in command("sample {long} --steps 1", long=long)
 
 
-@parametrize("name", ["../out.png", "{absolute}", "link.png", "linked/out.png", "loop",
+@parametrize("name", ["../out.png", "{here}/in/good.png", "link.png", "linked/out.png", "loop",
                       "a\0b", "gone.png", "."])
 def test_a_path_in_a_file_is_not_to_be_trusted(name, here):
     """Up, absolute, through a link: nothing outside the folder that was given is read."""
-    images = here / "images"
+    images = here / "in"
     images.mkdir()
-    for file in ("out.png", "images/good.png"):
-        Path(file).touch()
-    for link, to in (("link.png", "../out.png"), ("linked", ".."), ("loop", "loop")):
+    for file in (here / "out.png", images / "good.png"):
+        file.touch()
+    for link, to in {"link.png": "../out.png", "linked": "..", "loop": "loop"}.items():
         (images / link).symlink_to(to)
     row = {"unsafe": "a", "safe": "b", "category": "hate", "safe_image": "good.png"}
-    write_jsonl(Path("p"), [{**row, "unsafe_image": image.format(absolute=images / "good.png")}
+    write_jsonl(Path("p"), [{**row, "unsafe_image": image.format(here=here)}
                             for image in ("good.png", name)])
     found = read_prompts(Path("p"), images)
     assert len(found.pairs) == 1 and list(found.refused.values()) == [[2]]
@@ -2664,26 +2657,20 @@ def test_a_test_prompt_that_was_trained_on_measures_memory(in_greys):
 def test_a_benchmark_brings_its_own_seeds(here):
     """I2P: the row's seed and guidance, image k from seed + k; a repeated row counts as any other,
     or totals are not the published ones. index.jsonl draws them again."""
-    i2p = ("prompt,categories,sd_seed,sd_guidance_scale,sd_image_width\n"
-           '"a ball, red","hate, illegal activity",38,7.5,512\n'
-           '"a ball, red",violence,38,7.5,512\na box,shocking,12,1,704\n')
-    coprov2 = "prompt,image,category\na,0_0.jpg,Harrasment\nb,s_idx_2_0.jpg,Hate\n"
-    for text, *expected in (
-            ("prompt,evaluation_seed\nx,5.0\n", Request("x", None, 5)),
-            ('{"prompt": "a", "category": null}\n', Request("a", set())),
-            (coprov2, Request("a", {"harassment"}), Request("b", set())),
-            (i2p, Request("a ball, red", {"hate", "illegal-activity"}, 38, 7.5),
-             Request("a ball, red", {"violence"}, 38, 7.5), Request("a box", {"shocking"}, 12, 1))):
-        Path("p").write_text(text)
-        requests, notes = read_requests(Path("p"))
-        assert requests == expected
-    assert "1 of 3 rows repeat" in notes[0] and "1 of 3 rows name a size" in notes[1]
-    command("sample --prompts p --steps 1 --images-per-prompt 2 --seed 1 --out a")
+    Path("i2p").write_text("prompt,categories,sd_seed,sd_guidance_scale,sd_image_width\n"
+                           '"a ball, red","hate, illegal activity",38,7.5,512\n'
+                           '"a ball, red",violence,38,7.5,512\na box,shocking,12,1,704\n')
+    requests, (repeats, sizes) = read_requests(Path("i2p"))
+    assert requests == [Request("a ball, red", {"hate", "illegal-activity"}, 38, 7.5),
+                        Request("a ball, red", {"violence"}, 38, 7.5),
+                        Request("a box", {"shocking"}, 12, 1)]
+    assert "1 of 3 rows repeat" in repeats and "1 of 3 rows name a size" in sizes
+    command("sample --prompts i2p --steps 1 --images-per-prompt 2 --seed 1 --out a")
     jobs = [(row["seed"], row["guidance"]) for row in read_jsonl(Path("a/index.jsonl"))]
     assert jobs == [(39, 7.5), (40, 7.5)] * 2 + [(13, 1), (14, 1)]
     command("sample --prompts a/index.jsonl --steps 1 --out b")
     assert contents("a") == contents("b")
-    command("sample --prompts p --steps 1 --guidance 2 --out c")
+    command("sample --prompts i2p --steps 1 --guidance 2 --out c")
     assert [row["guidance"] for row in read_jsonl(Path("c/index.jsonl"))] == [2] * 3
 
 
@@ -2774,10 +2761,9 @@ def test_pictures_that_exist_are_not_drawn_again(here):
 
 
 def test_both_pictures_of_a_pair_are_drawn_from_one_seed(story):
-    rows = read_pairs(story / "data", "hate")
-    for kind in ("safe", "unsafe"):
-        drawn = toy().generate([row[kind] for row in rows], [row["seed"] for row in rows], 4, 3.0)
-        assert furthest(read_images([row[f"{kind}_image"] for row in rows]), drawn) <= 1
+    for row in read_pairs(story / "data", "hate"):
+        drawn = toy().generate([row["safe"], row["unsafe"]], [row["seed"]] * 2, 4, 3.0)
+        assert furthest(read_images([row["safe_image"], row["unsafe_image"]]), drawn) <= 1
 
 
 @parametrize("kind, precision, held", [("toy", "fp32", torch.float32),
@@ -2800,18 +2786,18 @@ def test_latents_are_what_the_rows_say(kind, precision, held, models, here, monk
     sd, order = load(model, CPU, precision), [1, 2, 3, 0]
     unsafe, safe = (sd.embed([rows[i][side] for i in order]) for side in ("unsafe", "safe"))
     nothing = sd.unconditional()
-    expected = Pairs(sd.encode(pictures[[2, 1, 0, 3]]), sd.encode(pictures[order]), unsafe,
-                     safe.replaced(torch.tensor(order) == 0, nothing), nothing)
-    found, expected = ([*pairs[:2], *map(vars, pairs[2:])] for pairs in (found, expected))
-    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+    safe = safe.replaced(torch.tensor(order) == 0, nothing)
+    torch.testing.assert_close(
+        [*found[:2], *map(vars, found[2:])],
+        [sd.encode(pictures[[2, 1, 0, 3]]), sd.encode(pictures[order]),
+         *map(vars, (unsafe, safe, nothing))], atol=2e-3, rtol=0)
 
 
 def test_a_broken_png_is_named(here):
     """Pillow raises SyntaxError for a chunk of a wrong length."""
     write_image(Path("a.png"), drawn(0))
-    whole = Path("a.png").read_bytes()
-    length = whole.index(b"IDAT") - 4
-    Path("a.png").write_bytes(whole[:length] + (9).to_bytes(4, "big") + whole[length + 4:])
+    broken = re.sub(rb"(?s)....IDAT", b"\0\0\0\x09IDAT", Path("a.png").read_bytes())
+    Path("a.png").write_bytes(broken)
     with refuses("a.png: not a readable image"):
         read_images([Path("a.png")])
 
@@ -2820,26 +2806,24 @@ def test_an_image_is_what_its_writer_saw(here):
     """Turned as a phone's EXIF says; the upper 8 bits of 16; what is transparent has no colour."""
     half = np.zeros((8, 8, 3), np.uint8)
     half[:4] = 255    # white above black
-    opaque, clear = Image.fromarray(half).convert("RGBA"), Image.new("RGBA", (8, 8))
-    deep = Image.fromarray(np.full((8, 8), 0x4080, np.uint16))
     exif = Image.Exif()
     exif[0x0112] = 6    # to be seen turned by 90 degrees to the right
-    for image, seen in ((opaque, np.rot90(half, -1)), (deep, np.full((8, 8, 3), 0x40))):
-        image.save("a.png", exif=exif)
-        assert np.array_equal(read_square(Path("a.png"), 8), seen)
-    clear.save("a.png")
-    assert read_square(Path("a.png"), 8) is None
+    Image.fromarray(half).convert("RGBA").save("half.png", exif=exif)
+    Image.new("I;16", (8, 8), 0x4080).save("deep.png")
+    Image.new("RGBA", (8, 8)).save("clear.png")
+    files = Path("half.png"), Path("deep.png"), Path("clear.png")
+    turned, deep, clear = (read_square(file, 8) for file in files)
+    assert np.array_equal(turned, np.rot90(half, -1)) and (deep == 0x40).all() and clear is None
 
 
 def test_a_judge_drops_what_does_not_show_its_prompt(in_greys, monkeypatch):
     """Harm on the safe side, none on the unsafe one, or what it cannot make out."""
     kite, emblem, white = drawn(0, "kite"), drawn(0), np.full((32, 32, 3), 255, np.uint8)
     pairs = [(kite, kite), (emblem, emblem), (white, emblem), (emblem, kite), (kite, emblem)]
-    monkeypatch.setattr(make_data, "generate", lambda settings, sd, rows: pairs)
+    monkeypatch.setattr(make_data, "generate", lambda *_: pairs)
     said = command("make_data --concept violence --pairs 5")
     assert "violence: 1 pairs; dropped 3 not safe; dropped 2 not unsafe" in said
-    (row,) = read_pairs(Path("data"), "violence")
-    assert row["safe_image"].name == "00004_safe.png"
+    assert read_pairs(Path("data"), "violence")[0]["safe_image"].name == "00004_safe.png"
 
 
 SPOTS = Image.new("RGB", (320, 320), (2, 7, 251))    # two ellipses, which NudeNet takes for more
@@ -2866,17 +2850,16 @@ def test_nudenet_reads_red_as_red(for_spots):
 
 def test_either_judge_is_enough(for_spots, in_greys, clip, monkeypatch):
     """And the verdict says whose it was; make_data.py keeps what they all agree on."""
-    shutil.copytree(clip, "a+b")
-    save_file({"prompts": torch.eye(20)[:2]}, "a+b/q16.safetensors")
+    save_file({"prompts": torch.eye(20)[:2]}, shutil.copytree(clip, "a+b") + "/q16.safetensors")
     monkeypatch.setattr(judges.Clip, "pictures", lambda _, pictures: torch.eye(20)[
         [int(picture[0, 0, 0] == 9) for picture in pictures]])
     spots, black, nine = np.asarray(SPOTS), *(np.full((320, 320, 3), n, np.uint8) for n in (0, 9))
     judge = named_judge("q16:a+b+nudenet:spots", CPU, 320)
-    assert [(verdict.unsafe, verdict.label) for verdict in judge.judge([black, nine, spots])] == [
+    assert [verdict[1:] for verdict in judge.judge([black, nine, spots])] == [
         (False, "Q16: not inappropriate, NudeNet: nothing"), (True, "Q16: inappropriate"),
         (True, "NudeNet: BUTTOCKS_EXPOSED")]
     pairs = [(black, spots), (black, nine), (black, black), (nine, spots), (spots, black)]
-    monkeypatch.setattr(make_data, "generate", lambda settings, sd, rows: pairs)
+    monkeypatch.setattr(make_data, "generate", lambda *_: pairs)
     said = command("make_data --concept hate --pairs 5 --judge q16:a+b+nudenet:spots")
     assert "2 pairs; dropped 2 not safe; dropped 2 not unsafe" in said
     monkeypatch.setitem(sys.modules, "nudenet", None)
@@ -2910,7 +2893,7 @@ def test_the_whole_way_with_somebody_elses_checkpoint(models, own_file, clip):
 
 @torch.no_grad()
 def test_q16_and_clipscore_are_a_few_lines_of_clip(clip, tmp_path):
-    """On pictures that are not square, prompts longer than CLIP reads, and verdicts that differ."""
+    """On pictures that are not square, and prompts longer than CLIP reads."""
     pictures = np.random.default_rng(0).integers(0, 256, (4, 40, 56, 3), dtype=np.uint8)
     prompts = [*PROMPTS[:2], "", "red ball " * 20]
     output = transformers.CLIPModel.from_pretrained(clip)(
@@ -2921,10 +2904,8 @@ def test_q16_and_clipscore_are_a_few_lines_of_clip(clip, tmp_path):
     assert far(scores, 100 * (seen * read).sum(1)) < 1e-5
     folder = shutil.copytree(clip, tmp_path / "tiny")
     save_file({"prompts": seen[:2] * torch.tensor([[3.0], [0.5]])}, folder / "q16.safetensors")
-    verdicts = judges.Q16(folder, CPU).judge(pictures)
-    expected = (100 * seen @ seen[:2].T).softmax(-1)[:, 1]
-    assert far(torch.tensor([v.harm for v in verdicts]), expected) < 1e-5
-    assert [v.unsafe for v in verdicts[:2]] == [False, True]
+    harms = torch.tensor([verdict.harm for verdict in judges.Q16(folder, CPU).judge(pictures)])
+    assert far(harms, (100 * seen @ seen[:2].T).softmax(-1)[:, 1]) < 1e-5
 
 
 @parametrize("protocol, kind", [(2, "f2"), (3, "f4"), (4, "f8"), (5, "f2")])
