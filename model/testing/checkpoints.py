@@ -3,7 +3,7 @@
 Needs:       diffusers, transformers (requirements-test.txt).
 Gives:       small_pipeline(), folder(), single_file() of the kinds SD1, SD2, SD2-v and SDXL;
              full_size() of the published configs; unlike_new(), random_lora(),
-             every_layer(); SMALL and VAES, configs.
+             every_layer(); SMALL and VAES, configs (small.json).
 
 Every number differs where a mix-up could hide: heads by level, depth by level. The single files are
 named by diffusers' own tables and by counting blocks, and not by the table in
@@ -25,37 +25,13 @@ import lora
 from lora import Factors, layers
 from model.formats.single_file import CONFIGS
 from model.text import build_encoder
+from model.tools.files import read_json
 from model.toy import world
 from model.toy.bpe import write_tokenizer
 
-VAES = {"SD": dict(block_out_channels=[8, 8, 16, 16], layers_per_block=2, norm_num_groups=4,
-                   latent_channels=4, sample_size=64),
-        "no attention, no quant": dict(
-            block_out_channels=[16, 32], norm_num_groups=8, latent_channels=6,
-            mid_block_add_attention=False, use_quant_conv=False, use_post_quant_conv=False)}
-
-UNET = dict(block_out_channels=[16, 32, 32, 32], norm_num_groups=8, cross_attention_dim=24,
-            sample_size=8)
-XL = dict(CONFIGS["SDXL"]["unet"], sample_size=8, norm_num_groups=8,
-          block_out_channels=[16, 32, 32], cross_attention_dim=24 + 32,
-          attention_head_dim=[2, 4, 8], transformer_layers_per_block=[1, 2, 3],
-          addition_time_embed_dim=8, projection_class_embeddings_input_dim=20 + 6 * 8)
-TEXT = dict(hidden_size=24, intermediate_size=48, projection_dim=20, num_hidden_layers=3,
-            num_attention_heads=4, max_position_embeddings=16, hidden_act="quick_gelu")
-OPEN = dict(TEXT, hidden_act="gelu")
-SMALL = {"SD1": dict(unet=dict(UNET, attention_head_dim=8), text_encoder=TEXT),
-         "SD2": dict(unet=dict(UNET, attention_head_dim=[2, 4, 8, 8], use_linear_projection=True,
-                               upcast_attention=True), text_encoder=OPEN),
-         "SDXL": dict(unet=XL, text_encoder=TEXT,
-                      text_encoder_2=dict(OPEN, hidden_size=32,
-                                          architectures=["CLIPTextModelWithProjection"]))}
+SMALL = read_json(Path(__file__).with_name("small.json"))    # {kind: {part: config}}
+VAES = SMALL.pop("VAE")    # the first is of all kinds but the flat one, for what costs by the layer
 SMALL["SD2-v"] = SMALL["SD2"]
-# One level of one block: for what costs by the layer.
-SMALL["flat SDXL"] = dict(
-    SMALL["SDXL"], vae=dict(block_out_channels=[8], norm_num_groups=4),
-    unet=dict(XL, block_out_channels=[16], down_block_types=["CrossAttnDownBlock2D"],
-              up_block_types=["CrossAttnUpBlock2D"], layers_per_block=1, attention_head_dim=2,
-              transformer_layers_per_block=1))
 SCHEDULERS = {"SD1": "SD 1", "SD2": "SD 1", "SD2-v": "SD 2"}    # of CONFIGS; others: SDXL's
 
 
