@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import cache, partial
 from itertools import islice
 from multiprocessing import forkserver
@@ -65,7 +66,7 @@ from model.formats.single_file import CONFIGS
 from model.judges import check_requests, clip as judges, named_judge, nudenet
 from model.judges.grid import grid
 from model.judges.intervals import effective, max_exposed, mean_interval, share_interval, wilson
-from model.judges.table import best, Figure, measure, table
+from model.judges.table import best, Figure, figures_of, measure, table
 from model.toy.toy_judge import NOTHING, ToyJudge, Verdict
 from model.lab import experiments
 from model.rivals import (attack, editing, finetune, guards, losses, merging, steering,
@@ -79,7 +80,7 @@ from model.tools import processes
 from model.tools.command import at_strength, BadInput, named, run
 from model.tools.files import (file_name, opened, read_json, read_jsonl, replacing,
                                save_tensors, sha256, tensors_hash, write_jsonl)
-from model.tools.images import parameters_of, read_images, write_image
+from model.tools.images import as_tensor, parameters_of, read_images, write_image
 from model.tools.training import auto_beta, generator, load_state, save_state
 from model.toy import TOY, world
 from model.toy.pretrain import scenes_and_images
@@ -236,7 +237,7 @@ class Trap:
 # ---- Part I, lessons: the loss and one training step, LoRA, merging and calibration
 
 
-RIVALS = "model.rivals.losses.duo", "model.rivals.losses.sdpo"
+RIVALS = [f"model.rivals.losses.{name}" for name in ("duo", "sdpo", "sc_dpo")]
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 INPUTS = (normal("x_t", 3, 4, 8, 8), torch.tensor([999, 500, 1]),
           normal("context", 3, 5, 96))    # of a UNet
@@ -266,8 +267,8 @@ def write_pairs(concept: str, rows: list[dict]):
     save_tensors(folder / "latents.safetensors", tensors, made_from)
 
 
-def some_batch(B: int = 4, dropout: float = 0.0, **sizes) -> dpo.Batch:
-    return whole_step(random_pairs("hate", **sizes), B, dropout, 0, 1)
+def some_batch(B: int, dropout: float = 0.0) -> dpo.Batch:
+    return whole_step(random_pairs("hate"), B, dropout, 0, 1)
 
 
 def whole_step(pairs: Pairs, S: int, dropout: float, step: int, *key) -> dpo.Batch:
@@ -281,31 +282,12 @@ def fresh_policy(model: Path = TOY, precision: str = "fp32"):
     return denoiser, lora.inject(denoiser.unet, lora.init(denoiser.unet, 4, 4, generator(0)))
 
 
-def first_step(denoiser, parameters, pairs: Pairs, name="safety", **flags) -> dict[str, float]:
+def first_step(denoiser, parameters, pairs: Pairs, **flags) -> dict[str, float]:
     """The log of one step of train.train()."""
     values = {"precision": "fp32", "beta": 10.0, "lr": 2e-3, "steps": 1, "batch_size": 4,
               "accumulate": 1, "caption_dropout": 0.0, **flags}
-    loss_function = named("--loss", name, dpo.LOSSES)
-    return train.train(denoiser, parameters, pairs, loss_function, Path("no state"),
+    return train.train(denoiser, parameters, pairs, dpo.safety_dpo, Path("no state"),
                        {"concept": "hate"}, 0, **values)[0]
-
-
-def predicted(changes: dict, x_t, t, prompt: Prompt) -> torch.Tensor:
-    """By diffusers' UNet with W + delta W written out for W. changes: {flat name: delta W}."""
-    weights = {}
-    for name, w in pipe().unet.requires_grad_(False).named_parameters():
-        change = changes.get(lora.flat(name.removesuffix(".weight")))
-        if change is not None:
-            weights[name] = w + change.view_as(w)
-    return torch.func.functional_call(pipe().unet, weights, (x_t, t, prompt.context)).sample
-
-
-def inputs_of(batch: dpo.Batch) -> list[tuple]:
-    """(x_t, t, prompts) of winner and loser under the unsafe prompt, and of both under the safe
-    one, noised by diffusers."""
-    noised = [pipe().scheduler.add_noise(image, batch.noise, batch.t)
-              for image in (batch.winner, batch.loser)]
-    return [(x_t, batch.t, prompt) for prompt in (batch.unsafe, batch.safe) for x_t in noised]
 
 
 def distance(path: Path, dense: dict[str, torch.Tensor]) -> float:
@@ -342,48 +324,37 @@ def stand_in(strength: float):
     return answer
 
 
-@parametrize("name", [*dpo.LOSSES, *RIVALS, "model.rivals.losses.sc_dpo"])
+@parametrize("name", [*dpo.LOSSES, *RIVALS])
 def test_a_loss_is_its_equation_averaged_after_the_log_sigmoid(name, monkeypatch):
-    """On inputs that diffusers noises."""
+    """On inputs that diffusers noises, with one noise and one t for both of a pair."""
     cost = nn.Sequential(nn.Flatten(), nn.Linear(256, 1), nn.Flatten(0)).requires_grad_(False)
     monkeypatch.setattr(losses, "cost_model", lambda pairs: cost)
     batch, loss_function = some_batch(5, dropout=0.5), named("--loss", name, dpo.LOSSES)
     if isinstance(loss_function, type):
-        loss_function = loss_function(random_pairs("hate"))
+        loss_function = loss_function(None)
     policy, reference = stand_in(0.9), stand_in(0.5)
     loss, metrics = loss_function(policy, reference, batch, toy().schedule, 3.0)
-    last = batch.noise, torch.full_like(batch.t, 999), batch.empty
-    asked = [(policy(*inputs), reference(*inputs)) for inputs in (*inputs_of(batch), last)]
-    (w, w_ref), (l, l_ref), (w_safe, w_safe_ref), (l_safe, l_safe_ref), _ = [
-        [error(output, batch.noise) for output in outputs] for outputs in asked]
-    is_duo = name.endswith("duo")
-    gap, drift = w - w_ref - (l - l_ref), error(*asked[4 if is_duo else 2])
-    preference = lambda gap: torch.log(1 + torch.exp(3.0 / 2 * gap))    # -log sigmoid(-...)
+    x_w, x_l = (pipe().scheduler.add_noise(x_0, batch.noise, batch.t) for x_0 in batch[:2])
+    w, w_ref, l, l_ref, *safe = [
+        error(network(x_t, batch.t, prompt), batch.noise) for prompt in (batch.unsafe, batch.safe)
+        for x_t in (x_w, x_l) for network in (policy, reference)]
+    gap, safe_gap = w - w_ref - (l - l_ref), safe[0] - safe[1] - (safe[2] - safe[3])
+    prefers = lambda gap: torch.log(1 + torch.exp(3.0 / 2 * gap))    # -log sigmoid(-...)
+    drift = lambda *inputs: error(policy(*inputs), reference(*inputs))
+    kept = drift(x_w, batch.t, batch.safe)
+    of_noise = drift(batch.noise, torch.full_like(batch.t, 999), batch.empty)
     harm = cost(batch.loser).sigmoid() - cost(batch.winner).sigmoid()
     content = torch.sigmoid(-3.0 / 2 * gap - losses.COST * harm)    # beyond the harm's cost
-    by_hand = {"dpo": preference(gap), "safety": preference(gap) + 3.0 * drift,
-               "both": preference(gap) / 2
-               + preference(w_safe - w_safe_ref - (l_safe - l_safe_ref)) / 2,
-               "sft": w + 8 * drift, "model.rivals.losses.sdpo": preference(gap),
-               "model.rivals.losses.sc_dpo": -(1 - content) ** 2 * content.log(),
-               "model.rivals.losses.duo": preference(2 * gap) + 1e6 * 3.0 / 100 * drift}
-    assert loss.item() == approx(by_hand[name].mean().item(), rel=3e-6)
-    wanted = dict(winner=w, loser=l, winner_ref=w_ref, loser_ref=l_ref, margin=-gap,
-                  accuracy=(gap < 0).double(), drift=drift,
-                  preference=preference(gap + gap * is_duo))
-    assert wanted.keys() - metrics.keys() <= {"drift"}
-    assert 0 < metrics["accuracy"].mean() < 1
-    for key in metrics.keys() & wanted:
-        assert metrics[key].mean().item() == approx(wanted[key].mean().item(), rel=1e-4)
-
-
-@parametrize("name", [*dpo.LOSSES, *RIVALS])
-def test_noise_and_timestep_belong_to_the_pair(name):
-    """Or two equal images would differ."""
-    batch, loss_function = some_batch(4), named("--loss", name, dpo.LOSSES)
-    _, metrics = loss_function(stand_in(0.9), stand_in(0.5), batch._replace(loser=batch.winner),
-                               toy().schedule, 1.0)
-    assert metrics["winner"] == metrics["loser"] > 0 == metrics["margin"]
+    by_hand = {"dpo": prefers(gap), "safety": prefers(gap) + 3.0 * kept,
+               "both": (prefers(gap) + prefers(safe_gap)) / 2, "sft": w + 8 * kept,
+               "duo": prefers(2 * gap) + 1e6 * 3.0 / 100 * of_noise, "sdpo": prefers(gap),
+               "sc_dpo": -(1 - content) ** 2 * content.log()}
+    assert loss.item() == approx(by_hand[name.split(".")[-1]].mean().item(), rel=3e-6)
+    wanted = {"winner": w, "loser": l, "winner_ref": w_ref, "loser_ref": l_ref, "margin": -gap,
+              "accuracy": (gap < 0).double(),
+              "preference": prefers(2 * gap if name.endswith("duo") else gap)}
+    found = {key: metrics[key].mean().item() for key in wanted}
+    assert found == approx({key: wanted[key].mean().item() for key in wanted}, rel=1e-4)
 
 
 def test_half_precision_is_not_for_errors():
@@ -393,66 +364,56 @@ def test_half_precision_is_not_for_errors():
 
 
 def test_a_wider_gap_can_cost_the_winner():
-    """Along -(g_w - g_l). With Diffusion-SDPO's factor of g_l, its error falls by 0.9 |g_w|^2."""
+    """Along -(g_w + g_l). With Diffusion-SDPO's factor of g_l, its error falls by 0.9 |g_w|^2."""
     w, own = normal("alike", 2, 4, 4, 8, 8)
-    l = 4 * w + 0.1 * own
-    factor = losses.winner_safe(w, l).item()
-    falls = [(w * (w - scale * l)).sum() / w.square().sum() for scale in (1, factor)]
-    assert falls[0] < 0 and falls[1].item() == approx(0.9, rel=1e-5)
-    assert losses.winner_safe(w, -l) == losses.winner_safe(l, 0.01 * w) == 1
     batch, gradients = some_batch(4), []
-    outputs = torch.cat([batch.noise + w, batch.noise + l]).requires_grad_()
+    outputs = torch.cat([batch.noise + w, batch.noise + 4 * w + 0.1 * own]).requires_grad_()
     for loss_function in (dpo.diffusion_dpo, losses.sdpo):
         loss, _ = loss_function(lambda *inputs: outputs, lambda *inputs: outputs.detach(), batch,
                                 toy().schedule, 3.0)
         gradients.append(torch.autograd.grad(loss, outputs)[0].chunk(2))
-    (published_w, published_l), (safe_w, safe_l) = gradients
-    assert torch.equal(safe_w, published_w) and far(safe_l, factor * published_l) < 1e-5
+    falls = [((g_w * (g_w + g_l)).sum() / g_w.square().sum()).item() for g_w, g_l in gradients]
+    assert falls[0] < 0 and falls[1] == approx(0.9, rel=1e-5)
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert losses.winner_safe(w, -w) == losses.winner_safe(w, 0.01 * w) == 1
 
 
-@parametrize("name, kind, D, pooled", [
-    *((name, "toy", 96, 0) for name in ("safety", "dpo", *RIVALS)), ("safety", "SDXL", 56, 20)])
-def test_a_loss_of_ln_2_is_not_a_stuck_loss(name, kind, D, pooled, models):
-    denoiser, parameters = fresh_policy(TOY if kind == "toy" else models(kind, "folder"))
-    row = first_step(denoiser, parameters, random_pairs("hate", D=D, pooled=pooled), name)
+@parametrize("kind", ["SD2-v", "SDXL"])
+def test_a_loss_of_ln_2_is_not_a_stuck_loss(kind, models):
+    """Errors are those of diffusers' UNet; and v is not another name for noise."""
+    theirs = in_diffusers(models, kind, models(kind, "folder"))
+    pairs = random_pairs("hate", D=theirs.unet.config.cross_attention_dim, pooled=20)
+    denoiser, parameters = fresh_policy(models(kind, "folder"))
+    row, batch = first_step(denoiser, parameters, pairs), whole_step(pairs, 4, 0.0, 0, 0, "hate")
+    parts = batch.winner, batch.noise, batch.t
+    output = theirs.unet(
+        theirs.scheduler.add_noise(*parts), batch.t, batch.unsafe.context,
+        added_cond_kwargs={"text_embeds": batch.unsafe.pooled,
+                           "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 4)}).sample
+    target = theirs.scheduler.get_velocity(*parts) if kind == "SD2-v" else batch.noise
+    wanted = error(output, target).mean().item()
+    assert row["winner"] == row["winner_ref"] == approx(wanted, rel=1e-4)
     assert row["loss"] == row["preference"] == approx(math.log(2), abs=1e-5)
-    assert row["accuracy"] == row["margin"] == row.get("drift", 0) == 0
-    assert all((up != 0).any() for up in parameters[1::2])
+    assert row["accuracy"] == row["drift"] == 0 and all((up != 0).any() for up in parameters[1::2])
 
 
-def test_a_model_that_predicts_v_is_trained_towards_v(models):
-    """The errors of a whole step, by diffusers."""
-    folder, pairs = models("SD2-v", "folder"), random_pairs("hate", D=24)
-    row, theirs = first_step(*fresh_policy(folder), pairs), in_diffusers(models, "SD2-v", folder)
-    batch = whole_step(pairs, 4, 0.0, 0, 0, "hate")
-    for name in ("winner", "loser"):
-        parts = getattr(batch, name), batch.noise, batch.t
-        x_t, v = theirs.scheduler.add_noise(*parts), theirs.scheduler.get_velocity(*parts)
-        output = theirs.unet(x_t, batch.t, batch.unsafe.context).sample
-        assert row[f"{name}_ref"] == approx(error(output, v).mean().item(), rel=1e-4)
-
-
-@parametrize("precision", ["fp16", "bf16"])
-def test_a_step_that_overflows_is_not_taken(precision):
+def test_a_step_that_overflows_is_not_taken():
     """fp16's scaler leaves it out, and the log says so. Without a scaler it is an error."""
-    denoiser, parameters = fresh_policy(precision=precision)
-    before = [p.clone() for p in parameters]
-    one = partial(first_step, denoiser, parameters, random_pairs("hate"), precision=precision)
-    if precision == "fp16":
-        assert one(beta=1e6)["skipped"] is True and all(map(torch.equal, parameters, before))
-        assert "skipped" not in one(beta=1.0)
-    else:
-        with raises(BadInput, match="gradient"):
-            one(beta=1e38)
+    denoiser, parameters = fresh_policy(precision="fp16")
+    before, pairs = [p.clone() for p in parameters], random_pairs("hate")
+    half = partial(first_step, denoiser, parameters, pairs, precision="fp16")
+    assert half(beta=1e6)["skipped"] is True and all(map(torch.equal, parameters, before))
+    assert "skipped" not in half(beta=1.0)
+    with refuses("gradient"):
+        first_step(*fresh_policy(precision="bf16"), pairs, precision="bf16", beta=1e38)
 
 
 @parametrize("P, B", [(6, 4), (3, 1), (2, 9)])
 def test_every_pair_comes_once_before_any_comes_again(P, B):
     pairs = random_pairs("hate", P)._replace(winner=torch.arange(P))
     seen = torch.cat([whole_step(pairs, B, 0.0, step, 0).winner for step in range(4 * P)])
-    epochs = seen.view(-1, P)
-    assert len(seen) == 4 * P * B and (epochs.sort(1).values == torch.arange(P)).all()
-    assert len(epochs.unique(dim=0)) > 1
+    epochs = seen.view(4 * B, P)
+    assert (epochs.sort(1).values == torch.arange(P)).all() and len(epochs.unique(dim=0)) > 1
 
 
 def test_all_noise_levels_come_in_a_step_and_none_beyond_the_last(monkeypatch):
@@ -465,88 +426,68 @@ def test_all_noise_levels_come_in_a_step_and_none_beyond_the_last(monkeypatch):
 
 
 def test_caption_dropout_takes_both_prompts_of_a_pair():
-    pairs, found = random_pairs("hate", P=8, L=1, D=1), []
-    for k in range(999):
-        batch = whole_step(pairs, 8, 0.4, k)
-        found.append((batch.unsafe.context == pairs.empty.context).flatten())
-        assert torch.equal(found[-1], (batch.safe.context == pairs.empty.context).flatten())
-    assert torch.stack(found).double().mean(0).tolist() == approx([0.4] * 8, abs=0.05)
+    pairs = random_pairs("hate", P=2000, L=1, D=1)
+    batch = whole_step(pairs, 2000, 0.4, 0)
+    unsafe, safe = (prompt.context == pairs.empty.context for prompt in (batch.unsafe, batch.safe))
+    assert torch.equal(unsafe, safe) and unsafe.double().mean() == approx(0.4, abs=0.04)
 
 
-@fixture
-def gradients(monkeypatch) -> list[torch.Tensor]:
-    """What train() clips, step by step."""
-    found, clip = [], torch.nn.utils.clip_grad_norm_
+@parametrize("precision, B, checkpointing, calls, near", [
+    ("fp32", 2, False, 4, 1e-4), ("fp32", 4, True, 3, 1e-4), ("bf16", 4, False, 2, 0.03),
+    ("fp16", 4, False, 2, 0.005)])
+def test_less_memory_is_the_same_gradient(precision, B, checkpointing, calls, near, monkeypatch):
+    """Two batches are one of twice the size; what is computed twice is really computed twice; and
+    of half precision, with fp16's scale undone before clipping, it is nearly the same."""
+    clipped, mixed, rows, clip = [], [], [], torch.nn.utils.clip_grad_norm_
 
     def noted(parameters, most):
-        found.append(torch.cat([p.grad.flatten().clone() for p in parameters]))
+        clipped.append(torch.cat([p.grad.flatten() for p in parameters]))
         return clip(parameters, most)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noted)
-    return found
-
-
-@parametrize("batch, accumulate, checkpointing, calls", [
-    (4, 1, False, 2), (2, 2, False, 4), (4, 1, True, 3)])
-def test_less_memory_is_the_same_gradient(batch, accumulate, checkpointing, calls, gradients):
-    """Two batches are one of twice the size, also in the log; what is computed twice is really
-    computed twice."""
-    pairs, called = random_pairs("hate"), []
-    whole = first_step(*fresh_policy(), pairs)
-    denoiser, parameters = fresh_policy()
-    denoiser.unet.checkpointing = checkpointing
-    denoiser.unet.mid_block.resnets[0].register_forward_hook(lambda *_: called.append(1))
-    row = first_step(denoiser, parameters, pairs, batch_size=batch, accumulate=accumulate)
-    assert far(gradients[1], gradients[0]) < 1e-4 and len(called) == calls
-    assert row == approx(whole, rel=1e-4, abs=1e-6)
-
-
-@parametrize("name, size", [("bf16", 0.03), ("fp16", 0.005)])
-def test_mixed_precision_is_near(name, size, gradients):
-    """fp16 with a scaler, undone before clipping. The LoRA and its gradient are fp32, and autocast
-    leaves in fp32 what half precision would spoil."""
-    pairs, mixed = random_pairs("hate"), []
-    for precision in ("fp32", name):
-        denoiser, parameters = fresh_policy(precision=precision)
-        denoiser.unet.register_forward_pre_hook(
+    for kind, size, twice in (("fp32", 4, False), (precision, B, checkpointing)):
+        denoiser, parameters = fresh_policy(precision=kind)
+        denoiser.unet.checkpointing = twice
+        denoiser.unet.mid_block.resnets[0].register_forward_pre_hook(
             lambda *_: mixed.append(torch.is_autocast_enabled("cpu")))
-        first_step(denoiser, parameters, pairs, precision=precision, batch_size=2)
-    exact, found = gradients
-    assert mixed == [False, False, True, True]    # policy and reference, twice
-    assert 1e-5 < far(found, exact) < size and found.dtype == torch.float32
+        rows.append(first_step(denoiser, parameters, random_pairs("hate"), precision=kind,
+                               batch_size=size, accumulate=4 // size))
+    exact, found = clipped
+    assert far(found, exact) < near and found.dtype == torch.float32
+    assert mixed == [False] * 2 + [precision != "fp32"] * calls
+    assert rows[1] == approx(rows[0], rel=20 * near, abs=near)
 
 
 @parametrize("flag, rate", [
     ("", lambda k: min(1, (k + 1) / 10) * (1 + math.cos(math.pi * k / 12)) / 2),
     ("--schedule constant", lambda k: min(1, (k + 1) / 12 * 4))])
 def test_an_expert_is_a_plain_loop_on_w_plus_b_a(flag, rate, here):
-    """Loss, warm-up, schedule, decay, clipping, seed, rank, the scale of A; the UNet is diffusers'.
-    The sixth digit is what Adam makes of rounding where a gradient is nearly 0."""
+    """Loss, warm-up, schedule, decay, clipping, seed, rank, the scale of A; W + B A is peft's. The
+    sixth digit is what Adam makes of rounding where a gradient is nearly 0."""
     write_pairs("hate", [PAIR] * 6)
     command("train --concept hate --steps 12 --batch 4 --seed 5 --rank 3 --caption-dropout 0.3 "
             + flag)
-    rng, down, up, pairs = generator(5, "hate", "lora"), {}, {}, random_pairs("hate")
+    theirs = diffusers.UNet2DConditionModel.from_pretrained(TOY / "unet")
+    theirs.add_adapter(peft.LoraConfig(r=3, lora_alpha=3,
+                                       target_modules=[name[1:] for name in ATTENTION]))
+    rng, adapted = generator(5, "hate", "lora"), {}
     for name, layer in toy().unet.named_modules():
         if name.endswith(ATTENTION):
-            O, I = layer.weight.shape
-            down[lora.flat(name)] = torch.randn(3, I, generator=rng) / 3
-            up[lora.flat(name)] = torch.zeros(O, 3)
-    parameters = [p.requires_grad_() for p in (*down.values(), *up.values())]
+            adapted[lora.flat(name)] = theirs.get_submodule(name)
+            down = torch.randn(3, layer.in_features, generator=rng) / 3
+            theirs.get_submodule(name).lora_A["default"].weight.data = down
+    parameters = [p for p in theirs.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, 2e-3, weight_decay=1e-2)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    order = torch.cat([torch.randperm(6, generator=generator(5, "hate", "epoch", epoch))
-                       for epoch in range(8)])
-    for step, chosen in enumerate(order.split(4)):
-        batch = whole_step(pairs, 4, 0.3, step, 5, "hate")
-        assert torch.equal(batch.winner, pairs.winner[chosen])
-        policy, reference = (partial(predicted, changes) for changes in (
-            {name: up[name] @ down[name] for name in up}, {}))
-        loss, _ = dpo.safety_dpo(policy, reference, batch, toy().schedule, 10.0)
+    for step in range(12):
+        batch = whole_step(random_pairs("hate"), 4, 0.3, step, 5, "hate")
+        loss, _ = dpo.safety_dpo(lambda x_t, t, prompt: theirs(x_t, t, prompt.context).sample,
+                                 toy().predict, batch, toy().schedule, 10.0)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         rate.step()
-    changes = {name: (up[name] @ down[name]).detach() for name in up}
+    changes = {name: layer.get_delta_weight("default") for name, layer in adapted.items()}
     assert distance(Path("experts/hate.safetensors"), changes) < 1e-5
 
 
@@ -563,70 +504,50 @@ def test_a_fresh_lora_changes_nothing_but_can_learn():
     base = unet(*INPUTS)
     parameters = lora.inject(unet, lora.init(unet, 4, 4, generator(0)))
     output = unet(*INPUTS)
-    assert torch.equal(output, base)
     output.square().mean().backward()
-    assert not any(down.grad.any() for down in parameters[::2])
-    assert all(up.grad.any() for up in parameters[1::2])
-    assert {id(p) for p in unet.parameters() if p.requires_grad} == set(map(id, parameters))
+    assert torch.equal(output, base)
+    assert {p for p in unet.parameters() if p.requires_grad} == {*parameters}
+    assert [p.grad.any() for p in parameters] == [False, True] * (len(parameters) // 2)    # A, B
 
 
 def test_switched_off_is_not_merely_close_to_the_base():
-    unet, expert = load_denoiser(TOY, CPU).unet, random_expert(1, 4, 2.0)
+    unet, again = (load_denoiser(TOY, CPU).unet for _ in range(2))
     base = unet(*INPUTS)
-    lora.inject(unet, expert)
+    lora.inject(unet, random_expert(1, 4, 2.0))
     changed = unet(*INPUTS)
     with raises(KeyError), lora.switched_off(unet):
         assert torch.equal(unet(*INPUTS), base)
         raise KeyError    # an error inside does not leave it off
-    assert torch.equal(unet(*INPUTS), changed) and far(changed, base) > 1e-2
-    found = lora.extract(unet)
-    assert found.keys() == expert.keys()
-    for name, f in expert.items():
-        assert torch.equal(found[name].delta(), f.delta()) and found[name][2:] == f[2:]
+    lora.inject(again, lora.extract(unet))
+    assert torch.equal(unet(*INPUTS), changed) and torch.equal(again(*INPUTS), changed)
+    assert far(changed, base) > 1e-2
 
 
 def test_adding_the_factors_is_not_adding_the_changes():
     parts, weights = [random_expert(6, 4, 2.0), random_expert(7, 2, 4.0)], (0.25, -0.5)
-    alone, _ = parts[1].popitem()    # a layer that one of them does not adapt
+    parts[1].popitem()    # a layer that one of them does not adapt
     composed = lora.compose(parts, weights)
-    assert composed.keys() == parts[0].keys()
-    for name, f in composed.items():
+    for name in parts[0]:
         dense = [w * part[name].delta() for part, w in zip(parts, weights) if name in part]
-        assert far(f.delta(), sum(dense)) < 1e-6 and len(f.down) == (4 if name == alone else 6)
-        assert f.kernel == parts[0][name].kernel
+        assert far(composed[name].delta(), sum(dense)) < 1e-6
 
 
-@fixture
-def decomposed(monkeypatch) -> list:
-    """The shapes of what an SVD is made of."""
+@parametrize("O, I, R, core", [(40, 24, 6, (6, 6)), (24, 40, 30, (24, 30)),
+                               (700, 600, 700, (26, 600))])
+def test_a_lower_rank_needs_no_dense_matrix(O, I, R, core, monkeypatch):
+    """The SVD is of few stacked experts, or of more ranks than a layer is wide; of a large matrix
+    it is of the leading directions."""
     shapes, svd = [], torch.linalg.svd
+    down = normal("down", R, I) * torch.arange(1, I + 1) ** -0.5
+    f = Factors(down, normal("up", O, R), 0.7 * R)
+    S = torch.linalg.svdvals(f.delta()).square()
     monkeypatch.setattr(torch.linalg, "svd", lambda x, **_: shapes.append(x.shape) or svd(x, **_))
-    return shapes
-
-
-@parametrize("O, I, R", [(40, 24, 6), (24, 40, 30), (40, 24, 60)])
-def test_a_lower_rank_needs_no_dense_matrix(O, I, R, decomposed):
-    """The SVD of few stacked experts, of more ranks than a layer is wide, and of those between."""
-    f = Factors(normal("down", R, I), normal("up", O, R), 0.7 * R)
-    smaller, *energies = lora.compress(f, 5)
-    assert decomposed == [(min(O, R), min(I, R))] and smaller.down.shape == (5, I)
-    U, S, V = torch.linalg.svd(f.delta().double())
-    assert far(smaller.delta(), (U[:, :5] * S[:5]) @ V[:5]) < 1e-5
-    assert energies == approx([x.square().sum().item() for x in (S[:5], S)], rel=1e-5)
+    smaller, kept, energy = lora.compress(f, 5)
+    lost = (f.delta() - smaller.delta()).square().sum()
+    assert shapes == [core] and len(smaller.down) == 5
+    assert [lost / S[5:].sum(), kept / S[:5].sum(), energy / S.sum()] == approx([1] * 3, rel=1e-4)
     assert far(smaller.down.norm(), smaller.up.norm()) < 1e-5    # for fp16's sake
-
-
-@parametrize("decay, near", [(0.5, 1e-5), (0, 0.03)])
-def test_a_large_matrix_is_cut_without_its_svd(decay, near, decomposed):
-    """Nearly as well as by it, and what is lost is told. decay 0: of noise, the hardest case."""
-    matrix = normal("matrix", 700, 600) * torch.arange(1, 601) ** -decay
-    best = torch.linalg.svdvals(matrix)[:8].square().sum()
-    f = Factors(matrix, torch.eye(700), 700.0)
-    smaller, kept, energy = lora.compress(f, 8)
-    lost = (matrix - smaller.delta()).square().sum()
-    assert decomposed == [(32, 600)] and 1 - near < kept / best < 1 + 1e-5
-    assert far(energy, matrix.square().sum()) < 1e-5 and far(kept + lost, energy) < 1e-5
-    assert torch.equal(lora.compress(f, 8)[0].up, smaller.up)
+    assert torch.equal(lora.compress(f, 5)[0].up, smaller.up)
 
 
 PLAIN = {    # changes [n, O, I] of those that adapt the layer, a generator -> [O, I]
@@ -644,17 +565,17 @@ PAIRS = {"a": 30, "b": 9, "c": 30}    # of these experts
 def experts(here) -> list[dict[str, Factors]]:
     """Files a, b, c and their data: experts that differ in rank, alpha and layers."""
     made = [random_expert(1, 4, 4.0), random_expert(2, 3, 6.0), random_expert(3, 5, 2.0)]
-    first, second, third = list(made[0])[3:20:6]
-    for expert, name in ((1, first), (2, second), (1, third), (2, third)):
-        del made[expert][name]
+    of_two, of_one = list(made[0])[3:10:6]
+    del made[1][of_two], made[1][of_one], made[2][of_one]
     for (label, number), expert in zip(PAIRS.items(), made):
         write_pairs(f"of {label}", [PAIR] * number)
         save_lora(Path(label), expert, {"concept": f"of {label}"})
     return made
 
 
-def of_layer(experts: list[dict], name: str) -> dict[int, torch.Tensor]:
-    return {i: expert[name].delta() for i, expert in enumerate(experts) if name in expert}
+def of_layer(experts: list[dict], name: str, weights=(1, 1, 1)) -> dict[int, torch.Tensor]:
+    return {i: weights[i] * expert[name].delta()
+            for i, expert in enumerate(experts) if name in expert}
 
 
 @parametrize("method", PLAIN)
@@ -663,143 +584,121 @@ def test_a_rule_is_its_formula_on_dense_changes(method, experts):
     said = f"--rank 96 --method {method} --seed 3 --out"
     command(f"merge c a b --weights 2 1 -0.5 {said} x")
     command(f"merge b c a --weights -0.5 2 1 {said} y")
+    command(f"merge a {said} z")
     plain = {}
     for name in experts[0]:
-        weighted = [(1, -0.5, 2)[i] * delta for i, delta in of_layer(experts, name).items()]
-        plain[name] = PLAIN[method](torch.stack(weighted), generator(3, name))
+        changes = torch.stack([*of_layer(experts, name, (1, -0.5, 2)).values()])
+        plain[name] = PLAIN[method](changes, generator(3, name))
     assert distance(Path("x"), plain) < 1e-5
-    command(f"merge a {said} z")
     assert Path("x").read_bytes() == Path("y").read_bytes()
     assert all(torch.equal(tensor, load_file("z")[key]) for key, tensor in load_file("a").items())
-
-
-def output_of(layer: nn.Module, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """What a layer with this weight [O, I] makes of its input, [N, O]."""
-    if isinstance(layer, nn.Linear):
-        return (x @ weight.T).flatten(0, -2)
-    kernel = weight.view_as(layer.weight)
-    return torch.conv2d(x, kernel, None, layer.stride, layer.padding).movedim(1, -1).flatten(0, -2)
 
 
 def calibration_inputs(label: str, safe: bool, seed: int) -> tuple:
     """(x_t, t, context): at most 24 pairs; unsafe prompts on winner and loser; safe and empty ones
     on the winner."""
-    rng, pairs = generator(seed, "calibration", *["safe"] * safe, f"of {label}"), random_pairs(
-        f"of {label}", PAIRS[label])
-    winner, loser = pairs.winner[:24], pairs.loser[:24]
+    rng = generator(seed, "calibration", *["safe"] * safe, f"of {label}")
+    winner, loser, unsafe, asked, empty = (
+        field[:24] for field in random_pairs(f"of {label}", PAIRS[label]))
     x_0 = torch.cat([winner, winner if safe else loser])
     t = stratified_times(len(x_0), 1000, rng)
     x_t = pipe().scheduler.add_noise(x_0, torch.randn(x_0.shape, generator=rng), t)
-    unsafe, asked = pairs.unsafe.context[:24], pairs.safe.context[:24]
-    empty = pairs.empty.context.expand_as(asked)
-    return x_t, t, torch.cat([asked, empty] if safe else [unsafe, unsafe])
+    prompts = (asked, empty) if safe else (unsafe, unsafe)
+    return x_t, t, torch.cat([prompt.context.expand_as(asked.context) for prompt in prompts])
 
 
-def met_by_layers(names, inputs: list) -> dict[str, tuple]:
-    """{layer: (itself, what it is given for each of the inputs)}, by diffusers' UNet."""
+def met_by_layers(names, inputs: list) -> dict[str, list[torch.Tensor]]:
+    """{layer: the rows that it multiplies, for each of the inputs}, by diffusers' UNet."""
     unet = diffusers.UNet2DConditionModel.from_pretrained(TOY / "unet").requires_grad_(False)
-    met = {}
-    for name, layer in unet.named_modules():
-        if lora.flat(name) in names:
-            met[lora.flat(name)] = layer, []
-            layer.register_forward_hook(
-                lambda layer, x, _, name=lora.flat(name): met[name][1].append(x[0]))
+    met = {name: [] for name in names}
+    for name in names:
+        layers(unet)[name][1].register_forward_hook(
+            lambda layer, x, _, name=name: met[name].append(lora.rows(layer, *x).double()))
     for batch in inputs:
         unet(*batch)
     return met
 
 
-def plain_co_merge(own: dict, layer: nn.Module, x: list) -> torch.Tensor:
-    """own: {expert: dense delta W}; x: an input of each expert."""
-    d = {i: output_of(layer, delta, x[i]) for i, delta in own.items()}
+def plain_co_merge(own: dict, x: list[torch.Tensor]) -> torch.Tensor:
+    """own: {expert: dense delta W}; x: what the layer multiplies on the inputs of each."""
+    d = {i: x[i] @ delta.T for i, delta in own.items()}
     owner = torch.stack([of_expert.abs().mean(0) for of_expert in d.values()]).argmax(0)
     change = sum(delta * (owner == k)[:, None] for k, delta in enumerate(own.values()))
-    kept = sum((d[i] * output_of(layer, change, x[i])).mean() for i in own)
+    kept = sum((d[i] * (x[i] @ change.T)).mean() for i in own)
     energy = sum(of_expert.square().mean() for of_expert in d.values())
     return change * min(energy / kept, len(own))
 
 
-def plain_regmean(own: dict, layer: nn.Module, x: list) -> torch.Tensor:
-    """Least squares on all rows, each expert's with the weight 1 in all. x: an unsafe input of each
-    expert, then a safe one of each."""
-    n, parts = len(x) // 2, []
-    for i, each in enumerate(x):
-        rows = lora.rows(layer, each).double()
-        change = own.get(i, torch.zeros_like(next(iter(own.values()))))    # safe ones: 0
-        parts.append(((1 if i < n else 0.1) / len(rows), rows, rows @ change.double().T))
-    size = sum(weight * rows.square().sum(0) for weight, rows, _ in parts).mean()
-    I, O = parts[0][1].shape[1], parts[0][2].shape[1]
-    ridge = merge.RIDGE * size, torch.eye(I).double(), torch.zeros(I, O).double()
-    return least_squares(*parts, ridge).T
+def plain_regmean(own: dict, x: list[torch.Tensor]) -> torch.Tensor:
+    """Of all rows, each expert's with the weight 1 in all. x: on unsafe inputs of each, then on
+    safe ones of each."""
+    M = wanted = 0
+    for i, rows in enumerate(x):
+        G = (1 if i < 3 else 0.1) * rows.T @ rows / len(rows)
+        M, wanted = M + G, wanted + (own[i] @ G if i in own else 0)
+    ridge = merge.RIDGE * M.diagonal().mean() * torch.eye(len(M))
+    return torch.linalg.solve(M + ridge, wanted, left=False)
 
 
-@parametrize("method, near", [("co-merge", 1e-4), ("regmean", 5e-4)])
-def test_one_pass_of_the_base_tells_all_about_every_expert(method, near, experts, monkeypatch):
+@parametrize("method, plain", [("co-merge", plain_co_merge), ("regmean", plain_regmean)])
+def test_one_pass_of_the_base_tells_all_about_every_expert(method, plain, experts):
     """With dense changes and diffusers' UNet. Some layers are of two experts or of one. One that
     the model lacks is left out, and named."""
     strange = {"down_blocks_9_conv": next(iter(experts[1].values()))}
     save_lora(Path("b"), {**experts[1], **strange}, {"concept": "of b"})
-    inputs = [calibration_inputs(label, safe, 7) for safe in (False, True) for label in PAIRS]
-    plain, rule = {}, plain_regmean if method == "regmean" else plain_co_merge
-    for name, (layer, x) in met_by_layers(experts[0], inputs).items():
-        own = {i: (0.5, 3, -1)[i] * delta for i, delta in of_layer(experts, name).items()}
-        plain[name] = rule(own, layer, x).float()
-    denoiser = load_denoiser(TOY, CPU)
-    monkeypatch.setattr(merge, "load_denoiser", lambda *_: denoiser)
+    met = met_by_layers(experts[0], [calibration_inputs(label, safe, 7)
+                                     for safe in (False, True) for label in PAIRS])
     said = command(f"merge c a b --weights -1 0.5 3 --seed 7 --method {method} --out m")
-    assert distance(Path("m"), plain) < near and "down_blocks_9_conv" in said
-    assert not any(layer._forward_pre_hooks for layer in denoiser.unet.modules())
+    dense = {}
+    for name in experts[0]:
+        own = of_layer(experts, name, (0.5, 3, -1))
+        dense[name] = plain({i: delta.double() for i, delta in own.items()}, met[name])
+    assert distance(Path("m"), dense) < 5e-4 and "down_blocks_9_conv" in said
 
 
-def joined(rule, parts: list[Factors], x: list[torch.Tensor], preserve: float = 0.0) -> Factors:
-    """By a rule that calibrates on rows x[i] [N, I] of each expert, and on safe ones, SAFE."""
-    statistic = merge.Statistic(rule is not merge.co_merge)
-    for i, rows in enumerate(x):
-        statistic.add(rows, 1.0, i, parts[i])
-    statistic.add(SAFE, preserve, 0, None)
-    return rule(parts, merge.Layer(len(parts), None, None, statistic))
-
-
+TWO = [Factors(normal(f"A{i}", 3, 12), normal(f"B{i}", 8, 3), 6.0) for i in range(2)]
 SAFE = normal("safe", 50, 12)
 
 
+def joined(rule, parts: list[Factors], x: list[torch.Tensor], preserve=0.0) -> torch.Tensor:
+    """delta W by a rule that calibrates on rows x[i] [N, I] of each expert, and on safe ones."""
+    statistic = merge.Statistic(True)
+    for i, rows in enumerate(x):
+        statistic.add(rows, 1.0, i, parts[i])
+    statistic.add(SAFE, preserve, 0, None)
+    return rule(parts, merge.Layer(len(parts), None, None, statistic)).delta()
+
+
 def test_solving_loses_nothing_where_experts_do_not_meet(monkeypatch):
-    """Of one expert, and of equal ones, it is that one, which a sum is not; of experts whose inputs
-    are orthogonal it is their sum there; and safe inputs are changed less than by other rules."""
+    """Of equal experts it is that one, which a sum is not; of experts whose inputs are orthogonal
+    it is their sum there; and safe inputs are changed little."""
     monkeypatch.setattr(merge, "RIDGE", 0.0)
-    parts = [Factors(normal(f"A{i}", 3, 12), normal(f"B{i}", 8, 3), 6.0) for i in range(2)]
     x, solved = [normal(f"x{i}", 50, 12) for i in range(2)], partial(joined, merge.regmean)
-    assert far(solved(parts[:1], x[:1]).delta(), parts[0].delta()) < 1e-5
-    assert far(solved(parts[:1] * 2, x).delta(), parts[0].delta()) < 1e-5
-    in_order, turned = solved(parts, x, 0.1), solved(parts[::-1], x[::-1], 0.1)
-    assert far(in_order.delta(), turned.delta()) < 1e-5 and len(in_order.down) == 6
-    others = merge.add_changes(parts), joined(merge.co_merge, parts, x)
-    *others, some, none = [(SAFE @ f.delta().T).norm() for f in (*others, in_order,
-                                                                 solved(parts, x, 10))]
-    assert min(others) > 1.5 * some > 5 * none
+    assert far(solved(TWO[:1] * 2, x), TWO[0].delta()) < 1e-5
+    none, some, most = [(SAFE @ solved(TWO, x, weight).T).norm() for weight in (0, 0.1, 10)]
+    assert none > 1.05 * some > 5 * most
     x[0][:, 6:] = x[1][:, :6] = 0
-    for rows, f in zip(x, parts):
-        assert far(rows @ solved(parts, x).delta().T, rows @ f.delta().T) < 1e-5
+    for rows, f in zip(x, TWO):
+        assert far(rows @ solved(TWO, x).T, rows @ f.delta().T) < 1e-5
 
 
 def test_what_solving_takes_from_an_expert_is_given_back(monkeypatch):
     """On its own inputs each finds all of its energy again. Not where inputs hardly tell experts
     apart: there their mean is made larger, and nothing is made larger without bound."""
     monkeypatch.setattr(merge, "RIDGE", 0.0)
-    parts = [Factors(normal(f"A{i}", 3, 12), normal(f"B{i}", 8, 3), 6.0) for i in range(2)]
     shared = torch.arange(12) > 9
     apart = [SAFE * ((torch.arange(12) < 6) ^ (i == 1) | shared) for i in range(2)]
-    solved, weak = joined(merge.solve, parts, apart), joined(merge.regmean, parts, apart)
-    lost = False
-    for x, f in zip(apart, parts):
-        own, merged, least = x @ f.delta().T, x @ solved.delta().T, x @ weak.delta().T
-        assert far((own * merged).sum(), own.square().sum()) < 1e-4
-        lost |= (own * least).sum() < 0.99 * own.square().sum()
-    assert lost
-    same = joined(merge.solve, parts, [SAFE] * 2)
-    assert far(same.delta(), sum(f.delta() for f in parts)) < 1e-6    # twice their mean
+    weak = joined(merge.regmean, TWO, apart)
+
+    def kept(merged: torch.Tensor) -> list[float]:
+        own = [(x @ f.delta().T, x @ merged.T) for x, f in zip(apart, TWO)]
+        return [((a * b).sum() / a.square().sum()).item() for a, b in own]
+    assert kept(joined(merge.solve, TWO, apart)) == approx([1, 1], rel=1e-4)
+    assert min(kept(weak)) < 0.99
+    twice_the_mean = sum(f.delta() for f in TWO)
+    assert far(joined(merge.solve, TWO, [SAFE] * 2), twice_the_mean) < 1e-6
     monkeypatch.setattr(merge, "GIVEN_BACK", 1.0)
-    assert far(joined(merge.solve, parts, apart).delta(), weak.delta()) < 1e-6
+    assert far(joined(merge.solve, TWO, apart), weak) < 1e-6
 
 
 def test_solving_gives_the_same_bytes():
@@ -809,8 +708,14 @@ def test_solving_gives_the_same_bytes():
     for number in range(50):
         junk = [torch.full((size,), number, dtype=torch.int32) for size in (6, 6, 8)]
         del junk
-        made.add(joined(merge.solve, parts, x).up.numpy().tobytes())
+        made.add(joined(merge.solve, parts, x).numpy().tobytes())
     assert len(made) == 1
+
+
+def test_a_convolution_multiplies_the_pixels_under_its_kernel():
+    layer, x = nn.Conv2d(3, 5, 3, 2, 1, bias=False), normal("x", 2, 3, 9, 7)
+    product = lora.rows(layer, x) @ layer.weight.flatten(1).T
+    assert far(product, layer(x).movedim(1, -1).flatten(0, -2)) < 1e-5
 
 
 def test_every_layer_of_a_unet_can_be_adapted():
@@ -824,22 +729,21 @@ def test_every_layer_of_a_unet_can_be_adapted():
 
 def test_strength_is_not_raised_without_bound():
     """n times at most; not at all what works against its experts. Of equals the first owns."""
-    f = random_expert(0, 4, 4.0)["mid_block_attentions_0_proj_in"]
+    f = Factors(normal("down", 4, 12), normal("up", 8, 4), 4.0)
     for share, factor in ((3, 2.5), (-0.8, 3), (-2, 1)):    # (1 + share^2) / (1 + share)
         parts = [f._replace(up=times * f.up) for times in (1, share, 0)]
         statistic = merge.Statistic(False)
-        statistic.activity = dict.fromkeys(range(3), torch.ones(96))
+        statistic.activity = dict.fromkeys(range(3), torch.ones(8))
         statistic.products = dict.fromkeys(range(3), f.down)    # of inputs with E x x^T = 1
         merged = merge.co_merge(parts, merge.Layer(5, None, None, statistic))
         assert far(merged.delta(), factor * f.delta()) < 1e-6
 
 
-@parametrize("share", [0.001, 0.2, 0.7, 1.0])
+@parametrize("share", [0.001, 0.2, 1.0])
 def test_trimming_is_exact(share):
     """Also where many entries are equal, or all are 0."""
-    for delta in (normal("delta", 40, 30), normal("delta", 40, 30).round(), torch.zeros(40, 30)):
-        size = delta.abs().flatten()
-        least = size.sort(descending=True).values[max(1, int(share * 1200)) - 1]
+    for delta in (normal("delta", 40, 30).round(), torch.zeros(40, 30)):
+        least = delta.abs().flatten().topk(max(1, int(share * 1200))).values[-1]
         trimmed = nn.functional.hardshrink(delta, merging.bound(delta, share))
         assert torch.equal(trimmed, delta * (delta.abs() >= least))
 
@@ -853,15 +757,13 @@ def test_a_merge_does_not_depend_on_the_number_of_cores(experts, monkeypatch):
 
 def test_a_smaller_file_says_what_it_lost(experts, monkeypatch):
     said = command("merge a b c --method average --rank 3 --out m")
-    kept = energy = 0
-    for name, f in load_lora(Path("m"))[0].items():
-        dense = sum(of_layer(experts, name).values()) / 3
-        assert len(f.down) == 3
-        kept, energy = kept + f.delta().square().sum(), energy + dense.square().sum()
+    kept = sum(f.delta().square().sum() for f in load_lora(Path("m"))[0].values())
+    dense = [sum(of_layer(experts, name).values()) / 3 for name in experts[0]]
+    energy = sum(delta.square().sum() for delta in dense)
     assert f"keep {kept / energy:.2%} of their energy" in said
-    for most, method, rank in ((128, "dare", 4 + 3 + 5), (8, "dare", 8), (8, "sum", 4 + 3 + 5)):
-        monkeypatch.setattr(merge, "LARGEST_RANK", most)
-        command(f"merge a b c --method {method} --out m")    # ranks add up
+    monkeypatch.setattr(merge, "LARGEST_RANK", 8)
+    for flag, rank in (("dare", 8), ("sum", 4 + 3 + 5), ("sum --rank 3", 3)):
+        command(f"merge a b c --out m --method {flag}")    # ranks add up
         assert max(len(f.down) for f in load_lora(Path("m"))[0].values()) == rank
 
 
@@ -904,25 +806,21 @@ def test_a_prompt_is_never_ambiguous():
 def test_what_is_held_out_is_never_shown():
     """Nor does anything but the extra differ within a pair: it would be learned as unsafe too."""
     rows = world.test_prompts(24, seed=0)
-    texts = [row["prompt"] for row in rows]
-    scenes = [world.parse(text) for text in texts]
-    assert len(set(texts)) == len(texts) == 7 * 48 + 72
-    assert all(scene.held_out_combination for scene in scenes)
-    assert [scene.category for scene in scenes] == [row["category"] for row in rows]
-    assert sum(text.startswith("a drawing of") for text in texts) == len(texts) / 2
+    scenes = {row["prompt"]: world.parse(row["prompt"]) for row in rows}
+    assert len(scenes) == 7 * 48 + 72 and all(s.held_out_combination for s in scenes.values())
+    assert [scene.category for scene in scenes.values()] == [row["category"] for row in rows]
+    assert sum(text.startswith("a drawing of") for text in scenes) == len(scenes) / 2
     for name, words in world.CATEGORIES.items():
-        extras = [scene.extra for scene in scenes if scene.category == name]
+        extras = [scene.extra for scene in scenes.values() if scene.category == name]
         assert extras.count(words[-1]) == 24 and set(extras) == set(words)
         pairs = world.training_pairs(name, 400, seed=0)
+        assert world.training_pairs(name, 9, 1) != pairs[:9] == world.training_pairs(name, 9, 0)
         for unsafe, safe in pairs:
             a, b = world.parse(unsafe), world.parse(safe)
-            assert a.category == name and b.category is None and not a.held_out_combination
-            assert a.extra != words[-1] and "drawing" not in unsafe + safe
-            assert (a.background, a.colour, a.object) == (b.background, b.colour, b.object)
+            assert a.extra in words[:-1] and not a.held_out_combination and b.category is None
+            assert b == replace(a, extra=b.extra) and "drawing" not in unsafe
             assert b.extra is None or safe.replace(f"a {b.extra}", a.extra) == unsafe
-        nothing = np.mean([world.parse(safe).extra is None for _, safe in pairs])
-        assert nothing == approx(0.25, abs=0.08)
-        assert world.training_pairs(name, 9, 1) != pairs[:9] == world.training_pairs(name, 9, 0)
+        assert sum(world.parse(safe).extra is None for _, safe in pairs) == approx(100, abs=32)
     with refuses("74 test prompts .* the 72 "):
         world.test_prompts(74, seed=0)
 
@@ -931,43 +829,31 @@ def drawn(seed, extra="racism"):
     return world.render(world.Scene("night", "red", "ball", extra), np.random.default_rng(seed))
 
 
-def test_random_pictures_can_be_repeated():
-    """By their seed. Each word has a look of its own."""
-    assert (drawn(3) == drawn(3)).all() and len({drawn(seed).tobytes() for seed in range(20)}) > 10
+def test_no_two_words_look_alike():
+    """Nor two seeds."""
     assert len({drawn(3, word).tobytes() for word in world.CATEGORY_OF}) == len(world.CATEGORY_OF)
-
-
-def test_seven_harms_are_seven_problems():
-    """An emblem, and what becomes of the object, keep their places; hatching and colours do not."""
-    plain, places = drawn(3, None), {}
-    for category, words in world.CATEGORIES.items():
-        changed = (drawn(3, words[0]) != plain).any(2)
-        places[category] = changed.mean(), changed[:13].any()
-    assert places["shocking"][0] == 1 and 0.3 < places["illegal-activity"][0] < 0.8
-    assert [name for name, (share, above) in places.items() if share < 0.2 and above] == ["hate"]
-    assert sum(share < 0.2 for share, _ in places.values()) == 5
+    assert (drawn(3) == drawn(3)).all() and len({drawn(seed).tobytes() for seed in range(20)}) > 10
 
 
 def test_a_judge_is_judged_first():
     """Before any IP is believed: harm, also through the autoencoder, and each attribute: >= 99%."""
     scenes, pictures = fresh()
     verdicts = JUDGE.judge(pictures)
-    harm = np.array([scene.category is not None for scene in scenes])
-    seen = np.array([verdict.unsafe for verdict in verdicts])
-    assert (harm & seen).sum() >= 0.99 * max(harm.sum(), seen.sum())
-    again = JUDGE.judge(toy().decode(toy().encode(pictures[:400])))
-    assert np.mean([verdict.unsafe for verdict in again] == harm[:400]) >= 0.99
     right = [list(verdict.right(scene).values()) for verdict, scene in zip(verdicts, scenes)]
     assert np.mean(right, 0).min() >= 0.99
+    harm = np.array([scene.category is not None for scene in scenes])
+    again = JUDGE.judge(toy().decode(toy().encode(pictures[:400])))
+    for found in (verdicts, again):
+        unsafe = np.array([verdict.unsafe for verdict in found])
+        assert np.mean(unsafe == harm[:len(unsafe)]) >= 0.99
 
 
 def test_a_destroyed_picture_is_not_a_safe_one():
     """A model that ruins all pictures has IP 0: rubbish must not be taken for a scene or a harm."""
     rng, shape = np.random.default_rng(0), (300, 32, 32, 3)
     pixels = fresh()[1][:300].reshape(300, -1, 3)
-    noise, colours = (np.uint8(rng.integers(0, 256, size)) for size in (shape, (300, 1, 1, 3)))
-    shuffled = rng.permuted(pixels, axis=1).reshape(shape)
-    for rubbish in (noise, np.broadcast_to(colours, shape), shuffled):
+    noise, shuffled = rng.integers(0, 256, shape, np.uint8), rng.permuted(pixels, axis=1)
+    for rubbish in (noise, shuffled.reshape(shape)):
         verdicts = JUDGE.judge(rubbish)
         whole = [None not in (v.background, v.colour, v.object) for v in verdicts]
         assert np.mean(whole) <= 0.01 and np.mean([v.unsafe for v in verdicts]) <= 0.01
@@ -977,11 +863,9 @@ def test_a_destroyed_picture_is_not_a_safe_one():
 def test_any_category_is_harm():
     """All their chances together, from 0.5 on."""
     pictures = fresh()[1][:70]
-    logits = JUDGE(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1)
-    chances = np.exp(logits["category"].double().numpy())
-    chances /= chances.sum(1, keepdims=True)    # nothing, 7 categories, None
+    chances = JUDGE(as_tensor(pictures))["category"].softmax(1)    # nothing, 7 categories, None
     harm = [verdict.harm for verdict in JUDGE.judge(pictures)]
-    assert harm == approx(chances[:, 1:8].sum(1), abs=1e-6)
+    assert harm == approx(chances[:, 1:8].sum(1).tolist(), abs=1e-6)
     assert verdict("kite", 0.5).unsafe and not verdict("kite", 0.4999, category="hate").unsafe
     assert [verdict("kite").label, verdict(None).label, verdict("kite", category="hate").label] == [
         "kite", "unclear", "hate"]
@@ -991,7 +875,7 @@ def test_any_category_is_harm():
 
 # How sure a figure is
 
-@parametrize("hits, n", [(0, 24), (24, 24), (7, 30), (2.5, 3.5)])
+@parametrize("hits, n", [(0, 24), (24, 24), (2.5, 3.5)])
 def test_zero_of_24_is_not_zero(hits, n):
     """Wilson's ends are the two p from which the share is 1.96 standard errors away."""
     low, high = wilson(hits, n)
@@ -1000,36 +884,19 @@ def test_zero_of_24_is_not_zero(hits, n):
     assert 0 <= low <= hits / n <= high <= 1 and high - low > 0.1
 
 
-@parametrize("P, n, a, b", [(24, 1, 0.2, 3.8), (40, 10, 0.3, 0.7), (40, 10, 50, 50)])
-def test_a_95_percent_interval_holds_the_truth_95_times_in_100(P, n, a, b):
-    """150 times P prompts, n pictures each, each prompt unsafe with a chance from Beta(a, b)."""
-    rng, held = np.random.default_rng(0), np.zeros(3)
-    for _ in range(150):
-        values = (rng.random((P, n)) < rng.beta(a, b, (P, 1))).ravel()
-        of = np.repeat(np.arange(P), n)
-        ends = [share_interval(values, of), wilson(values.sum(), len(values)),
-                mean_interval(values, of) if n == 1 else (0, 1)]
-        held += [low <= a / (a + b) <= high for low, high in ends]
-    ours, pictures, percentiles = held / 150
-    assert 0.9 <= ours <= 0.99
-    assert pictures < 0.75 or a != 0.3       # prompts decide: ten pictures are one witness
-    assert percentiles < 0.8 or n > 1        # few hits
-
-
 def test_more_pictures_are_not_more_prompts():
     """Prompts are resampled, not pictures: against the variance of a ratio of sums."""
     rng = np.random.default_rng(1)
-    sizes = rng.integers(1, 12, 90)
-    order = rng.permutation(sizes.sum())
-    of = np.repeat(np.arange(90), sizes)[order]
+    of = rng.permutation(np.repeat(np.arange(90), rng.integers(1, 12, 90)))
     values = rng.random(len(of)) < rng.random(90)[of]
     mean = values.mean()
     variance = (np.bincount(of, values - mean) ** 2).sum() / len(of) ** 2
     ends = [7.5 * (mean - 1.96 * variance ** 0.5), 7.5 * (mean + 1.96 * variance ** 0.5)]
     assert mean_interval(7.5 * values, of) == approx(ends, rel=0.02)
-    assert effective(values, of) == approx(mean * (1 - mean) / variance * 89 / 90, rel=0.06)
-    assert effective(np.zeros(9), [0] * 6 + [1, 2, 3]) == 81 / 39    # nothing seen: Kish
-    assert effective([1, 0, 1], ["one"] * 3) == 1
+    number = mean * (1 - mean) / variance * 89 / 90
+    assert effective(values, of) == approx(number, rel=0.06)
+    assert share_interval(values, of) == approx(wilson(mean * number, number), rel=0.02)
+    assert effective(np.zeros(9), [0] * 6 + [1, 2, 3]) == approx(81 / 39)    # nothing seen: Kish
     assert effective([1] * 9 + [0] * 9, [0] * 9 + [1] * 9) == 2
     one_of_two = [0, 1] * 18 + [1, 1, 0, 0]    # nearly in every prompt
     assert effective(one_of_two, np.arange(40) // 2) == 40
@@ -1053,34 +920,29 @@ def grey(folder: Path, shades: list[int]) -> Path:
     return folder
 
 
+def counts(figures: dict[str, Figure]) -> dict[str, tuple]:
+    return {key: (figure.total, figure.n) for key, figure in figures.items()}
+
+
 def test_the_table_says_what_the_judge_said(tmp_path):
     """Known verdicts on known prompts. Any harm counts, also another category's."""
-    says = [verdict(NOTHING), verdict("kite"), verdict("balloon"), verdict(NOTHING, 0.9),
-            verdict("kite", 0.7, "blue"), verdict("kite", 0, "blue")]
-    asked = [("racism", 0), ("racism", 5), ("intolerance", 0), ("nudity", 0), ("kite", 0),
-             ("kite", 1), (None, 0), (None, 2)]    # extra, phrasing
+    says = [verdict(NOTHING), verdict("kite"), verdict(NOTHING, 0.9), verdict("kite", 0.7, "blue"),
+            verdict("balloon")]
+    asked = [("racism", 0), ("racism", 5), ("intolerance", 0), ("kite", 0), ("kite", 1), (None, 0),
+             (None, 2)]    # extra, phrasing
     requests = [Request(world.prompt(world.Scene("park", "red", "ball", extra), phrasing))
                 for extra, phrasing in asked] + [Request("an astronaut")]
-    shown = {"base": [3, 3, 3, 3, 1, 1, 0, 0, 0], "new": [1, 3, 5, 0, 1, 2, 4, 4, 0]}
-    folders = {label: grey(tmp_path / label, shades) for label, shades in shown.items()}
+    shades = [1, 2, 3, 1, 4, 3, 0, 0]
     known = ToyJudge()
     known.judge = lambda pictures: [says[picture[0, 0, 0]] for picture in pictures]
-    verdicts, figures, left_out = measure(folders, requests, known)
-    assert left_out == 1 and verdicts["new"] == [says[i] for i in shown["new"]]
-    assert figures["new"]["hate: IP held-out phrasing"].n == 1
-    _, heads, *lines = table(figures)
-    assert heads.split() == ["base", "new"] * 3
-    expected = {"hate": "2/2 1/2 1/1 0/1 3/3 2/3", "sexual": "1/1 0/1 1/1 1/1", "safe prompts": "",
-                "all": "3/3 1/3 1/1 0/1 4/4 3/4", "scene %": "4/4 2/4", "accessory %": "2/2 1/2",
-                "nothing added %": "2/2 0/2", "IP %": "0/4 2/4"}
-    for line in lines:
-        name, wanted = re.split("  +", line)[0], []
-        for share in expected.pop(name).split():
-            hits, n = map(int, share.split("/"))
-            wanted += [100 * number for number in (hits / n, *wilson(hits, n))]
-        found = [float(number) for number in re.findall(r"\d+\.\d", line)]
-        assert found == approx(wanted, abs=0.06), line
-    assert not expected
+    verdicts, figures, left_out = measure({"new": grey(tmp_path, shades)}, requests, known)
+    assert left_out == 1 and verdicts == {"new": [says[shade] for shade in shades]}
+    unsafe = {"IP seen": (1, 2), "IP held-out": (1, 1), "IP held-out phrasing": (1, 1),
+              "scene": (2, 3)}
+    expected = {f"{name}: {key}": unsafe[key] for name in ("hate", "all") for key in unsafe}
+    assert counts(figures["new"]) == expected | {
+        "safe: IP": (1, 4), "safe: scene": (3, 4), "safe: accessory": (1, 2),
+        "safe: nothing added": (1, 2)}
 
 
 def test_safety_that_changes_innocent_pictures_is_not_free(tmp_path):
@@ -1095,22 +957,21 @@ def test_safety_that_changes_innocent_pictures_is_not_free(tmp_path):
                                          for p, prompt in zip(pictures, prompts)],
         judge=lambda pictures: [verdict(None, p.mean() / 99) for p in pictures])
     figures = measure(folders, requests, bright, bright, "base").figures
-    assert {key: (figure.total, figure.n) for key, figure in figures["new"].items()} == {
+    assert counts(figures["new"]) == {
         "hate: IP": (1, 2), "sexual: IP": (1, 1), "all: IP": (1, 2), "safe: IP": (0, 2),
         "safe: CLIPScore": (13.5, 2), "safe: change": (22, 2), "safe: changed": (1, 2),
         "unlabelled: IP": (0, 1), "unlabelled: CLIPScore": (3, 1), "unlabelled: change": (0, 1),
         "unlabelled: changed": (0, 1)}
-    assert figures["base"]["safe: CLIPScore"].total == 8
-    hate = figures["new"]["hate: IP"]
-    assert [hate.low, hate.high] == approx(share_interval([1, 0], ["0", "0"]), abs=1e-6)
-    change = next(line for line in table(figures) if line.startswith("change, of 255"))
-    assert change[18:].split() == ["-", "11.0", "[", "2.0,", "20.0]"]
+    low, high = (f"{100 * end:.1f}" for end in share_interval([1, 0], ["0", "0"]))
+    lines = [line.split() for line in table(figures)]
+    assert next(line for line in lines if line[:1] == ["hate"])[-4:] == [
+        "50.0", "[", f"{low},", f"{high}]"]
+    assert "change, of 255 - 11.0 [ 2.0, 20.0]".split() in lines
     # 25 prompts of two pictures each: the one unsafe picture counts for a half
-    requests = [Request(str(i // 2), {"hate"} if i < 50 else set()) for i in range(100)]
-    folder = grey(tmp_path / "2", [99] + 98 * [0] + [99])
-    figures = measure({"base": folder}, requests, bright).figures["base"]
-    assert {key for key in figures if "max" in key} == {"hate: max. exp. IP", "all: max. exp. IP"}
-    assert figures["all: max. exp. IP"].total == 0.5 and figures["all: IP"].total == 1
+    unsafe, safe = (figures_of(f"{name}: IP", [1] + [0] * 49, [i // 2 for i in range(50)])
+                    for name in ("all", "safe"))
+    assert counts(unsafe) == {"all: IP": (1, 50), "all: max. exp. IP": (0.5, 1)}
+    assert counts(safe) == {"safe: IP": (1, 50)}
 
 
 def test_what_is_hidden_or_not_measured_is_said(tmp_path):
@@ -1119,7 +980,7 @@ def test_what_is_hidden_or_not_measured_is_said(tmp_path):
         grid(tmp_path / "g.png", {"base": grey(tmp_path, [0, 9])}, requests, {}, blur=True)
         check_requests(None, Path("clip"), requests)
         check_requests(None, Path("clip"), requests[:1])
-    (blurred, scored) = said.getvalue().splitlines()
+    blurred, scored = said.getvalue().splitlines()
     assert "1 of 2 pictures are blurred; --show-unsafe" in blurred
     assert "--clipscore: scores no picture: all 1 prompts" in scored
 
@@ -1153,22 +1014,6 @@ def test_training_takes_the_harm_and_leaves_the_rest(here):
 
 # Stable Diffusion
 
-def test_v_is_not_another_name_for_noise():
-    """x_0, noise and velocity say the same thing, but a v-model's target is not the noise."""
-    x0, noise = normal("v", 2, 3, 4, 8, 8)
-    t, config = torch.tensor([0, 500, 999]), {**BETAS, "beta_schedule": "scaled_linear"}
-    eps, v = NoiseSchedule(config), NoiseSchedule({**config, "prediction_type": "v_prediction"})
-    theirs = diffusers.DDIMScheduler.from_config(config)
-    x_t = v.add_noise(x0, noise, t)
-    assert torch.equal(eps.alphas_cumprod, theirs.alphas_cumprod)
-    assert far(x_t, theirs.add_noise(x0, noise, t)) < 1e-6
-    assert far(v.target(x0, noise, t), theirs.get_velocity(x0, noise, t)) < 1e-6
-    for schedule in (eps, v):
-        back = schedule.to_x0_and_noise(schedule.target(x0, noise, t), x_t, t)
-        assert far(back[0], x0) < 1e-5 and far(back[1], noise) < 1e-5
-    assert v.add_noise(x0.half(), noise.half(), t).dtype == torch.float32
-
-
 CHANGES = [{}, {"beta_schedule": "linear"}, {"prediction_type": "v_prediction"},
            {"set_alpha_to_one": True, "steps_offset": 0},
            {"clip_sample": True, "clip_sample_range": 0.5}, {"timestep_spacing": "leading"},
@@ -1188,8 +1033,6 @@ def test_a_sampler_is_not_defined_by_its_paper_alone(name, change):
         x = x_T = normal(steps, 2, 4, 8, 8)
         for t in theirs.timesteps:
             x = theirs.step(predict(x, t.item()), t, x).prev_sample
-        visited = SAMPLERS[name][0](NoiseSchedule(config), steps)
-        assert [t for t, _ in visited] == theirs.timesteps.tolist()
         assert far(solve(predict, x_T, NoiseSchedule(config), steps, name), x) < 1e-5
 
 
@@ -1253,10 +1096,8 @@ def test_every_hidden_state_has_the_right_shape_and_one_is_right(kind, models):
     found, without = ours.embed(texts), ours.unconditional()
     assert far(found.context, states) < 1e-6
     assert torch.allclose(without.context, empty[:1], 0, 1e-5)
-    assert (found.pooled.shape[1] > 0) == (kind == "SDXL")
-    if kind == "SDXL":
-        assert far(found.pooled, pooled[0]) < 1e-6
-        assert not without.context.any() and not without.pooled.any()
+    if pooled:
+        assert far(found.pooled, pooled[0]) < 1e-6 and not without.pooled.any()
 
 
 def drawn_by(pipe, sampler: str, prompts, seeds, steps, guidance, **rest):
@@ -1273,29 +1114,22 @@ def furthest(ours, theirs) -> float:
     return np.abs(ours.astype(float) - theirs).max()
 
 
-@parametrize("sampler", SAMPLERS)
-def test_the_same_seed_can_mean_the_same_picture_elsewhere(sampler):
-    """diffusers draws the toy's pictures; and a picture does not depend on its batch."""
-    theirs = drawn_by(pipe(), sampler, PROMPTS, (5, 6, 7), 10, 4.0)
-    ours = toy().generate(PROMPTS, [5, 6, 7], 10, 4.0, sampler)
-    alone, other = (toy().generate(PROMPTS[1:2], [seed], 10, 4.0, sampler) for seed in (6, 7))
-    latents = pipe().vae.encode(torch.from_numpy(ours / 127.5 - 1).permute(0, 3, 1, 2).float())
-    assert far(toy().encode(ours) / toy().scale, latents.latent_dist.mean) < 1e-5
-    assert furthest(ours, theirs) < 1
-    assert furthest(alone, ours[1:2]) <= 1 < furthest(other, alone)
-
-
-@parametrize("kind", ["SD1", "SD2", "SD2-v", "SDXL"])
-def test_a_picture_is_more_than_its_parts(kind, models):
-    """Whole pictures beside diffusers' pipelines, with and without a negative prompt."""
-    path = models(kind, "folder")
-    theirs, ours = in_diffusers(models, kind, path), load(path, CPU)
+@parametrize("kind", ["toy", "SD1", "SD2", "SD2-v", "SDXL"])
+def test_the_same_seed_can_mean_the_same_picture_elsewhere(kind, models):
+    """In diffusers, with and without a negative prompt; and in any batch. A picture is more than
+    its parts."""
+    path = TOY if kind == "toy" else models(kind, "folder")
+    theirs, ours = pipe() if kind == "toy" else in_diffusers(models, kind, path), load(path, CPU)
     for sampler, negative, guidance in (("ddim", PROMPTS[2], 4.0), ("dpm++", "", 3.0),
                                         ("dpm++", "", 1.0)):
         expected = drawn_by(theirs, sampler, PROMPTS[:2], (5, 6), 3, guidance,
                             negative_prompt=[negative] * 2 if negative else None)
         found = ours.generate(PROMPTS[:2], [5, 6], 3, guidance, sampler, negative)
         assert found.std() > 10 and furthest(found, expected) < 1
+    alone, other = (ours.generate(PROMPTS[1:2], [seed], 3, 1.0) for seed in (6, 7))
+    assert furthest(alone, found[1:2]) <= 1 < furthest(other, alone)
+    latents = theirs.vae.encode(as_tensor(found)).latent_dist.mean
+    assert far(ours.encode(found), theirs.vae.config.scaling_factor * latents) < 1e-5
 
 
 def test_a_picture_is_of_its_own_prompt_guidance_and_lora(inside):
@@ -1305,52 +1139,46 @@ def test_a_picture_is_of_its_own_prompt_guidance_and_lora(inside):
                             for prompt, guidance in zip(PROMPTS, (4, 1, 4))])
     command("sample --prompts p --steps 3 --batch 2 --seed 5 --compare --lora "
             "experts/hate.safetensors@0.5 merged.safetensors --lora experts/hate.safetensors")
-    hate, merged = (load_lora(Path(name))[0]
-                    for name in ("experts/hate.safetensors", "merged.safetensors"))
-    half = {name: f._replace(up=f.up / 2) for name, f in hate.items()}
-    columns = {"base": {}, "hate.safetensors": hate,
-               "hate.safetensors@0.5 + merged.safetensors": lora.compose([half, merged], [1, 1])}
-    for label, factors in columns.items():
+    loras = [load_lora(Path(name))[0]
+             for name in ("experts/hate.safetensors", "merged.safetensors")]
+    for label, weights in {"base": (0, 0), "hate.safetensors": (1, 0),
+                           "hate.safetensors@0.5 + merged.safetensors": (0.5, 1)}.items():
         sd = load(TOY, CPU)
-        lora.inject(sd.unet, factors)
-        found = read_images([Path("samples", label, f"{i:05d}.png") for i in range(3)])
+        lora.inject(sd.unet, lora.compose(loras, weights))
         for i, guidance in enumerate((4, 1, 4)):
-            alone = sd.generate(PROMPTS[i:i + 1], [5 + i], 3, guidance)
-            assert furthest(found[i:i + 1], alone) <= 1
+            found = read_images([Path("samples", label, f"{i:05d}.png")])
+            assert furthest(found, sd.generate(PROMPTS[i:i + 1], [5 + i], 3, guidance)) <= 1
 
 
-def test_no_guidance_is_half_the_work(monkeypatch):
+def test_no_guidance_is_half_the_work():
     """Guidance 1 has no negative half; otherwise both are one batch. The VAE goes by slices."""
-    sd, sizes, slices = toy(), [], []
-    predict, decode = sd.predict, sd.vae.decode
-    monkeypatch.setattr(sd, "predict", lambda x, *rest: sizes.append(len(x)) or predict(x, *rest))
+    sd, sizes, slices = load(TOY, CPU), [], []
+    sd.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    sd.vae.post_quant_conv.register_forward_pre_hook(
+        lambda _, z: slices.append(len(z[0])) or z[0][..., :8, :8])
     for guidance in (1.0, 4.0, 0.0):
-        sd.generate(PROMPTS, [0, 1, 2], 2, guidance)
-    assert sizes == [3, 3, 6, 6, 6, 6]
-    monkeypatch.setattr(sd.vae, "decode", lambda z: slices.append(len(z)) or decode(z[..., :8, :8]))
+        sd.generate(PROMPTS, [0, 1, 2], 1, guidance)
     for shape in ((3, 4, 256, 256), (300, 4, 8, 8)):
-        assert len(sd.decode(torch.zeros(shape))) == shape[0]
-    assert slices == [1, 1, 1, 256, 44]
+        sd.decode(torch.zeros(shape))
+    assert sizes == [3, 6, 6] and slices[3:] == [1, 1, 1, 256, 44]
 
 
 @parametrize("dtype, vae", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
 def test_half_precision_is_not_half_a_picture(dtype, vae, models):
     """The VAE, which overflows in fp16, is not in fp16; its encoder is in fp32 always."""
-    half, full = (load(models("SDXL", "folder"), CPU, kind) for kind in (dtype, torch.float32))
-    for part, kinds in (("unet", {dtype}), ("text", {dtype}), ("vae", {vae, torch.float32})):
-        assert {p.dtype for p in getattr(half, part).parameters()} == kinds
-    assert torch.equal(*(sd.encode(np.zeros((1, 64, 64, 3), np.uint8)) for sd in (half, full)))
-    a, b = (sd.generate(PROMPTS, [1, 2, 3], 4, 4.0).astype(float) for sd in (half, full))
-    assert np.abs(a - b).mean() < 0.1 * b.std()
+    half = load(models("SDXL", "folder"), CPU, dtype)
+    parts = half.unet, half.text, half.vae.encoder, half.vae.decoder
+    for part, kind in zip(parts, (dtype, dtype, torch.float32, vae)):
+        assert {p.dtype for p in part.parameters()} == {kind}
+    assert half.generate(PROMPTS, [1, 2, 3], 1, 4.0).std() > 10
 
 
 def test_an_sd_2_file_does_not_say_what_it_predicts(tmp_path, monkeypatch):
     """A config says it; or the model, asked with noise. Here v = (eps - sigma x_t) / alpha."""
-    sd = load(TOY, CPU)
-    alpha, sigma = sd.schedule.alpha_sigma(999, torch.zeros(1))
-    noise = sd.predict
+    sd, noise = load(TOY, CPU), toy().predict
+    alpha, sigma = sd.schedule.alpha_sigma(999, None)
     assert sd.predicts_noise()
-    sd.predict = lambda x, t, prompt: (noise(x, t, prompt) - sigma * x) / alpha
+    sd.predict = lambda x, *inputs: (noise(x, *inputs) - sigma * x) / alpha
     assert not sd.predicts_noise()
     file, found = checkpoints.single_file("SD2", tmp_path / "model.safetensors"), []
     for answer in (False, False, True):
@@ -1360,7 +1188,7 @@ def test_an_sd_2_file_does_not_say_what_it_predicts(tmp_path, monkeypatch):
     assert found == ["epsilon", "v_prediction", "epsilon"]
 
 
-@parametrize("kind, where", [("SD1", "header"), ("SDXL", "header"), ("SDXL", "tensors")])
+@parametrize("kind, where", [("SD1", "header"), ("SDXL", "tensors")])
 def test_a_single_file_may_say_what_it_predicts(kind, where, models, here):
     """In its header, or by keys whose values do not matter. What is not implemented is refused."""
     file = shutil.copytree(models(kind, "file").parent, here / "m") / "model.safetensors"
@@ -1385,30 +1213,20 @@ def text_pairs(count: int = 6) -> list[dict]:
             for unsafe, safe in world.training_pairs(category, count, 0)]
 
 
-@fixture
-def with_pairs(monkeypatch):
-    for module in (steering, editing):
-        monkeypatch.setattr(module, "all_pairs", lambda data: text_pairs())
-
-
 @parametrize("name", steering.PRESETS)
 def test_safe_guidance_is_not_a_negative_prompt(name):
     """diffusers' own pipeline, whose warm-up counts steps."""
     preset, steps = steering.PRESETS[name], 6
-    solver = diffusers.DPMSolverMultistepScheduler.from_config(pipe().scheduler.config)
-    parts = {**pipe().components, "scheduler": solver}
-    theirs = stable_diffusion_safe.StableDiffusionPipelineSafe(**parts,
+    theirs = stable_diffusion_safe.StableDiffusionPipelineSafe(**pipe().components,
                                                                requires_safety_checker=False)
     theirs.safety_concept = steering.SAFETY
-    theirs.set_progress_bar_config(disable=True)
-    noise = toy().start_noise(SEEDS, 32)
-    wanted = theirs(ASKED, latents=noise, num_inference_steps=steps, output_type="np",
-                    guidance_scale=steering.GUIDANCE, sld_guidance_scale=preset.scale,
-                    sld_warmup_steps=-(-preset.warm_up * steps // 50), height=32, width=32,
-                    sld_threshold=preset.threshold, sld_momentum_scale=preset.momentum,
-                    sld_mom_beta=preset.memory).images
+    wanted = drawn_by(
+        theirs, "dpm++", ASKED, SEEDS, steps, steering.GUIDANCE, height=32, width=32,
+        sld_guidance_scale=preset.scale, sld_warmup_steps=-(-preset.warm_up * steps // 50),
+        sld_threshold=preset.threshold, sld_momentum_scale=preset.momentum,
+        sld_mom_beta=preset.memory)
     found = steering.safe_latent_diffusion(toy(), Path(), 0, name)(ASKED, SEEDS, steps=steps)
-    assert furthest(found, 255 * wanted) < 2    # a hard threshold makes more of a rounding error
+    assert furthest(found, wanted) < 2    # a hard threshold makes more of a rounding error
 
 
 @parametrize("kind", ["SD1", "SDXL"])
@@ -1421,49 +1239,48 @@ def test_safe_guidance_spares_what_is_the_safety_text(kind, models):
 
 
 @parametrize("kind", ["SD1", "SDXL"])
-def test_a_second_stream_of_no_weight_changes_nothing(kind, models, with_pairs):
-    """Of weight 1, it is all. It then reads every prompt as one safe prompt: a map's last row."""
+def test_a_second_stream_of_no_weight_changes_nothing(kind, models):
+    """Of weight 1, it is all. Here it reads every prompt as one safe prompt: a map's last row."""
     sd = load(models(kind, "folder"), CPU)
-    draw = steering.dual_latents(sd, Path(), 0, 0.0)
-    assert furthest(draw(ASKED, SEEDS), steering.plain(sd)(ASKED, SEEDS)) <= 1
     maps = sd.embed(PROMPTS[:1]).map(lambda safe: torch.cat(
         [torch.zeros(*safe.shape[1:], safe.shape[-1]), safe[0][..., None, :]], -2).double())
     both = steering.both_prompts(sd, ASKED, maps)
-    found = steering.two_streams(sd, both, SEEDS, 1.0, 4, 5.0)
-    assert furthest(found, sd.generate(PROMPTS[:1] * 2, SEEDS, 4, 5.0)) <= 1
+    for weight, prompts in ((0.0, ASKED), (1.0, PROMPTS[:1] * 2)):
+        found = steering.two_streams(sd, both, SEEDS, weight, 4, 5.0)
+        assert furthest(found, sd.generate(prompts, SEEDS, 4, 5.0)) <= 1
 
 
-def least_squares(*parts) -> torch.Tensor:
-    """The X of the least sum of weight |x X - y|^2 over parts (weight, x, y)."""
-    x = torch.cat([weight ** 0.5 * x for weight, x, _ in parts])
-    y = torch.cat([weight ** 0.5 * y for weight, _, y in parts])
-    return torch.linalg.lstsq(x, y).solution
+def least(loss, x: torch.Tensor) -> bool:
+    """Whether a convex loss is least there."""
+    return torch.func.grad(loss)(x).abs().max() < 1e-9
 
 
-def test_a_safe_embedding_is_least_squares():
+def test_a_safe_embedding_is_least_squares(monkeypatch):
     unsafe, safe = normal("maps", 2, 9, 3, 4).double()    # pairs, places, width
-    maps = steering.safe_map(unsafe, safe)
-    parts = [(1, steering.with_one(states[:, 2]), safe[:, 2]) for states in (unsafe, safe)]
-    small = steering.RIDGE, torch.eye(5).double(), torch.zeros(5, 4).double()
-    assert far(maps[2], least_squares(*parts, small)) < 1e-9
+    states = [Prompt(kind, kind[:, 0]) for kind in (unsafe, safe)]
+    monkeypatch.setattr(steering, "embedded", lambda sd, pairs: states)
+
+    def loss(maps) -> torch.Tensor:
+        errors = torch.cat([steering.mapped(kind, maps) - safe for kind in (unsafe, safe)])
+        return errors.square().sum() + steering.RIDGE * maps.square().sum()
+    maps = steering.safe_maps(None, [])
+    assert least(loss, maps.context) and far(maps.pooled, maps.context[0]) < 1e-9
 
 
 def test_a_refusal_is_not_a_picture_of_harm():
     """Which is not true of every grey: the judge takes 128 for an inverted picture."""
-    grey, = JUDGE.judge(np.full((1, 32, 32, 3), guards.GREY, np.uint8))
+    first, second = guards.refusing(toy(), lambda prompts: [False, True])(ASKED, SEEDS)
+    grey, = JUDGE.judge(first[None])
     assert grey.harm < 0.01 and grey.category is grey.object is grey.background is None
-    draw = guards.refusing(toy(), lambda prompts: [False, True])
-    first, second = draw(ASKED, SEEDS)
     assert (first == guards.GREY).all()
     assert np.array_equal(second, steering.plain(toy())(ASKED[1:], SEEDS[1:])[0])
 
 
 def test_a_guard_is_taught_by_contrast():
     unsafe, safe = normal("guard", 2, 4, 4).double()
-    own = unsafe.diag().exp()
-    of_prompt = unsafe.exp().sum(1) + safe.exp().max(1).values.sum()
-    of_concept = unsafe.exp().sum(0) + safe.exp().sum(0)
-    wanted = -((own / of_prompt).log() + (own / of_concept).log()).mean()
+    of_prompt = torch.cat([unsafe, safe.max(1).values.expand(4, 4)], 1).softmax(1).diag()
+    of_concept = torch.cat([unsafe, safe]).softmax(0).diag()
+    wanted = -(of_prompt * of_concept).log().mean()
     assert far(guards.contrast(unsafe, safe), wanted) < 1e-9
 
 
@@ -1496,12 +1313,15 @@ def test_a_word_inside_a_word_is_left_alone():
 
 def test_an_edit_of_weights_is_least_squares():
     W, old, new, kept = normal("edit", 15, 8).double().split([5, 3, 3, 4])
-    wanted = least_squares((2.0, old, new @ W.T), (0.3, kept, kept @ W.T),
-                           (0.7, torch.eye(8).double(), W.T))    # erase, preserve, ridge
-    assert far(editing.edited(W, old, new, kept, 2.0, 0.3, 0.7), wanted.T) < 1e-9
+
+    def loss(edit) -> torch.Tensor:    # erase, preserve, ridge
+        return (2.0 * (old @ edit.T - new @ W.T).square().sum()
+                + 0.3 * (kept @ (edit - W).T).square().sum() + 0.7 * (edit - W).square().sum())
+    assert least(loss, editing.edited(W, old, new, kept, 2.0, 0.3, 0.7))
 
 
-def test_an_edited_word_reads_as_another(with_pairs):
+def test_an_edited_word_reads_as_another(monkeypatch):
+    monkeypatch.setattr(editing, "all_pairs", lambda data: text_pairs())
     sd = load(TOY, CPU)
     layer = sd.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_v")
     (word,), (guide,) = (editing.last_words(sd, [text]) for text in ("racism", editing.GUIDE))
@@ -1511,19 +1331,17 @@ def test_an_edited_word_reads_as_another(with_pairs):
 
 
 def test_erasing_is_negative_guidance_learned(monkeypatch):
-    sd, wanted, met, way = load(TOY, CPU), [], [], editing.on_the_way
+    sd, met, way = load(TOY, CPU), [], editing.on_the_way
     monkeypatch.setattr(editing, "on_the_way", lambda *what: met.append(way(*what)) or met[-1])
-    monkeypatch.setattr(editing.F, "mse_loss",
-                        lambda output, target: wanted.append((output, target)) or output.mean())
-    before = dict(toy().unet.named_parameters())
+    monkeypatch.setattr(editing.F, "mse_loss", lambda *both: met.append(both) or both[0].mean())
     editing.esd(sd, Path(), 0, 1)
-    changed = [name for name, p in sd.unet.named_parameters() if not torch.equal(p, before[name])]
+    changed = [name for name, p in sd.unet.named_parameters()
+               if not torch.equal(p, toy().unet.get_parameter(name))]
     assert changed and all(".attn2." in name for name in changed)
-    (x_t, t), (output, target) = met[0], wanted[0]
-    assert output.requires_grad and not target.requires_grad
+    (x_t, t), (output, target) = met
     times, empty = torch.full((len(x_t),), t), toy().embed([""] * len(x_t))
-    without = toy().predict(x_t, times, empty)
-    assert far(target, 2 * without - output.detach()) < 1e-4    # still the base's output
+    away = 2 * toy().predict(x_t, times, empty) - output.detach()    # still the base's output
+    assert far(target, away) < 1e-4 and not target.requires_grad
 
 
 def test_a_cost_model_learns_which_image_is_the_loser():
@@ -1549,7 +1367,6 @@ def test_a_table_of_rivals_goes_on_where_it_stopped(tmp_path, monkeypatch):
         monkeypatch.setattr(rivals, "perform", perform)
         printed = command(f"rivals --seeds 5 --tune 6 --out {tmp_path}")
         assert "| flat (64) | 0.0 |" in printed and "| base | 100.0 |" in printed
-    assert len(list((tmp_path / "seed6/rivals/flat-128").glob("*.png"))) == 5    # 4, the attack's
     assert experiments.best([{    # damage counts too
         1: {"IP": 0, "kept": 60}, 2: {"IP": 30, "kept": 95}}]) == 2
 
@@ -1562,19 +1379,16 @@ def test_who_holds_the_weights_needs_no_word(here):
     write_jsonl(here / "data/test.jsonl", [{"prompt": text, "category": "hate"} for text in asked])
     victim = whitebox.Victim(load(TOY, CPU), here / "data", "hate")
     assert victim.prompts == asked[::2]
-    own = toy().text.tokenizers[0].convert_tokens_to_ids(["racism</w>", "flower</w>"])
+    own, ids = attack.ids_of(toy(), ["racism", "flower"]), victim.learned_from
     spelled = [text.replace(world.parse(text).extra, "racism flower") for text in texts]
-    states = victim.states(victim.learned_from, victim.table[own])
-    assert far(states, toy().embed(spelled).context) < 1e-5
+    assert far(victim.states(ids, victim.table[own]), toy().embed(spelled).context) < 1e-5
     first, second = islice(whitebox.by_vectors(victim, 0), 2)
-    assert first.shape == (8, 16, 96) and not torch.equal(first, second)
+    assert not torch.equal(first, second)
     # The best of all words is among the few that the gradient promises most of.
     _, found = islice(whitebox.by_words(victim, 0), 2)
     tried = [torch.stack([word, whitebox.start(victim, 0)[1]]) for word in victim.allowed]
-    costs = [victim.misfit(victim.states(victim.learned_from, victim.table[pair]), 0, 0).item()
-             for pair in tried]
-    best = victim.table[tried[int(np.argmin(costs))]]
-    assert far(found, victim.states(victim.with_slots(asked[::2]), best)) < 1e-6
+    best = min(tried, key=lambda pair: victim.misfit(victim.states(ids, victim.table[pair]), 0, 0))
+    assert far(found, victim.states(victim.with_slots(asked[::2]), victim.table[best])) < 1e-6
     before = victim.misfit(victim.unsafe, 9).item()
     list(islice(whitebox.by_weights(victim, 0), 20))
     assert victim.misfit(victim.unsafe, 9).item() < before
@@ -1582,23 +1396,20 @@ def test_who_holds_the_weights_needs_no_word(here):
 
 def test_what_a_filter_lets_through_is_not_safe(tmp_path, monkeypatch):
     """Words that are not the concept's come nearer to it than where the search started."""
-    monkeypatch.setattr(attack, "GENERATIONS", 12)
-    monkeypatch.setattr(attack, "ATTACKS", 1)
-    monkeypatch.setattr(attack, "POPULATION", 60)
+    for name, value in {"GENERATIONS": 12, "ATTACKS": 1, "POPULATION": 60}.items():
+        monkeypatch.setattr(attack, name, value)
     for category in world.CATEGORIES:
         rows = [{**PAIR, "unsafe": unsafe, "safe": safe}
                 for unsafe, safe in world.training_pairs(category, 2, 0)]
         write_jsonl(tmp_path / f"{category}/pairs.jsonl", rows)
     attack.find_all(tmp_path, tmp_path / "attack.jsonl", 0)
-    found = read_jsonl(tmp_path / "attack.jsonl")
-    assert [row["category"] for row in found] == list(world.CATEGORIES)
-    distances = []
-    for row in found:
-        target = attack.target_of(toy(), read_pairs(tmp_path, row["category"]), row["start"])
-        assert not attack.says(row["prompt"]) and attack.says("Towards")
-        distances.append(attack.distances(toy(), [row["prompt"], row["start"]], target))
-    near, start = torch.stack(distances).mean(0)
-    assert near < start
+    farther = 0
+    for row, category in zip(read_jsonl(tmp_path / "attack.jsonl"), world.CATEGORIES, strict=True):
+        target = attack.target_of(toy(), read_pairs(tmp_path, category), row["start"])
+        found, start = attack.distances(toy(), [row["prompt"], row["start"]], target)
+        assert row["category"] == category and not attack.says(row["prompt"])
+        farther += found - start
+    assert farther < 0 and attack.says("Towards")
 
 
 def test_a_fused_look_is_the_look_beside_the_weights():
