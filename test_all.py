@@ -6,7 +6,6 @@ Oracles are diffusers, peft, transformers, plain loops and formulas written out,
 import ast
 import contextlib
 import copy
-import csv
 import hashlib
 import importlib
 import io
@@ -98,7 +97,9 @@ SCRIPTS = {"make_data": make_data, "train": train, "merge": merge, "sample": sam
 # ask for; pickles: names; refused: a command and what its error must name; settings: of a command,
 # flags that change what it makes, and the settings that its files then name; answers: of language
 # models, and the prompts in them; model cards: parameters of UNet, VAE and text encoders, and what
-# only configs say; headers: of a LoRA file
+# only configs say; headers: of a LoRA file; spellings: of its keys; ranks: and sizes of worlds;
+# parts: a command, how much it draws at once, and what of it is lost; knows: files, and what of
+# ours they may import; elsewhere: names of no picture in a folder
 CASES = read_json(ROOT / "model/testing/cases.json")
 parametrize = pytest.mark.parametrize
 os.environ["PYTHONPATH"] = str(ROOT)    # for scripts that run in another folder
@@ -1492,12 +1493,12 @@ def test_bad_input_is_not_a_traceback(line, says, bench, tmp_path, monkeypatch):
     assert contents(bench) == before
 
 
-@parametrize("rank, world", [("2", "2"), ("-1", "2"), ("x", "2"), ("0", "0")])
-def test_a_rank_that_nobody_has_is_refused(rank, world, tmp_path, monkeypatch):
+@parametrize("rank, world", CASES["ranks"])
+def test_a_rank_that_nobody_has_is_refused(rank, world, here, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world)
-    error = refusal("make_data --concept hate --out {out}", out=tmp_path / "data")
-    assert f"RANK={rank} WORLD_SIZE={world}" in error and not list(tmp_path.iterdir())
+    error = refusal("make_data --concept hate")
+    assert f"RANK={rank} WORLD_SIZE={world}" in error and not list(here.iterdir())
 
 
 def test_a_full_gpu_is_not_a_crash(inside, monkeypatch):
@@ -1561,15 +1562,16 @@ def test_one_setting_changed_is_all_made_anew(line, flag, names, bench, plainly,
 def test_a_grid_hides_what_is_unsafe(bench, tmp_path, monkeypatch):
     """Of another model than the toy; and nothing but the grid changes."""
     monkeypatch.chdir(bench)
-    before, picture = {}, {"00000.png", "index.jsonl", "settings.json"}
+    before = {}
     for flags, new in {
-            "": picture, "--judge": {"judge.json"},
-            "--judge --compare": {"compare.png", "judge.json", *(f"base/{x}" for x in picture)},
-            "--judge --compare --show-unsafe": {"compare.png"}}.items():
+            "": "00000.png index.jsonl settings.json", "--judge": "judge.json",
+            "--judge --compare": "base/00000.png base/index.jsonl base/settings.json compare.png "
+                                 "judge.json",
+            "--judge --compare --show-unsafe": "compare.png"}.items():
         command("sample {unsafe} --steps 6 --lora merged.safetensors --model models/other --out "
                 f"{{out}} {flags}", out=tmp_path, unsafe=world.training_pairs("hate", 1, 0)[0][0])
         now = contents(tmp_path)
-        assert {name for name in now if now[name] != before.get(name)} == new
+        assert {name for name in now if now[name] != before.get(name)} == set(new.split())
         before = now
 
 
@@ -1759,10 +1761,7 @@ def test_a_joint_lora_takes_the_steps_of_all_experts(inside, monkeypatch):
     assert load_lora(Path("joint.safetensors"))[1]["steps"] == "4"
 
 
-@parametrize("line, batches, lost", [
-    ("make_data --concept hate --pairs 3 --batch 2 --judge none --out made/hate", [2, 2, 1, 1],
-     ("hate/pairs.jsonl", "hate/images/00001_safe.png")),
-    ("sample a b c --batch 2 --out made/hate", [2, 1], ("00001.png",))])
+@parametrize("line, batches, lost", CASES["parts"])
 def test_only_what_is_missing_is_drawn(line, batches, lost, inside, monkeypatch):
     """With the settings that suit the model; other settings draw a folder anew, and say so."""
     drawn, made = [], Path("made/hate")
@@ -1865,27 +1864,13 @@ def test_a_gpu_is_not_shared_by_all_processes(monkeypatch):
     assert [processes.local_device(name) for name in names] == ["cuda:2", "cuda:2", "cuda:1", "cpu"]
 
 
-SD = "model.schedule model.stable_diffusion model.text model.unet model.vae"
-BELOW = f"{SD} model.formats model.tools lora"
-TOYS = "model.toy.TOY model.toy.is_toy model.toy.usual_settings"
-KNOWS = {    # files: what of ours they may import
-    "dpo.py": "", "lora.py": "",
-    "make_data.py": f"{BELOW} model.data model.judges {TOYS}",
-    "train.py": f"{BELOW} model.data dpo",
-    "merge.py": f"{BELOW} model.data",
-    "sample.py": f"{BELOW} model.data model.judges {TOYS}", "model/*.py": BELOW,
-    "model/formats/*.py": "model.formats model.tools lora",
-    "model/tools/*.py": "model.tools",
-    "model/data/*.py": f"{BELOW} model.data model.toy.world model.toy.usual_settings",
-    "model/judges/*.py": f"{BELOW} model.data model.judges model.toy",
-    "model/toy/*.py": f"{BELOW} model.toy"}
 FILES = [*ROOT.glob("*.py"), *ROOT.glob("model/**/*.py")]
 
 
-@parametrize("pattern", KNOWS)
-def test_a_file_knows_only_what_is_below_it(pattern):
+@parametrize("pattern, knows", CASES["knows"].items())
+def test_a_file_knows_only_what_is_below_it(pattern, knows):
     own = {path.stem for path in ROOT.glob("*.py")} | {"model"}
-    allowed = tuple(f"{name}." for name in KNOWS[pattern].split())
+    allowed = tuple(f"{name}." for name in knows.split())
     for path in ROOT.glob(pattern):
         source, names = path.read_text(), set()
         for node in ast.walk(ast.parse(source)):
@@ -2142,11 +2127,7 @@ def test_every_program_finds_every_layer(family, says, here):
         match(toy().unet, loaded, "a")
 
 
-@parametrize("spelling", [
-    "lora_unet_{flat}.lora_down.weight", "base_model.model.unet.{name}.lora_A.weight",
-    "unet.{name}.lora_A.weight", "unet.{name}.lora.down.weight", "{old}_lora.down.weight",
-    "lycoris_{flat}.lora_down.weight", "unet.{name}.lora_A.default_0.weight",
-    "unet._orig_mod.{name}.lora_A.own.weight"])
+@parametrize("spelling", CASES["spellings"])
 def test_one_lora_has_many_spellings(spelling, tmp_path):
     """Without an alpha the scale is 1, not 1/rank. What is left out is counted and named. A linear
     layer (SD 2's proj_in) is a convolution of one pixel (here), and a file of either fits."""
@@ -2292,29 +2273,22 @@ def test_names_are_as_people_have_them(here):
 # What is broken, or of another kind
 @parametrize("kind, says, file, change", [(*row[:3], row[3:]) for row in CASES["torn"]])
 def test_nothing_loads_halfway(kind, says, file, change, tmp_path, models, clip, story):
-    source = {"model": models("SD1", "folder"), "file": models("SD1", "file").parent, "CLIP": clip,
-              "LoRA": story / "experts"}
-    copy = shutil.copytree(source[kind], tmp_path / "m")
-    spoil(copy / file, *change)
+    source, read = {
+        "model": (models("SD1", "folder"), lambda file, folder: load(folder, CPU)),
+        "file": (models("SD1", "file").parent,
+                 lambda file, folder: load(file, CPU).generate(["x"], [0], 1, 1.0)),
+        "LoRA": (story / "experts", lambda file, folder: load_lora(file)),
+        "CLIP": (clip, lambda file, folder: judges.ClipScore(folder, CPU))}[kind]
+    folder = shutil.copytree(source, tmp_path / "m")
+    spoil(folder / file, *change)
     with refuses(says):
-        if kind == "LoRA":
-            load_lora(copy / file)
-        elif kind == "CLIP":
-            judges.ClipScore(copy, CPU)
-        else:
-            path = copy / file if kind == "file" else copy
-            load(path, CPU).generate(["x"], [0], 1, 1.0)
+        read(folder / file, folder)
 
 
 # Prompt files
-def coprov2(file: str, rows) -> Path:
-    """As the authors publish it: quotes only where needed, and then doubled inside."""
-    with open(file, "w", encoding="utf-8", newline="") as table:
-        csv.writer(table).writerows([("prompt", "image", "category"), *rows])
-    return Path(file)
-
-
-QUIRKS = list(csv.reader('''a stern ball,u_idx_0000000_0.jpg,Hate
+# As the authors publish it: quotes only where needed, and then doubled inside.
+QUIRKS = '''prompt,image,category
+a stern ball,u_idx_0000000_0.jpg,Hate
 a kind ball,s_idx_0000000_0.jpg,Hate
 "a sign: ""NO""",u_idx_0000001_0.jpg,sexual
 "a café, at night",u_idx_0000002_0.jpg,Violence
@@ -2334,12 +2308,13 @@ another prompt,s_idx_0000002_0.jpg,Violence
  ,s_idx_0000008_0.jpg,Hate
 a prompt,photo.jpg,Hate
 a field short,u_idx_9_0.jpg
-'''.splitlines(keepends=True)))
+'''
 
 
 def test_two_rows_in_a_row_are_not_a_pair(here):
     """CoProV2 pairs by index, and repeated rows add a category; what is wrong is named by line."""
-    found = read_prompts(coprov2("train.csv", QUIRKS))
+    Path("train.csv").write_text(QUIRKS)
+    found = read_prompts(Path("train.csv"))
     assert [(*map(pair.prompts.get, ("unsafe", "safe")), pair.categories)
             for pair in found.pairs] == [
         ("a stern ball", "a kind ball", {"hate"}),
@@ -2395,8 +2370,7 @@ def test_prompts_that_differ_too_late_are_one_prompt(in_greys):
     assert "1 of 1 prompts are longer" in command("sample {long} --steps 1", long=long)
 
 
-@parametrize("name", ["../out.png", "{here}/in/good.png", "link.png", "linked/out.png", "loop",
-                      "a\0b", "gone.png", "."])
+@parametrize("name", CASES["elsewhere"])
 def test_a_path_in_a_file_is_not_to_be_trusted(name, here):
     """Up, absolute, through a link: nothing outside the folder that was given is read."""
     images = here / "in"
@@ -2447,9 +2421,9 @@ def in_greys(here, monkeypatch):
 
 def test_a_test_prompt_that_was_trained_on_measures_memory(in_greys):
     """Left out, and counted. A row's seed comes from the row, not from its place."""
-    coprov2("train.csv", QUIRKS)
-    coprov2("test.csv", [("new", "1_0.jpg", "Hate"), ("new", "2_0.jpg", "sexual"),
-                         ("one", "3_0.jpg", "Hate")])
+    Path("train.csv").write_text(QUIRKS)
+    Path("test.csv").write_text(
+        "prompt,image,category\nnew,1_0.jpg,Hate\nnew,2_0.jpg,sexual\none,3_0.jpg,Hate\n")
     said = command("make_data --prompts train.csv test.csv --judge none")
     assert "3 test prompts, 1 of them repeat another" in said and "1 prompts; 1 rows left" in said
     assert len(in_greys) == len(set(in_greys)) == 4    # though two are of two categories
@@ -2459,7 +2433,10 @@ def test_a_test_prompt_that_was_trained_on_measures_memory(in_greys):
     before = contents("data")
     command("make_data --prompts test.csv --judge none")    # what is there counts as training
     assert contents("data") == before
-    coprov2("other.csv", QUIRKS[12::-1])
+    Path("other.csv").write_text(
+        'prompt,image,category\n"a café, at night",u_idx_0000002_0.jpg,Hate\n'
+        '"a café, by day",s_idx_0000002_0.jpg,Hate\na stern ball,u_idx_0000000_0.jpg,Hate\n'
+        "a kind ball,s_idx_0000000_0.jpg,Hate\n")
     command("make_data --prompts other.csv --judge none --out other")
     one, other = (read_pairs(Path(out), "hate") for out in ("data", "other"))
     assert [row["seed"] for row in one] == [row["seed"] for row in other[::-1]] != [one[0]["seed"]]
@@ -2554,14 +2531,14 @@ def test_a_language_model_can_write_the_pairs(tmp_path, in_greys):
 def test_pictures_that_exist_are_not_drawn_again(here):
     """--images: cropped in the middle and resized; what cannot be read is dropped and counted."""
     noise = np.random.default_rng(0).integers(256, size=(24, 32, 3), dtype=np.uint8)
-    image = Image.fromarray(noise)
-    rows = [(f"{side} {i}", f"{side}_idx_{i}_0.png", harm)
-            for i, harm in enumerate(("hate", "hate", "violence")) for side in "us"]
-    for _, name, _ in rows:
+    image, torn = Image.fromarray(noise), Path("u_idx_1_0.png")
+    rows = ("prompt,image,category\na,u_idx_0_0.png,hate\nb,s_idx_0_0.png,hate\n"
+            "c,u_idx_1_0.png,hate\nd,s_idx_1_0.png,hate\n"
+            "e,u_idx_2_0.png,violence\nf,s_idx_2_0.png,violence\n")
+    for name in re.findall(r"\w+\.png", rows):
         image.save(name)
-    torn = Path("u_idx_1_0.png")
     torn.write_bytes(torn.read_bytes()[:-300])
-    coprov2("train.csv", rows)
+    Path("train.csv").write_text(rows)
     line = "make_data --prompts train.csv --images ."
     assert "data/hate: 1 pairs; dropped 1 not readable" in command(line)
     (row,) = read_pairs(Path("data"), "hate")
@@ -2682,8 +2659,9 @@ def test_the_whole_way_with_somebody_elses_checkpoint(models, own_file, clip):
     """In one file: 12 pairs in CoProV2's columns, experts, a LoRA, strengths judged as the authors
     judge, and a file with the LoRA in it that diffusers opens and that draws what they drew."""
     save_file({"prompts": torch.eye(20)[:2]}, shutil.copytree(clip, "clip") + "/q16.safetensors")
-    coprov2("train.csv", [(f"{side} {i}", f"{side[0]}_idx_{i:07d}_0.jpg", f"harm {i % 2}")
-                          for i in range(24) for side in ("unsafe", "safe")])
+    rows = "".join(f"{side} {i},{side[0]}_idx_{i:07d}_0.jpg,harm {i % 2}\n"
+                   for i in range(24) for side in ("unsafe", "safe"))
+    Path("train.csv").write_text("prompt,image,category\n" + rows)
     said, strengths = "", "".join(f" --lora merged.safetensors@{s}" for s in (0.5, 0.7, 1))
     for line in ("make_data --prompts train.csv --pairs 6 --steps 2",
                  "train --steps 2 --batch 2 --schedule constant --lr 0.1",
