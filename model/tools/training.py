@@ -133,13 +133,13 @@ def mean_row(rows: list[dict]) -> dict[str, float]:
 
 
 def summary(log: list[dict]) -> str:
-    """The means of the last tenth of the steps, in words; and 2 / delta, near which beta should be
-    (delta: how much better the reference predicts the loser, over all steps)."""
+    """The means of the last tenth of the steps, in words; and over all steps delta, how much better
+    the reference predicts the loser, and 2 / delta, near which beta should be."""
     last, whole = mean_row(log[-max(1, len(log) // 10):]), mean_row(log)
     values = {key: last[key] for key in ("loss", "accuracy") if key in last} | ratios(last)
     delta = whole.get("winner_ref", 0) - whole.get("loser_ref", 0)
     if delta > 0:
-        values["2/delta"] = 2 / delta
+        values |= {"delta": delta, "2/delta": 2 / delta}
     skipped = sum("skipped" in row for row in log)
     return f"{len(log)} steps{f', {skipped} skipped' if skipped else ''}; at the end " + ", ".join(
         f"{key} {value:.3f}" for key, value in values.items())
