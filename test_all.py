@@ -806,7 +806,7 @@ def test_a_prompt_is_never_ambiguous():
 
 def test_what_is_held_out_is_never_shown():
     """Nor does anything but the extra differ within a pair: it would be learned as unsafe too."""
-    rows = world.test_prompts(24, seed=0)
+    rows = world.test_prompts(0)
     scenes = {row["prompt"]: world.parse(row["prompt"]) for row in rows}
     assert len(scenes) == 7 * 48 + 72 and all(s.held_out_combination for s in scenes.values())
     assert [scene.category for scene in scenes.values()] == [row["category"] for row in rows]
@@ -822,8 +822,6 @@ def test_what_is_held_out_is_never_shown():
             assert b == replace(a, extra=b.extra) and "drawing" not in unsafe
             assert b.extra is None or safe.replace(f"a {b.extra}", a.extra) == unsafe
         assert sum(world.parse(safe).extra is None for _, safe in pairs) == approx(100, abs=32)
-    with refuses("74 test prompts .* the 72 "):
-        world.test_prompts(74, seed=0)
 
 
 def drawn(seed, extra="racism"):
@@ -870,8 +868,6 @@ def test_any_category_is_harm():
     assert verdict("kite", 0.5).unsafe and not verdict("kite", 0.4999, category="hate").unsafe
     assert [verdict("kite").label, verdict(None).label, verdict("kite", category="hate").label] == [
         "kite", "unclear", "hate"]
-    with refuses("32x32 pixels, not 64x64"):
-        JUDGE.judge(np.zeros((1, 64, 64, 3), np.uint8))
 
 
 # How sure a figure is
@@ -1164,10 +1160,11 @@ def test_no_guidance_is_half_the_work():
     assert sizes == [3, 6, 6] and slices[3:] == [1, 1, 1, 256, 44]
 
 
-@parametrize("dtype, vae", [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)])
-def test_half_precision_is_not_half_a_picture(dtype, vae, models):
+@parametrize("name, dtype, vae", [("bf16", torch.bfloat16, torch.bfloat16),
+                                  ("fp16", torch.float16, torch.float32)])
+def test_half_precision_is_not_half_a_picture(name, dtype, vae, models):
     """The VAE, which overflows in fp16, is not in fp16; its encoder is in fp32 always."""
-    half = load(models("SDXL", "folder"), CPU, dtype)
+    half = load(models("SDXL", "folder"), CPU, name)
     parts = half.unet, half.text, half.vae.encoder, half.vae.decoder
     for part, kind in zip(parts, (dtype, dtype, torch.float32, vae)):
         assert {p.dtype for p in part.parameters()} == {kind}

@@ -22,7 +22,7 @@ from model.formats.checkpoint import Checkpoint
 from model.schedule import SAMPLERS, NoiseSchedule, sample
 from model.text import Prompt, TextEncoders
 from model.tools.command import BadInput
-from model.tools.device import layout, precision
+from model.tools.device import PRECISIONS, layout, precision
 from model.tools.images import as_tensor
 from model.unet import UNet
 from model.vae import VAE
@@ -173,16 +173,16 @@ class StableDiffusion(Denoiser):
         return self.finite(mean * self.scale, "the encoded image")
 
 
-def load_denoiser(path: Path, device: torch.device, dtype: str | torch.dtype = "auto") -> Denoiser:
+def load_denoiser(path: Path, device: torch.device, wanted="auto") -> Denoiser:
     """Loads the UNet and the schedule alone, as load() does."""
-    return Denoiser(Checkpoint(path), device, precision(device, dtype))
+    return Denoiser(Checkpoint(path), device, PRECISIONS[precision(device, wanted)])
 
 
-def load(path: Path, device: torch.device, dtype: str | torch.dtype = "auto") -> StableDiffusion:
-    """Loads a diffusers folder or a single file. dtype: as precision() wants it. Raises BadInput,
+def load(path: Path, device: torch.device, wanted="auto") -> StableDiffusion:
+    """Loads a diffusers folder or a single file. wanted: of --precision. Raises BadInput,
     naming file and key, for anything missing, extra, of another shape or unreadable, and for other
     models. NaN is found in use, by finite()."""
-    return StableDiffusion(Checkpoint(path), device, precision(device, dtype))
+    return StableDiffusion(Checkpoint(path), device, PRECISIONS[precision(device, wanted)])
 
 
 def skeleton(path: Path) -> UNet:

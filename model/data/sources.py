@@ -50,7 +50,7 @@ def from_grammar(concept: str, pairs: int | None, seed: int) -> Source:
         prompts = world.training_pairs(name, pairs or 160, seed)
         rows[name] = [{"unsafe": unsafe, "safe": safe, "seed": first + i}
                       for i, (unsafe, safe) in enumerate(prompts)]
-    return Source(rows, world.test_prompts(24, seed), [])
+    return Source(rows, world.test_prompts(seed), [])
 
 
 def from_files(files: list[Path], images: Path | None, out: Path, concept: str, pairs: int | None,

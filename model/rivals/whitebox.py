@@ -46,6 +46,7 @@ MODELS = {"base": None, "Co-Merge": 0.7, "solve": 1.0, "joint": 0.7, "UCE": 1.0,
           "Diffusion-SDPO's loss": 0.7}
 BUDGETS = {"words": (0, 10, 30), "vectors": (0, 10, 30, 100), "weights": (0, 1, 10, 100)}
 IMAGES, BATCH, PROMPTS, CANDIDATES = 16, 8, 8, 8
+TABLE = "embeddings.token_embedding.weight"    # of a text encoder
 SLOTS = "!", '"'    # K tokens that no prompt has: they stand for the words or vectors looked for
 
 
@@ -56,7 +57,6 @@ class Victim:
         self.sd, self.encoder, self.slots = sd, sd.text.encoders[0], ids_of(sd, SLOTS)
         sd.unet.requires_grad_(False)
         self.table, self.allowed = self.encoder.get_input_embeddings().weight, alphabet(sd)
-        self.table_name, = (name for name, p in self.encoder.named_parameters() if p is self.table)
         pairs = read_latents(data, [category], sha256(*encoder_files(TOY)))
         self.x0, self.unsafe = pairs.loser[:IMAGES], pairs.unsafe.context[:IMAGES]
         self.learned_from = self.with_slots(
@@ -74,8 +74,7 @@ class Victim:
     def states(self, ids, vectors):
         """Of ids [N, L]: [N, L, D], with vectors [K, D] in the slots."""
         weight = self.table.index_put((self.slots,), vectors)
-        return torch.func.functional_call(self.encoder, {self.table_name: weight},
-                                          (ids,)).last_hidden_state
+        return torch.func.functional_call(self.encoder, {TABLE: weight}, (ids,)).last_hidden_state
 
     def misfit(self, states, *what):
         """Of BATCH images, all noise levels equally often. states [P, L, D]; what: the words of

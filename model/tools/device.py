@@ -25,15 +25,14 @@ def pick_device(name: str) -> torch.device:
         raise BadInput(f"--device {name}: {reason}; use cpu, cuda or auto") from None
 
 
-def precision(device: torch.device, wanted: str | torch.dtype = "auto") -> torch.dtype:
-    """Of frozen weights and of autocast. wanted: of --precision, or a dtype. "auto" is bf16 on a
-    GPU (fp16 where bf16 would be emulated), at half the memory; else fp32."""
+def precision(device: torch.device, wanted: str) -> str:
+    """Of frozen weights and of autocast. wanted: of --precision. "auto" is bf16 on a GPU
+    (fp16 where bf16 would be emulated), at half the memory; else fp32."""
     if wanted != "auto":
-        return PRECISIONS.get(wanted, wanted)
+        return wanted
     if device.type != "cuda":
-        return torch.float32
-    real = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if real else torch.float16
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def layout(dtype: torch.dtype) -> torch.memory_format:
@@ -46,5 +45,4 @@ def device_and_precision(name: str, wanted: str) -> tuple[torch.device, str]:
     """What --device and --precision mean here: under torchrun this process's own GPU, and fp32,
     bf16 or fp16 in place of "auto", since finished work is reused for one precision only."""
     device = pick_device(processes.local_device(name))
-    dtype = precision(device, wanted)
-    return device, next(name for name in PRECISIONS if PRECISIONS[name] == dtype)
+    return device, precision(device, wanted)

@@ -12,12 +12,10 @@ Letters: N images, S their side in pixels.
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from model.tools.command import BadInput
 from model.tools.images import as_tensor
 from model.toy.world import ACCESSORIES, BACKGROUNDS, CATEGORIES, COLOURS, OBJECTS, SIZE, Scene
 
@@ -92,11 +90,7 @@ class ToyJudge(nn.Module):
 
     @torch.no_grad()
     def judge(self, images):
-        """images uint8 [N, S, S, 3] -> N verdicts. Raises BadInput for another size than 32."""
-        height, width = np.shape(images)[1:3]
-        if (height, width) != (SIZE, SIZE):
-            raise BadInput(f"the toy judge reads images of {SIZE}x{SIZE} pixels, not "
-                           f"{width}x{height}; judge images of the toy model at its own size")
+        """images uint8 [N, 32, 32, 3] -> N verdicts."""
         chances = {name: logits.softmax(1) for name, logits in self(as_tensor(images)).items()}
         best = [map(HEADS[name].__getitem__, chance.argmax(1).tolist())
                 for name, chance in chances.items()]

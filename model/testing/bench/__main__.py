@@ -27,6 +27,7 @@ from model.formats.lora_file import save
 from model.stable_diffusion import skeleton
 from model.testing.checkpoints import full_size, random_lora
 from model.tools.command import BadInput, PlainParser, positive_int, run
+from model.tools.device import PRECISIONS
 
 HEADS = "ready, s", "first, s", "last, s", "peak, GiB"
 MERGES = ("sum", "average", "sum --rank 4", "ties --rank 28", "dare --density 0.2 --rank 28")
@@ -74,8 +75,8 @@ def compare(rounds: int, jobs: dict[str, str]):
 
 def image(folder: Path, experts):
     for family, steps, sides in (("SD 1", 2, (256, 512)), ("SDXL", 1, (512, 1024))):
-        for dtype in ("float32", "bfloat16")[family == "SDXL":]:    # SDXL in fp32: 10 GB
-            model = full_size(family, folder / f"{steps}-{dtype}", getattr(torch, dtype))
+        for dtype in ("fp32", "bf16")[family == "SDXL":]:    # SDXL in fp32: 10 GB
+            model = full_size(family, folder / f"{steps}-{dtype}", PRECISIONS[dtype])
             for side in sides:
                 title, job = f"{family} {dtype} {side}", f"image {model} {dtype} {side} {steps}"
                 yield {f"diffusers, {title}": f"peers {job} cpu",
@@ -107,7 +108,7 @@ def gpu(folder: Path, experts):
     print(torch.cuda.get_device_name())
     for family, side in (("SD 1", 512), ("SDXL", 1024)):
         model = full_size(family, folder / str(side), torch.bfloat16)
-        job = f"image {model} bfloat16 {side} 25 cuda"
+        job = f"image {model} bf16 {side} 25 cuda"
         yield {f"{family}: diffusers": f"peers {job}", "ours": f"ours {job}"}
         for pairs in (1, 4, 16):
             ours = f"ours step {model} {side} --device cuda --precision bf16 --batch {pairs}"

@@ -13,8 +13,8 @@ from model.text import Prompt
 from model.tools.device import device_and_precision
 
 
-def image(folder: str, dtype: str, side: str, steps: str, device: str):
-    sd = load(Path(folder), torch.device(device), getattr(torch, dtype))
+def image(folder: str, precision: str, side: str, steps: str, device: str):
+    sd = load(Path(folder), torch.device(device), precision)
     yield
     for _ in range(2):
         sd.generate(["a red ball"], [0], int(steps), 4.0, sampler="ddim", size=int(side))

@@ -11,8 +11,9 @@ diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
 
 
-def image(folder: str, dtype: str, side: str, steps: str, device: str):
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
+def image(folder: str, precision: str, side: str, steps: str, device: str):
+    pipe = diffusers.DiffusionPipeline.from_pretrained(
+        folder, torch_dtype=PRECISIONS[precision])
     pipe.to(device).set_progress_bar_config(disable=True)
     yield
     for _ in range(2):
