@@ -1,8 +1,7 @@
 """The preference losses. Each is one flat function, in the order of its equation.
 
 What it is:  diffusion_dpo() (Wallace et al. 2023, 2311.12908); both_prompts(), the same twice; and
-             safety_dpo(), the default, which is the one to read.
-Needs:       torch.
+             safety_dpo(), the default, which is the one to read. Needs torch.
 Gives:       LOSSES, by the names of train.py --loss. For losses of your own Batch and mse(): --loss
              takes dotted names too, such as those in model/rivals/losses.py.
 
@@ -15,9 +14,9 @@ which train.py first calls with all pairs (model/data/pairs.py), whose objects a
                 fp32, with the LoRA on and with gradients
     reference   the same UNet with the LoRA off and without gradients
     schedule    of model/schedule.py; noised() gives x_t and the target there, noise or v
-    metrics     {name: [B] or []}, whose means are the log. In a healthy run winner stays below
-                winner_ref, and loser rises above loser_ref. margin is above 0 where the policy
-                prefers the winner more than the reference does; accuracy: how often it is
+    metrics     {name: fp32 [B] or []}, whose means are the log; preference is plotted. In a healthy
+                run winner stays below winner_ref, and loser rises above loser_ref. margin is above
+                0 where the policy prefers the winner more than the reference; accuracy: how often
 
 Letters: B pairs of a batch, N latents of a call, C H W a latent's shape; w winner, l loser, L an
 error. Numbers (1) to (4) are the README's equations. "Ours": from no paper.
@@ -90,7 +89,7 @@ def safety_dpo(policy, reference, batch: Batch, schedule, beta: float):
         loss = diffusion_dpo + beta drift
         drift = mean |policy - reference|^2, on the winner under the SAFE prompt
 
-    Times beta, as the first term's gradient is at first: their balance depends on no beta."""
+    Times beta, as the first term's gradient is at first: beta leaves their balance as it is."""
     x_w, target_w = schedule.noised(batch.winner, batch.noise, batch.t)    # (1) the same noise and
     x_l, target_l = schedule.noised(batch.loser, batch.noise, batch.t)     # t for both of a pair
     x_t, t = torch.cat([x_w, x_l, x_w]), batch.t.repeat(3)

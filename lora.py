@@ -3,7 +3,7 @@
 What it is:  low-rank adaptation (Hu et al. 2021, 2106.09685) of a network's linear layers:
                  y = W x + s * B (A x),      s = alpha / rank,      delta W = s * B A
              A ("down") [rank, in], B ("up") [out, rank]; W stays frozen.
-Needs:       torch alone. A LoRA in memory is a dict {flat module name: Factors}.
+Needs:       torch alone.
 Gives:       init(), inject(), extract(), switched_off(), rows(); stack(), compose(), compress().
 
 A convolution is a linear layer over the pixels under its kernel: A [r, I*k*k]. Letters: r rank, I
@@ -22,7 +22,7 @@ TARGETS = re.compile(r"attn[12]\.to_(q|k|v|out\.0)$")
 
 
 class Factors(NamedTuple):
-    """One adapted layer: delta W = (alpha / rank) * up @ down."""
+    """One adapted layer: delta W = alpha / rank * up @ down. A LoRA is {flat name: Factors}."""
     down: torch.Tensor              # A [r, I], of a convolution [r, I*k*k]
     up: torch.Tensor                # B [O, r]
     alpha: float
@@ -33,7 +33,7 @@ class Factors(NamedTuple):
         return self.alpha / self.down.shape[0]
 
     def delta(self) -> torch.Tensor:
-        """Dense delta W [O, I(*k*k)]. Who can, avoids it."""
+        """Dense delta W [O, I(*k*k)]: large, and avoided where factors will do."""
         return (self.up @ self.down).mul_(self.scale)
 
 
@@ -122,8 +122,8 @@ def rows(layer: nn.Linear | nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 
 
 def stack(parts: list[Factors], weights: list[float]) -> Factors:
-    """Sum of w_i * delta W_i of ONE layer as one pair of factors, exactly (README, eq. 6): ranks
-    add up. Adding or averaging the factors themselves would leave cross terms B_i A_j."""
+    """Sum of w_i delta W_i of ONE layer, exactly: [w_1 s_1 B_1, ...] [A_1; ...] (README, eq. 6).
+    Ranks add up. Adding or averaging the factors themselves would leave cross terms B_i A_j."""
     down, up = torch.cat([f.down for f in parts]), torch.cat([f.up for f in parts], dim=1)
     scales = torch.tensor([w * f.scale for f, w in zip(parts, weights)])
     up *= scales.repeat_interleave(torch.tensor([f.down.shape[0] for f in parts]))

@@ -64,8 +64,8 @@ def main(args):
     steps = args.steps or usual_steps
     guidance = usual_guidance if args.guidance is None else args.guidance
     size = side_of(model, args.size, steps)
-    usual_judge = "toy" if is_toy(model) and not args.images else "none"
-    judge = named_judge(args.judge or usual_judge, device, size)
+    usual = "toy" if is_toy(model) and not args.images else "none"
+    judge = named_judge(args.judge or usual, device, size)
     check_folder(out)
     if args.llm:    # which may write for hours
         check_prompts(judge, ["what a language model writes"])

@@ -4,8 +4,8 @@ What it is:  rules that merge the weight CHANGES delta W_i = w_i s_i B_i A_i (w_
              the factors: averaging A and B separately would leave cross terms B_i A_j.
 Needs:       LoRAs of one base model, train.py's or others, of any ranks and layers. The first three
              rules also need the UNet and data/, to calibrate on.
-Gives:       merged.safetensors, whose rank is the sum of ranks, exact but by ties, dare and --rank;
-             by --fuse MODEL that whole model, aligned. One expert alone stays as it is.
+Gives:       merged.safetensors; its rank is the sum of ranks, it is exact but for ties, dare and
+             --rank. With --fuse MODEL: that model, aligned. One expert alone stays as it is.
 
     co-merge   row j of delta W is gamma times row j of the expert that is most active there
     regmean    does on each expert's inputs what that expert does, and nothing on safe ones
@@ -14,7 +14,7 @@ Gives:       merged.safetensors, whose rank is the sum of ranks, exact but by ti
     sum        delta W = sum_i delta W_i                         (task arithmetic, 2212.04089)
     ties, dare, and any function of your own: see model/rivals/merging.py
 
-Letters: n experts of a layer, r rank, R the sum of ranks, N rows that it multiplies, I, O widths.
+Letters: n experts (in shapes: of a layer), r rank, R the sum, N rows of an input, I, O widths.
 """
 from collections import defaultdict
 from collections.abc import Callable
@@ -47,7 +47,7 @@ CALIBRATION_PAIRS = 24    # of each expert [ours: more changed nothing]
 PRESERVE = 0.1            # lambda [ours: 0.03 and 0.1 do not differ]
 RIDGE = 1e-2              # of the mean diagonal of M: inputs need not span all dimensions [ours]
 TOLD_APART = 2 / 3        # of their energy that experts keep where solving is worth it [ours]
-GIVEN_BACK = 2.0          # the largest c [ours: 2.5 is as good; by 3 plain images get accessories]
+GIVEN_BACK = 2.0          # the largest c of (11) [ours: 2.5 is as good; 3 adds accessories]
 
 
 def parse_arguments(argv=None):
@@ -56,24 +56,24 @@ def parse_arguments(argv=None):
     add("experts", nargs="+", type=Path, help="LoRA files, or a folder of them")
     add("--method", default="co-merge", help=f"{', '.join(RULES)} (see the top of merge.py), or "
         "the dotted name of a rule, which is not calibrated")
-    add("--weights", type=finite_float, nargs="+", default=[1.0], help="of each expert, or of all")
+    add("--weights", type=finite_float, nargs="+", default=[1.0], help="of each, or all (default: 1)")
     add("--rank", type=positive_int, help="re-compress each layer to this rank (default: the sum "
         f"of the experts' ranks, exact; by ties, dare and dotted names at most {LARGEST_RANK})")
-    add("--density", type=open_fraction, help="share that ties, dare keep (default: 0.2, 0.5)")
+    add("--density", type=open_fraction, help="share kept by ties (default: 0.2), dare (0.5)")
     add("--preserve", type=fraction, help="lambda of regmean and solve, from 0 to 1: how much safe "
         f"inputs weigh, where an expert's own weigh 1 (default: {PRESERVE})")
     add("--data", type=Path, default=Path("data"), help="what make_data.py wrote, to calibrate on")
     add("--fuse", type=Path, metavar="MODEL", help="write a copy of this folder or single file "
         "instead, with the merged LoRA in its weights")
-    add("--out", type=Path, help="file or folder (default: merged.safetensors; by --fuse aligned)")
+    add("--out", type=Path, help="file or folder (default: merged.safetensors; --fuse: aligned)")
     return parser.parse_args(argv)
 
 
 def calibration(pairs: Pairs, concept: str, denoiser: Denoiser, preserve: float | None, seed: int):
-    """Yields (own, weight, (x_t, t, prompt)), noise levels equally often. Own is what an expert was
-    trained to change: its unsafe prompts, on the unsafe and on the safe image, where sampling
-    starts out and where it should end. With preserve (lambda, the weight in all) also what it was
-    trained to leave alone: the safe image under its safe prompt and under none."""
+    """Yields (own, weight, [x_t, t, prompt]), all noise levels equally often. own: whether it is
+    what an expert was trained to change, its unsafe prompts on the unsafe and on the safe image,
+    where sampling starts and where it should end. With preserve (lambda, the sum of these weights)
+    also what it was trained to leave alone: the safe image under its safe prompt and under none."""
     winner, loser, unsafe, safe = (field[:CALIBRATION_PAIRS] for field in (
         pairs.winner, pairs.loser, pairs.unsafe, pairs.safe))
     empty = safe.replaced(torch.tensor([True]), pairs.empty)
@@ -137,7 +137,7 @@ def measure(denoiser: Denoiser, statistics, i: int, expert: dict[str, Factors], 
     """Tells {layer: its statistic} what the base UNet's layers meet on the inputs of expert i:
     nearly what the merged model's will meet, and known before anything is merged."""
     adaptable = lora.layers(denoiser.unet)
-    with ExitStack() as hooks:
+    with ExitStack() as hooks:    # own and weight are of the loop below
         for name, statistic in statistics.items():
             hook = lambda layer, args, to=statistic, f=expert.get(name): to.add(
                 lora.rows(layer, args[0]), weight, i, f if own else None)
@@ -150,8 +150,8 @@ def calibrate(experts: Experts, model: Path, data: Path, device: torch.device, p
               preserve: float | None, seed: int):
     """{layer: its statistic}, by ONE pass of the base UNet over the inputs of all experts."""
     processes_for(device, unet_files(model))    # gives a small network one thread
+    match_experts(skeleton(model), experts, model, data)    # before any weights are read
     denoiser, encoders_hash = load_denoiser(model, device, precision), sha256(*encoder_files(model))
-    match_experts(denoiser.unet, experts, model, data)
     statistics = {name: Statistic(preserve is not None) for name in experts.names}
     for i, concept in enumerate(tqdm(experts.concepts, desc="calibrating")):
         pairs = read_latents(data, [concept], encoders_hash)
@@ -183,11 +183,11 @@ def keep_rows(parts: list[Factors], owner: torch.Tensor) -> Factors:
 
 def co_merge(parts, layer):
     """Co-Merge [our reconstruction from the paper's captions]. Each output unit goes to the expert
-    that is most active there on its own inputs; every other expert's row is dropped. For what that
-    takes from all of them one factor gamma makes up [ours; README, eq. 9]."""
+    that is most active there on its own inputs; every other expert's row is dropped. One factor
+    gamma makes up for what they all lose [ours; README, eq. 9]."""
     activity = torch.stack(list(layer.statistic.activity.values()))    # [n, O]
     merged = keep_rows(parts, activity.argmax(0).cpu())    # of equals the first
-    energy = layer.statistic.overlaps(parts, add_changes(parts)).trace()    # the sum over i in (9)
+    energy = layer.statistic.overlaps(parts, add_changes(parts)).diagonal().sum()
     kept = layer.statistic.overlaps(parts, merged).sum()
     # Rows dealt out among n experts with nothing in common need n; more would blow up noise. And
     # what works against its experts would do harm: that stays as it is.
@@ -201,7 +201,7 @@ def regmean(parts, layer):
 
         sum_i E_i |(delta W - delta W_i) x|^2 + lambda sum_i E_i,safe |delta W x|^2
 
-    by (sum_i delta W_i G_i) M^-1, of rank R, since delta W_i G_i = s_i B_i (A_i G_i)."""
+    by (sum_i delta W_i G_i) M^-1 (M: Statistic), of rank R: delta W_i G_i = s_i B_i (A_i G_i)."""
     M, wanted = layer.statistic.M.cpu().double(), layer.statistic.wanted(parts)
     M.diagonal().add_(RIDGE * M.diagonal().mean() + 1e-30)    # of no input at all: 0
     return wanted._replace(down=torch.linalg.solve(M, wanted.down.double().T).T.float())
@@ -212,8 +212,8 @@ def solve(parts, layer):
     c_j (README, eq. 11) where inputs tell the experts apart, as prompts do. Elsewhere they are
     images, alike in every category, on which experts want different things: least squares gives
     little more than their mean, which is taken itself, as often as c may be at most."""
-    solved, of = regmean(parts, layer), layer.statistic.overlaps
-    overlaps, energy = of(parts, solved), of(parts, add_changes(parts)).diagonal()
+    solved, inner = regmean(parts, layer), layer.statistic.overlaps
+    overlaps, energy = inner(parts, solved), inner(parts, add_changes(parts)).diagonal()
     if overlaps.sum() < TOLD_APART * energy.sum():
         return lora.stack(parts, [GIVEN_BACK / layer.n] * len(parts))
     # torch's default driver was seen to give other bytes from call to call.
@@ -235,13 +235,11 @@ def merge(experts: Experts, rule: Callable, statistics, rank: int | None, densit
         layer = Layer(len(experts), density, generator(seed, name), statistics.get(name))
         # Of a single expert there is nothing to merge: not even its alpha is touched.
         f = rule(list(parts.values()), layer) if len(experts) > 1 else parts[0]
+        if not (f.up.sum() + f.down.sum()).isfinite():    # asked before any SVD
+            raise BadInput(f"{name} is not finite any more; use --weights or --density nearer to 1")
         most = rank or (len(f.down) if rule in RULES.values() else    # exact
                         min(LARGEST_RANK, sum(len(part.down) for part in parts.values())))
-        if most >= len(f.down):
-            return name, f, 0.0, 0.0
-        if not (f.up.sum() + f.down.sum()).isfinite():
-            raise BadInput(f"{name} is not finite any more; use --weights or --density nearer to 1")
-        return name, *lora.compress(f, most)
+        return name, *(lora.compress(f, most) if most < len(f.down) else (f, 0.0, 0.0))
 
     rows = list(tqdm(in_threads(merged, experts.layers()), "merging", len(experts.names)))
     energies = torch.tensor([row[2:] for row in rows], dtype=torch.float64)

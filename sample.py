@@ -17,9 +17,8 @@ import numpy as np
 import torch
 
 import lora
-from model.data.jobs import Job, jobs_of, make_column
+from model.data.jobs import Job, columns_of, jobs_of, make_column
 from model.data.sources import requests_of
-from model.formats.fit import columns_of
 from model.judges import check_requests, named_judge
 from model.judges.clip import ClipScore
 from model.judges.grid import grid
@@ -36,8 +35,7 @@ def parse_arguments(argv=None):
     add("prompt", nargs="*", help="what to draw, one picture each")
     add("--prompts", type=Path, help="JSON lines or CSV with a column prompt, such as "
         "data/test.jsonl; CoProV2 and I2P as published, with I2P's own seeds and guidance")
-    add("--every", type=positive_int, default=1, metavar="N", help="of these prompts every Nth "
-        "alone, as of a benchmark's 7,265")
+    add("--every", type=positive_int, default=1, metavar="N", help="of all prompts each Nth alone")
     add("--lora", nargs="+", action="append", type=at_strength, default=[],
         metavar="FILE[@STRENGTH]", help="LoRA files, composed, strength 1 unless given; once more "
         "for another column to compare")
@@ -46,7 +44,7 @@ def parse_arguments(argv=None):
         "table: toy (also without a value); q16:DIR, a CLIP ViT-L/14 folder with q16.safetensors "
         "in it; nudenet, as SafetyDPO's authors use it, or nudenet:i2p; or q16:DIR+nudenet: unsafe "
         "if either says so")
-    add("--clipscore", type=Path, metavar="DIR", help="a CLIP folder: prints safe prompts' score")
+    add("--clipscore", type=Path, metavar="DIR", help="a CLIP folder: print safe images' CLIPScore")
     add("--show-unsafe", action="store_true", help="no blur on the grid (the toy never has one)")
     add("--sampler", choices=["dpm++", "ddim"], default="dpm++", help="the solver")
     add("--images-per-prompt", type=positive_int, default=1, help="pictures of each prompt")

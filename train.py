@@ -4,12 +4,11 @@ What it is:  preference optimisation of a LoRA on the UNet's attention. The poli
              the LoRA, the reference the same UNet with it switched off. Read batches() and train().
 Needs:       data/<concept>/latents.safetensors; the UNet of a Stable Diffusion (default: toy).
 Gives:       experts/<concept>.safetensors, .jsonl (the log), .png (its curves), with a dot before
-             their names while it trains. With --joint one LoRA on all data, SafetyDPO's baseline.
+             their names while it trains. With --joint joint.safetensors, of all data: the baseline.
 Interrupted: the same command continues, and gives the same expert, on a CPU to the bit: all that is
              random comes from generator(seed, name, step).
 Many GPUs:   torchrun --nproc_per_node=N train.py ...; a step has N * --batch * --accumulate pairs.
-
-Letters: P pairs in all, S of a step (of all processes). "Released" code is that of Diffusion-DPO.
+Letters:     P pairs in all, S of a step, of all processes. "Released" code is Diffusion-DPO's.
 """
 import math
 from collections import namedtuple
@@ -55,9 +54,9 @@ def parse_arguments(argv=None):
     add("--joint", action="store_true", help="one LoRA on all of --concept, for as many steps as "
         "its experts together")
     add("--data", type=Path, default=Path("data"), help="what make_data.py wrote")
-    add("--out", type=Path, help="folder to write (default: experts; with --joint .)")
-    add("--loss", default="safety", help="safety, dpo, both, sft (see dpo.py), or a dotted name "
-        "such as model.rivals.losses.duo")
+    add("--out", type=Path, help="folder to write (default: experts; with --joint this one)")
+    add("--loss", default="safety", help="safety, dpo, both (dpo.py), sft (fine-tuning on the "
+        "winner), or a dotted name such as model.rivals.losses.duo")
     add("--beta", type=auto_or_positive, default=10.0, help="of the loss: near 2/delta (dpo.py), "
         "which is printed at the end; auto measures that first; published: 5000")
     add("--steps", type=positive_int, default=220, help="optimiser steps for each concept")
@@ -65,22 +64,22 @@ def parse_arguments(argv=None):
     add("--accumulate", type=positive_int, default=1, help="batches of one process in a step")
     add("--lr", type=positive_float, default=2e-3, help="AdamW's peak learning rate; published for "
         "SD 1.5: 1.6e-4 for the 16 pairs of a step")
-    add("--schedule", choices=["cosine", "constant"], default="cosine", help="of the rate: rises "
-        f"for {WARM_UP} steps, on a cosine to 0; published: for a quarter of all, then constant")
+    add("--schedule", choices=["cosine", "constant"], default="cosine", help="of the rate: cosine "
+        f"rises {WARM_UP} steps, falls to 0; constant, as published, rises a quarter, then stays")
     add("--rank", type=positive_int, default=4, help="LoRA rank")
     add("--caption-dropout", type=fraction, default=0.0, help="chance that a pair loses "
         "both prompts in a step; published, with dpo: 0.2 (default: 0)")
     add("--checkpointing", action="store_true", help="less memory, a slower step")
     add("--compile", action="store_true", help="torch.compile the UNet: a slow start, fast steps")
     add("--preview", type=positive_int, metavar="N", help="every N steps draw the first two pairs' "
-        "prompts, unblurred: in a step's time, and with VAE and text encoders in memory")
+        "prompts, unblurred, in about two steps' time, with VAE and text encoders in memory")
     return parser.parse_args(argv)
 
 
 def batches(pairs: Pairs, S: int, size: int, schedule: NoiseSchedule, dropout: float,
             device: torch.device, step: int, *key) -> Iterator[Batch]:
     """The S pairs of a step and all that is random about them, in the batches of `size` that this
-    process takes through the UNet. All is drawn for the whole step, however that is divided."""
+    process takes through the UNet. All is drawn for the whole step, by the key: seed and name."""
     # Epochs, each a permutation of all P pairs, are laid end to end and cut into steps.
     P = len(pairs.winner)
     epochs = range(step * S // P, ((step + 1) * S - 1) // P + 1)
@@ -107,7 +106,7 @@ def train(denoiser: Denoiser, parameters: list, pairs: Pairs, loss_function: Cal
           caption_dropout: float, constant: bool = False, show: Callable = iter) -> list[dict]:
     """Trains the parameters (of lora.inject()) on the pairs, in place. Returns the log, a row a
     step. Every SAVE_EVERY steps all is saved, and what was saved for the same recipe is continued;
-    of beta "auto" the number joins the recipe. show: wraps the steps, to draw previews.
+    where beta is "auto", its number joins the recipe. show: wraps the steps, to draw previews.
     Raises BadInput where numbers are not finite."""
     schedule, device, name = denoiser.schedule, denoiser.device, recipe["concept"]
     parts = accumulate * processes.WORLD    # batches in a step, of all processes
@@ -178,7 +177,7 @@ def write_expert(path: Path, denoiser: Denoiser, recipe: dict[str, str], log: li
 
 def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
     """job: (name, concepts, path). Trains one LoRA on the pairs of the concepts and writes it to
-    the path, unless it is there. Returns a line that sums it up. (_: None, from spread().)"""
+    the path, unless one of this recipe is there. Returns a summary. (_: None, from spread().)"""
     name, concepts, path = job
     pairs, steps = read_latents(s.data, concepts, s.encoders_hash), s.steps * len(concepts)
     recipe = {"concept": name, "steps": steps, "batch": s.batch * s.accumulate * processes.WORLD,
@@ -195,9 +194,8 @@ def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
     if isinstance(loss_function, type):    # a class, which sees all pairs first
         loss_function = loss_function(pairs)
     denoiser = (load if s.preview else load_denoiser)(s.model, s.device, s.precision)
-    # An A of its own. alpha is the rank, so that the scale is 1.
-    fresh = lora.init(denoiser.unet, s.rank, s.rank, generator(s.seed, name, "lora"))
-    parameters = lora.inject(denoiser.unet, fresh)
+    rng = generator(s.seed, name, "lora")    # each expert has an A of its own
+    parameters = lora.inject(denoiser.unet, lora.init(denoiser.unet, s.rank, s.rank, rng))
     denoiser.unet.checkpointing = s.checkpointing
     if s.compile:
         denoiser.unet.compile()
@@ -223,7 +221,7 @@ def main(args):
     concepts = sorted(file.parent.name for file in s.data.glob("*/pairs.jsonl")
                       if s.concept in ("all", file.parent.name))
     if not concepts:
-        raise BadInput(f"{s.data}: has no pairs of --concept {s.concept}; run python make_data.py")
+        raise BadInput(f"{s.data}: no pairs of {s.concept}; run make_data.py, or mend --concept")
     folder = s.out or Path("" if s.joint else "experts")
     experts = {"joint": concepts} if s.joint else {concept: [concept] for concept in concepts}
     jobs = [(name, experts[name], folder / f"{name}.safetensors") for name in experts]

@@ -1,17 +1,20 @@
 """What sample.py generates: a job an image, and a column of images a model.
 
-Gives:       Job, jobs_of(), make_column().
+Gives:       Job, jobs_of(); Column, columns_of(), make_column().
 """
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
+from lora import compose
 from model.data.prompt_files import Request
 from model.formats.checkpoint import model_files, unet_files
-from model.formats.fit import Column
-from model.tools.files import prepare, sha256, short_hash, write_jsonl
+from model.formats.fit import match
+from model.formats.lora_file import load
+from model.tools.files import (file_name, prepare, sha256, short_hash, tensors_hash, write_jsonl)
 from model.tools.images import parameters_of, write_image
 from model.tools.processes import chunks, processes_for, spread
 
@@ -42,6 +45,32 @@ def batches_of(jobs: list[Job], size: int) -> list[list[int]]:
     for i, job in enumerate(jobs):
         groups.setdefault(job.guidance, []).append(i)
     return [batch for group in groups.values() for batch in chunks(group, size)]
+
+
+class Column(NamedTuple):
+    """One model to generate with: the base, or the base with LoRAs."""
+    folder: Path
+    factors: dict    # the LoRAs' sum
+    made_of: list    # (name, strength, the file's hash, A1111's short hash) of each LoRA
+
+
+def columns_of(loras: list[list[tuple[Path, float]]], network: nn.Module, out: Path,
+               compare: bool) -> dict[str, Column]:
+    """By label, in the order of the grid: LoRA files at their strengths. One --lora,
+    or none, goes into `out` itself; several into a folder each. Raises BadInput as fitting()
+    does."""
+    columns = {"base": Column(out / "base", {}, [])} if compare else {}
+    for files in loras or [[]]:
+        names = [f"{path.name}@{strength:g}".removesuffix("@1") for path, strength in files]
+        label = " + ".join(names) or "base"
+        while label in columns:    # two files of one name
+            label += " (again)"
+        parts = [match(network, load(path)[0], str(path)) for path, _ in files]
+        columns[label] = Column(
+            out / file_name(label) if len(loras) > 1 else out,
+            compose(parts, [strength for _, strength in files]),
+            [(path.stem, strength, sha256(path), tensors_hash(path)) for path, strength in files])
+    return columns
 
 
 def make_column(label: str, column: Column, jobs: list[Job], batch: int, settings: dict,

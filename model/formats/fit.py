@@ -1,23 +1,22 @@
 """Does a LoRA belong to this network? Asked before anything is put together.
 
 Needs:       torch; a network, on the meta device too, where nothing but names and shapes exists.
-Gives:       fitting(), match(), columns_of(), match_experts().
+Gives:       fitting(), match(), match_experts().
 
 Letters: O, I a layer's output and input width (of a convolution: times the kernel's area).
 """
 import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import nn
 
-from lora import Factors, compose, layers
+from lora import Factors, layers
 from model.formats.checkpoint import unet_files
 from model.formats.experts import Experts
-from model.formats.lora_file import FAMILIES, load, prompt_width
+from model.formats.lora_file import FAMILIES, prompt_width
 from model.tools.command import BadInput
-from model.tools.files import file_name, sha256, tensors_hash
+from model.tools.files import sha256
 
 
 def fitting(network: nn.Module, shapes, what: str):
@@ -62,32 +61,6 @@ def match(network: nn.Module, lora: dict[str, Factors], what: str) -> dict[str, 
     # A linear layer and a 1x1 convolution are one thing, and some files have the other one.
     return {name: lora[name]._replace(kernel=tuple(known[name][1].weight.shape[2:]))
             for name in known_of(lora, known, f"{what}: ")}
-
-
-class Column(NamedTuple):
-    """One model to generate with: the base, or the base with LoRAs."""
-    folder: Path
-    factors: dict    # the LoRAs' sum
-    made_of: list    # (name, strength, the file's hash, A1111's short hash) of each LoRA
-
-
-def columns_of(loras: list[list[tuple[Path, float]]], network: nn.Module, out: Path,
-               compare: bool) -> dict[str, Column]:
-    """For sample.py, by label, in the order of its grid: LoRA files at their strengths. One --lora,
-    or none, goes into `out` itself; several into a folder each. Raises BadInput as fitting()
-    does."""
-    columns = {"base": Column(out / "base", {}, [])} if compare else {}
-    for files in loras or [[]]:
-        names = [f"{path.name}@{strength:g}".removesuffix("@1") for path, strength in files]
-        label = " + ".join(names) or "base"
-        while label in columns:    # two files of one name
-            label += " (again)"
-        parts = [match(network, load(path)[0], str(path)) for path, _ in files]
-        columns[label] = Column(
-            out / file_name(label) if len(loras) > 1 else out,
-            compose(parts, [strength for _, strength in files]),
-            [(path.stem, strength, sha256(path), tensors_hash(path)) for path, strength in files])
-    return columns
 
 
 def match_experts(network: nn.Module, experts: Experts, model: Path, data: Path):

@@ -79,6 +79,8 @@ def finished(path: Path, recipe: dict) -> bool:
         return False
     with opened(path) as file:
         made_by = file.metadata() or {}
+    if "data_hash" not in made_by:
+        raise BadInput(f"{path}: not an expert of train.py; move it away, or give another --out")
     changed = [key for key in recipe if made_by.get(key) != recipe[key]]
     if changed:
         say(f"{path}: will be replaced, since this changed: {', '.join(changed)}")
