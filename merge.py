@@ -56,7 +56,7 @@ def parse_arguments(argv=None):
     add("experts", nargs="+", type=Path, help="LoRA files, or a folder of them")
     add("--method", default="co-merge", help=f"{', '.join(RULES)} (see the top of merge.py), or "
         "the dotted name of a rule, which is not calibrated")
-    add("--weights", type=finite_float, nargs="+", default=[1.0], help="of each or all (default: 1)")
+    add("--weights", type=finite_float, nargs="+", default=[1.0], help="a factor each (default: 1)")
     add("--rank", type=positive_int, help="re-compress each layer to this rank (default: the sum "
         f"of the experts' ranks, exact; by ties, dare and dotted names at most {LARGEST_RANK})")
     add("--density", type=open_fraction, help="share kept by ties (default: 0.2), dare (0.5)")
