@@ -97,7 +97,8 @@ SCRIPTS = {"make_data": make_data, "train": train, "merge": merge, "sample": sam
 # ask for; pickles: names; refused: a command and what its error must name; settings: of a command,
 # flags that change what it makes, and the settings that its files then name; answers: of language
 # models, and the prompts in them; model cards: parameters of UNet, VAE and text encoders, and what
-# only configs say; headers: of a LoRA file; spellings: of its keys; ranks: and sizes of worlds;
+# only configs say; headers: of a LoRA file; told: of an
+# expert, a merge and a picture of the story; quirks: the pairs in QUIRKS; spellings: of its keys; ranks: and sizes of worlds;
 # parts: a command, how much it draws at once, and what of it is lost; knows: files, and what of
 # ours they may import; elsewhere: names of no picture in a folder
 CASES = read_json(ROOT / "model/testing/cases.json")
@@ -1431,34 +1432,22 @@ VAE_WEIGHTS = WEIGHTS.replace("unet", "vae")
 
 
 def spoil(file: Path, change: str, *of):
-    """Moves a file, or rewrites a safetensors file with another header, or with its tensors as one
-    of CHANGES says."""
+    """Moves a file, or rewrites a safetensors file with another header, or with other tensors, as
+    one of CHANGES says."""
     if change == "move":
         file.rename(file.with_name(*of))
         return
-    tensors, header = load_file(file), opened(file).metadata()
-    if change == "header":
-        header, = of
-    else:
-        CHANGES[change](tensors, *of)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, header)
-
-
-def drop(tensors: dict, start: str):
-    for key in [key for key in tensors if key.startswith(start)]:
-        del tensors[key]
-
-
-def rename(tensors: dict, old: str, new: str):
-    for key in list(tensors):
-        tensors[key.replace(old, new)] = tensors.pop(key)
+    header = of[0] if change == "header" else opened(file).metadata()
+    save_file(CHANGES[change](load_file(file), *of), file, header)
 
 
 CHANGES = {
-    "drop": drop, "rename": rename, "raise": lambda t, key, by: t[key].add_(by),
-    "add": lambda t, key, *shape: t.update({key: torch.zeros(shape)}),
-    "only": lambda t, key: (t.clear(), t.update({key: torch.zeros(1)})),
-    "cast": lambda t, dtype: t.update({key: t[key].to(dtype) for key in t})}
+    "header": lambda t, _: t, "only": lambda t, key: {key: torch.zeros(1)},
+    "drop": lambda t, start: {key: t[key] for key in t if not key.startswith(start)},
+    "rename": lambda t, old, new: {key.replace(old, new): t[key] for key in t},
+    "raise": lambda t, key, by: t | {key: t[key] + by},
+    "add": lambda t, key, *shape: t | {key: torch.zeros(shape)},
+    "cast": lambda t, dtype: {key: t[key].to(dtype) for key in t}}
 
 
 @fixture(scope="module")
@@ -1633,14 +1622,13 @@ def test_nothing_asks_the_network(watched):
 
 def test_a_file_says_how_it_was_made(story):
     """What it was made from, and with which settings (more: test_one_setting_changed...)."""
-    expert, merged = (load_lora(story / f"{name}.safetensors")[1].items()
-                      for name in ("experts/hate", "merged"))
-    assert expert >= {"concept": "hate", "beta": "10.0", "base_model_hash": contents(TOY)[WEIGHTS],
-                      "data_hash": sha256(story / "data/hate/latents.safetensors")}.items()
-    assert merged >= {"concept": "hate,sexual", "method": "co-merge", "precision": "fp32"}.items()
-    assert read_jsonl(story / "drawn/base/index.jsonl")[1] == {
-        "prompt": "blue,box,snow", "seed": 1, "steps": 2, "guidance": 3.0, "sampler": "dpm++",
-        "negative": "", "size": None, "file": "00001.png", "lora": []}
+    told = load_lora(story / "experts/hate.safetensors")[1]
+    assert told["base_model_hash"] == contents(TOY)[WEIGHTS]
+    assert told["data_hash"] == sha256(story / "data/hate/latents.safetensors")
+    told = {"expert": told, "merged": load_lora(story / "merged.safetensors")[1],
+            "picture": read_jsonl(story / "drawn/base/index.jsonl")[1]}
+    for name, expected in CASES["told"].items():
+        assert expected.items() <= told[name].items()
 
 
 def begin(line: str, workers: int = 1):
@@ -2202,13 +2190,13 @@ def test_one_layer_does_not_tell_the_family(key, header, kept, named, here):
 
 @parametrize("order", ["abc", "cba", "bca"])
 def test_content_and_style_may_share_no_layer(order, here):
-    for name, key in zip(order, (CONV, "unet.conv_in", "unet.conv_out")):
-        write_conv(name, key)
-    spoil(Path(order[0]), "header", {"ss_base_model_version": "sdxl_base_v1-0"})
+    xl, v = ({"ss_base_model_version": version} for version in ("sdxl_base_v1-0", "sd_v2_v"))
+    for name, key, header in zip(order, (CONV, "unet.conv_in", "unet.conv_out"), (xl, {}, {})):
+        write_conv(name, key, header)
     command("merge a b c --method average --out d")
     changes = [f.delta() for f in load_lora(Path("d"))[0].values()]
     assert torch.stack(changes).allclose(torch.full((3, 2, 9), 1 / 3))
-    spoil(Path(order[1]), "header", {"ss_base_model_version": "sd_v2_v"})
+    spoil(Path(order[1]), "header", v)
     with refuses("unlike others"):
         command("merge a b c --method sum")
 
@@ -2269,17 +2257,14 @@ def test_names_are_as_people_have_them(here):
 
 # What is broken, or of another kind
 @parametrize("kind, says, file, change", [(*row[:3], row[3:]) for row in CASES["torn"]])
-def test_nothing_loads_halfway(kind, says, file, change, tmp_path, models, clip, story):
-    source, read = {
-        "model": (models("SD1", "folder"), lambda file, folder: load(folder, CPU)),
-        "file": (models("SD1", "file").parent,
-                 lambda file, folder: load(file, CPU).generate(["x"], [0], 1, 1.0)),
-        "LoRA": (story / "experts", lambda file, folder: load_lora(file)),
-        "CLIP": (clip, lambda file, folder: judges.ClipScore(folder, CPU))}[kind]
-    folder = shutil.copytree(source, tmp_path / "m")
-    spoil(folder / file, *change)
-    with refuses(says):
-        read(folder / file, folder)
+def test_nothing_loads_halfway(kind, says, file, change, here, models, clip, story):
+    source, line = {"model": (models("SD1", "folder"), "sample x --steps 1 --model m"),
+                    "file": (models("SD1", "file").parent,
+                             "sample x --steps 1 --model m/model.safetensors"),
+                    "LoRA": (story / "experts", "merge m/hate.safetensors --method sum"),
+                    "CLIP": (clip, "sample x --steps 1 --clipscore m")}[kind]
+    spoil(shutil.copytree(source, here / "m") / file, *change)
+    assert re.search(says, refusal(line))
 
 
 # Prompt files
@@ -2312,12 +2297,8 @@ def test_two_rows_in_a_row_are_not_a_pair(here):
     """CoProV2 pairs by index, and repeated rows add a category; what is wrong is named by line."""
     Path("train.csv").write_text(QUIRKS)
     found = read_prompts(Path("train.csv"))
-    assert [(*map(pair.prompts.get, ("unsafe", "safe")), pair.categories)
-            for pair in found.pairs] == [
-        ("a stern ball", "a kind ball", {"hate"}),
-        ('a sign: "NO"', 'a sign: "YES"', {"sexual", "shocking"}),
-        ("a café, at night", "a café, by day", {"violence", "hate"}),
-        ("two lines\nin one", "one", {"harassment"})]
+    assert [[pair.prompts["unsafe"], pair.prompts["safe"], sorted(pair.categories)]
+            for pair in found.pairs] == CASES["quirks"]
     assert sorted(sum(found.refused.values(), [])) == [16, 17, 18, 19, 20, 21]
     counts, *faults = found.report()
     assert counts.startswith("4 pairs / 6 (pair, category) entries: hate 2")
@@ -2351,20 +2332,26 @@ def test_a_list_of_prompts_is_a_prompt_file(name, text, requests, here):
     assert str(read_requests(Path(name))[0]) == requests
 
 
+LONG = "a red ball on a beach " * 6
+LATE = f"""unsafe,safe,category
+{LONG} emblem,{LONG} flower,hate
+an emblem,a flower,hate
+an emblem,a {LONG},sexual
+"""
+
+
 def test_prompts_that_differ_too_late_are_one_prompt(in_greys):
     """A pair of equal token ids trains nothing: dropped and counted, as what is cut is."""
-    long = "a red ball on a beach " * 6
-    late = {"unsafe": f"{long} emblem", "safe": f"{long} flower", "category": "hate"}
-    good = {"unsafe": "an emblem", "safe": "a flower", "category": "hate"}
-    write_jsonl(Path("p"), [late, good, {**good, "safe": "a " + long, "category": "sexual"}])
+    Path("p").write_text(LATE)
     said = command("make_data --prompts p --judge none")
     assert "hate: 1 of 2 pairs dropped, whose prompts are one to the model: it reads 16 t" in said
     assert "3 of 6 prompts are longer than the 16 tokens" in said
     assert [row["unsafe"] for row in read_pairs(Path("data"), "hate")] == ["an emblem"]
-    write_jsonl(Path("p"), [late])
+    Path("p").write_text("\n".join(LATE.splitlines()[:2]))
     assert "1 of 1 pairs dropped" in refusal("make_data --prompts p --judge none --out x")
     assert not Path("x").exists()
-    assert "1 of 1 prompts are longer" in command("sample {long} --steps 1", long=long)
+    Path("p").write_text("prompt\n" + LONG)
+    assert "1 of 1 prompts are longer" in command("sample --prompts p --steps 1")
 
 
 @parametrize("name", CASES["elsewhere"])
