@@ -90,17 +90,21 @@ ROOT = Path(__file__).resolve().parent
 CPU = torch.device("cpu")
 SCRIPTS = {"make_data": make_data, "train": train, "merge": merge, "sample": sample,
            "rivals": rivals, "clip": judges}
-# files: wrong or strange; copies: of what, as what, and what then becomes of which file; torn: the
-# same of one file, and why it is refused; starts: of LoRAs, and why; prefixes: of keys, and our
-# names; families: a layer, headers of the file and of a merge, and the layer's name there; json:
-# files, and the lines of each fault; forms: of one file of pairs; requests: files and what they
-# ask for; pickles: names; refused: a command and what its error must name; settings: of a command,
-# flags that change what it makes, and the settings that its files then name; answers: of language
-# models, and the prompts in them; model cards: parameters of UNet, VAE and text encoders, and what
-# only configs say; headers: of a LoRA file; told: of an
-# expert, a merge and a picture of the story; quirks: the pairs in QUIRKS; spellings: of its keys; ranks: and sizes of worlds;
-# parts: a command, how much it draws at once, and what of it is lost; knows: files, and what of
-# ours they may import; elsewhere: names of no picture in a folder
+# files: wrong or strange; pickles: names of files
+# copies: of what, as what, and what then becomes of which file
+# torn: the same of one file: what reads a copy of what, and why it is refused
+# refused: a command and what its error must name; ranks: those that are refused
+# settings: of a command, flags that change what it makes, and the settings that its files then name
+# parts: a command, how much it draws at once, and what of it is lost
+# knows: files, and what of ours they may import
+# told: by an expert, a merge and a picture of the story
+# model cards: parameters of UNet, VAE and text encoders, and what only configs say
+# headers: of a LoRA file; spellings: of its keys; prefixes: of keys, and our names
+# families: a layer, headers of the file and of a merge, and the layer's name there
+# starts: settings of LoRAs, and why they are refused
+# requests: a file, its text, and the requests in it; json: texts, and the lines of each fault
+# forms: of one file of pairs; quirks: the pairs in QUIRKS; elsewhere: pictures of no folder
+# chats: templates, and what is asked by them; answers: of language models, and the prompts in them
 CASES = read_json(ROOT / "model/testing/cases.json")
 parametrize = pytest.mark.parametrize
 os.environ["PYTHONPATH"] = str(ROOT)    # for scripts that run in another folder
@@ -2038,11 +2042,11 @@ def test_what_nobody_reads_makes_no_work_old(models, here):
 # LoRA files
 @parametrize("kind, layout", [("SD1", "file"), ("SDXL", "folder")])
 def test_a_lora_draws_the_same_picture_everywhere(kind, layout, here, models):
-    """A merge of unlike experts in diffusers, which reads one alpha a file; in our sampler; fused
-    into the weights, of the file's averaged copy too, or that would draw unsafely."""
+    """A merge of unlike experts in diffusers, which reads one alpha a file; and fused into the
+    weights, of the file's averaged copy too, or that would draw unsafely."""
     source, fused = models(kind, layout), Path("fused")
-    sd, theirs = load(source, CPU), in_diffusers(models, kind, source)
-    one, two = (random_expert(i, 2 + i, 2.0, sd.unet) for i in (1, 2))
+    unet, theirs = load_denoiser(source, CPU).unet, in_diffusers(models, kind, source)
+    one, two = (random_expert(i, 2 + i, 2.0, unet) for i in (1, 2))
     save_lora(Path("a"), one, {})
     # Ranks then differ from layer to layer.
     save_lora(Path("b"), {name: f for name, f in two.items() if "attn2" in name}, {})
@@ -2051,16 +2055,14 @@ def test_a_lora_draws_the_same_picture_everywhere(kind, layout, here, models):
     base = draw(theirs)
     theirs.load_lora_weights(here, weight_name="all.safetensors")
     pictures = draw(theirs)
-    lora.inject(sd.unet, match(sd.unet, load_lora(Path("all.safetensors"))[0], ""))
-    ours = sd.generate(PROMPTS[:1], [5], 3, 4.0, "ddim")
     command("merge all.safetensors --fuse {source} --out fused", source=source)
     if layout == "file":
         fused /= source.name
         old, new = load_file(source), load_file(fused)
         changed = [key[:9] for key in old if not torch.equal(old[key], new[key])]
         assert Counter(changed) == {"model.dif": len(one), "model_ema": len(one)}
-    assert furthest(draw(in_diffusers(models, kind, fused)), pictures) <= 2
-    assert furthest(ours, pictures) <= 2 < 3 < np.abs(base - pictures).mean()
+    found = draw(in_diffusers(models, kind, fused))
+    assert furthest(found, pictures) <= 2 < 3 < np.abs(base - pictures).mean()
 
 
 def test_a_single_file_may_leave_its_vae_to_a_folder(models, own_file):
@@ -2256,14 +2258,13 @@ def test_names_are_as_people_have_them(here):
 
 
 # What is broken, or of another kind
-@parametrize("kind, says, file, change", [(*row[:3], row[3:]) for row in CASES["torn"]])
-def test_nothing_loads_halfway(kind, says, file, change, here, models, clip, story):
-    source, line = {"model": (models("SD1", "folder"), "sample x --steps 1 --model m"),
-                    "file": (models("SD1", "file").parent,
-                             "sample x --steps 1 --model m/model.safetensors"),
-                    "LoRA": (story / "experts", "merge m/hate.safetensors --method sum"),
-                    "CLIP": (clip, "sample x --steps 1 --clipscore m")}[kind]
-    spoil(shutil.copytree(source, here / "m") / file, *change)
+@parametrize("line, says, file, change", [
+    (line, *row[:2], row[2:]) for line, rows in CASES["torn"].items() for row in rows])
+def test_nothing_loads_halfway(line, says, file, change, here, models, clip, story):
+    kind, _, line = line.partition(" ")
+    source = {"model": models("SD1", "folder"), "file": models("SD1", "file").parent,
+              "LoRA": story / "experts", "CLIP": clip}
+    spoil(shutil.copytree(source[kind], here / "m") / file, *change)
     assert re.search(says, refusal(line))
 
 
@@ -2326,10 +2327,11 @@ def test_json_is_not_always_json_lines(text, lines, here):
     assert list(found.refused.values()) == lines
 
 
-@parametrize("name, text, requests", CASES["requests"])
+@parametrize("name, text, requests", CASES["requests"].values(), ids=CASES["requests"])
 def test_a_list_of_prompts_is_a_prompt_file(name, text, requests, here):
     Path(name).write_text(text)
-    assert str(read_requests(Path(name))[0]) == requests
+    found = list(map(vars, read_requests(Path(name))[0]))
+    assert json.loads(json.dumps(found, default=sorted)) == requests    # sets are sorted
 
 
 LONG = "a red ball on a beach " * 6
@@ -2429,13 +2431,8 @@ def test_a_test_prompt_that_was_trained_on_measures_memory(in_greys):
 def test_a_benchmark_brings_its_own_seeds(here):
     """I2P: the row's seed and guidance, image k from seed + k; a repeated row counts as any other,
     or totals are not the published ones. index.jsonl draws them again."""
-    Path("i2p").write_text("prompt,categories,sd_seed,sd_guidance_scale,sd_image_width\n"
-                           '"a ball, red","hate, illegal activity",38,7.5,512\n'
-                           '"a ball, red",violence,38,7.5,512\na box,shocking,12,1,704\n')
-    requests, (repeats, sizes) = read_requests(Path("i2p"))
-    assert requests == [Request("a ball, red", {"hate", "illegal-activity"}, 38, 7.5),
-                        Request("a ball, red", {"violence"}, 38, 7.5),
-                        Request("a box", {"shocking"}, 12, 1)]
+    Path("i2p").write_text(CASES["requests"]["I2P"][1])
+    repeats, sizes = read_requests(Path("i2p"))[1]
     assert "1 of 3 rows repeat" in repeats and "1 of 3 rows name a size" in sizes
     command("sample --prompts i2p --steps 1 --images-per-prompt 2 --seed 1 --out a")
     jobs = [(row["seed"], row["guidance"]) for row in read_jsonl(Path("a/index.jsonl"))]
@@ -2474,13 +2471,7 @@ def test_asking_again_must_end():
                       "without a safe counterpart": 1}
 
 
-TEMPLATE = ("{% for m in messages %}USER {{ m.content }} {% endfor %}"
-            "{% if add_generation_prompt %}BOT{% endif %}")
-
-
-@parametrize("template, asked", [
-    ("", ["<s> <s> <s> a ring \n", "a blue box in park \n"]),
-    (TEMPLATE, ["<s> <s> <s> USER a ring BOT", "USER a blue box in park BOT"])])
+@parametrize("template, asked", CASES["chats"].items())
 def test_a_language_model_is_asked_as_it_was_taught(template, asked, tmp_path, monkeypatch):
     """Its answer is what comes after the question; without an end, half a line is no prompt."""
     ask, read = language_model.LanguageModel(strangers.write_language_model(tmp_path), CPU), []
