@@ -1727,7 +1727,8 @@ def test_previews_are_what_sample_draws_and_change_no_training(inside):
         assert furthest(drawn[place, :, 408:536:4], picture) <= 1
     plain, whole = contents("plain"), contents("whole")
     assert plain.items() <= whole.items()
-    command(line + "whole --steps 1")    # another expert, which nobody looked at
+    said = command(line + "whole --steps 1")    # another expert, which nobody looked at
+    assert "whole/hate.safetensors: will be replaced, since this changed: steps\n" in said
     assert plain.keys() == contents("whole").keys()
 
 
