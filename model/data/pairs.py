@@ -11,7 +11,8 @@ What it is:  pairs.jsonl, a row a pair: the prompts "safe" and "unsafe", the pic
 Gives:       prepare_folders(), make_images(), read(), finish() for make_data.py; paths_of(),
              read_pairs(); Pairs, read_latents().
 
-Letters: P pairs, C h w a latent's shape, L tokens, D context width, D' pooled width.
+rows: {concept: [row]}, of a Source (sources.py). Letters: P pairs, C h w a latent's shape, L tokens,
+D context width, D' pooled width.
 """
 from collections import Counter, defaultdict
 from functools import partial
@@ -58,7 +59,7 @@ def read(size: int, _, rows: list[dict]):
     return [[read_square(path, size) for path in row["sources"]] for row in rows]
 
 
-def prepare_folders(out: Path, rows: dict[str, list[dict]], made_with: dict, judge):
+def prepare_folders(out: Path, rows, made_with: dict, judge):
     """Removes images that were made with other settings or of other rows, and lists of pairs that
     another judge chose, and says so."""
     for concept in rows:
@@ -69,7 +70,7 @@ def prepare_folders(out: Path, rows: dict[str, list[dict]], made_with: dict, jud
         prepare(out / concept / "images", settings, ("*.png",))
 
 
-def make_images(out: Path, rows: dict[str, list[dict]], batch: int, start, work, workers: int):
+def make_images(out: Path, rows, batch: int, start, work, workers: int):
     """Writes what is not there yet of data/<concept>/images/; a pair of two categories is drawn
     once. start() and work(start(), rows) are run in worker processes."""
     key = lambda row: tuple(row.values())
@@ -194,7 +195,7 @@ def write_latents(data: Path, encoders_hash: str, sd: StableDiffusion, concept: 
                  {"encoders": encoders_hash, "pairs": sha256(folder / "pairs.jsonl")})
 
 
-def named_states(kind: str, prompt: Prompt) -> dict[str, torch.Tensor]:
+def named_states(kind: str, prompt: Prompt):
     """A prompt as tensors of a file: "safe" and "safe_pooled"."""
     return {kind: prompt.context, f"{kind}_pooled": prompt.pooled}
 
@@ -209,7 +210,7 @@ def current(folder: Path, encoders_hash: str) -> bool:
         return file.metadata() == made_from
 
 
-def finish(out: Path, rows: dict[str, list[dict]], judge, encoders_hash: str, start, workers: int):
+def finish(out: Path, rows, judge, encoders_hash: str, start, workers: int):
     """Makes pairs.jsonl and latents.safetensors of every concept whose images are there."""
     for concept in rows:
         if not (out / concept / "pairs.jsonl").is_file():
@@ -218,7 +219,7 @@ def finish(out: Path, rows: dict[str, list[dict]], judge, encoders_hash: str, st
     list(processes.spread(start, partial(write_latents, out, encoders_hash), todo, workers))
 
 
-def read_concept(data: Path, concept: str, encoders_hash: str) -> dict[str, torch.Tensor]:
+def read_concept(data: Path, concept: str, encoders_hash: str):
     """The tensors of data/<concept>/latents.safetensors, in the file's mapped memory."""
     rows, path = read_pairs(data, concept), data / concept / "latents.safetensors"
     if not current(path.parent, encoders_hash):

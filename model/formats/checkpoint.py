@@ -166,14 +166,14 @@ class Checkpoint:
             refuse(path, "its UNet has no attention in the middle, like that of a distilled model "
                          "(SSD-1B, Vega, small BK-SDM)")
 
-    def _parts_of_folder(self) -> dict[str, dict]:
+    def _parts_of_folder(self):
         self._check_inputs(self.config("unet").get("in_channels", 4))
         parts = list(PARTS)
         if not (self.path / "text_encoder_2").is_dir():    # SDXL's
             parts.remove("text_encoder_2")
         return {part: self._part_of_folder(part) for part in parts}
 
-    def _part_of_folder(self, part: str) -> dict:
+    def _part_of_folder(self, part: str):
         places = {}
         for path in part_files(self.side, part):
             with opened(path) as file:
@@ -186,7 +186,7 @@ class Checkpoint:
                 places[key] = path, [single_file.renamed(key, old).removeprefix(TEXT)]
         return places
 
-    def _parts_of_file(self) -> dict[str, dict]:
+    def _parts_of_file(self):
         with opened(self.path) as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
             prediction = PREDICTIONS.get((file.metadata() or {}).get(PREDICTION))
@@ -280,7 +280,7 @@ class Checkpoint:
         network.load_state_dict(fitting, strict=True, assign=True)
         return network
 
-    def tensors(self, part: str, device, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def tensors(self, part: str, device, dtype: torch.dtype):
         """A part's tensors by our names. Those that fit as they are stay in the mapped file: what
         is never used (most words, the VAE's other half) is never read."""
         tensors, places = {}, self.parts[part]

@@ -17,8 +17,8 @@ RESAMPLES = 2000
 EXPOSED = 25    # prompts, of which I2P takes the worst
 
 
-def wilson(hits: float, n: float) -> tuple[float, float]:
-    """95% Wilson score interval of a share hits / n, in [0, 1]: honest at 0 and at n."""
+def wilson(hits: float, n: float):
+    """(low, high): 95% Wilson score interval of a share hits / n, in [0, 1]: honest at 0 and n."""
     z, p = 1.96, hits / n
     scale = 1 + z * z / n
     middle = p + z * z / (2 * n)
@@ -42,8 +42,9 @@ def resampled(values, prompts):
     return (times * sums).sum(1) / (times * sizes).sum(1), sizes
 
 
-def mean_interval(values, prompts) -> tuple[float, float]:
-    """95% percentile interval of the mean of `values` [N], any unit: prompts resampled."""
+def mean_interval(values, prompts):
+    """(low, high): 95% percentile interval of the mean of `values` [N], any unit, over resampled
+    prompts."""
     low, high = np.percentile(resampled(values, prompts)[0], (2.5, 97.5))
     return float(low), float(high)
 
@@ -62,9 +63,9 @@ def effective(values, prompts) -> float:
     return float(min(max(most, fewest), len(values)))
 
 
-def share_interval(values, prompts) -> tuple[float, float]:
-    """95% interval of the share of ones in `values` [N], in [0, 1]: Wilson's, of effective()
-    pictures. (The percentile interval is [0, 0] where nothing was hit, too short where little.)"""
+def share_interval(values, prompts):
+    """(low, high): 95% interval of the share of ones in `values` [N], in [0, 1]: Wilson's, of
+    effective() pictures. (The percentile interval is [0, 0] where nothing was hit, too short where little.)"""
     n = effective(values, prompts)
     return wilson(float(np.mean(values)) * n, n)
 

@@ -63,13 +63,13 @@ def group(categories: set[str] | None) -> str:
     return "unlabelled" if categories is None else "all" if categories else "safe"
 
 
-def marks(verdict, request: Request) -> dict[str, bool]:
+def marks(verdict, request: Request):
     """A prompt of two categories counts in both, and once in "all"."""
     groups = [*sorted(request.categories or ()), group(request.categories)]
     return {f"{name}: IP": verdict.unsafe for name in groups}
 
 
-def toy_marks(verdict, request: Request) -> dict[str, bool]:
+def toy_marks(verdict, request: Request):
     """IP on seen and on held-out words, and on either in the held-out phrasing; scene: background,
     object and colour are all right; on safe prompts also whether the accessory, or nothing, is."""
     scene = world.parse(request.prompt)

@@ -107,14 +107,14 @@ class Seed(NamedTuple):
 
 # An experiment makes what it needs for a seed, and returns {row's title: Curve}.
 
-def rules(seed: Seed) -> dict[str, Curve]:
+def rules(seed: Seed):
     rows = {"base": seed.judge(None)}
     for name, (flags, strengths) in RULES.items():
         rows[name] = seed.judge(seed.merge(name, flags), strengths)
     return rows
 
 
-def joint(seed: Seed) -> dict[str, Curve]:
+def joint(seed: Seed):
     """All-single: one LoRA for as many steps as all experts together."""
     return {"joint": seed.judge(seed.joint("joint"), OF_JOINT)}
 

@@ -14,8 +14,8 @@ LEFT, RIGHT, UPPER, LOWER = 60, 620, 20, 440
 COLOURS = "#1f5fbf", "#d1402f", "#2b8a3e", "#8a4fbf", "#c77c11"
 
 
-def place(kept: float, harm: float) -> tuple[float, float]:
-    """In pixels; what was kept less stands on the edge."""
+def place(kept: float, harm: float):
+    """(x, y) in pixels; what was kept less stands on the edge."""
     right = max(0, kept - 80) / 20
     return LEFT + (RIGHT - LEFT) * right, UPPER + (LOWER - UPPER) * (1 - harm / 25)
 

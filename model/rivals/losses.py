@@ -31,7 +31,7 @@ def margin(winner, loser, winner_ref, loser_ref):
     return (winner_ref - loser_ref) - (winner - loser)
 
 
-def metrics_of(*errors, **more) -> dict[str, torch.Tensor]:
+def metrics_of(*errors, **more):
     """For the log, as dpo.py describes them: of errors in the order of margin(), and `more`."""
     names = "winner", "loser", "winner_ref", "loser_ref"
     return {**more, "accuracy": (margin(*errors) > 0).float(), "margin": margin(*errors),

@@ -58,7 +58,7 @@ def all_pairs(data: Path) -> list[dict]:
     return [pair for category in world.CATEGORIES for pair in read_pairs(data, category)]
 
 
-def texts_of(pairs: list[dict]) -> tuple[list[str], list[str]]:
+def texts_of(pairs: list[dict]):
     """The pairs' unsafe prompts, and their safe ones."""
     return [pair["unsafe"] for pair in pairs], [pair["safe"] for pair in pairs]
 

@@ -79,7 +79,7 @@ def text_parts(part: str, config: dict) -> dict:
             part.replace("text_encoder", "tokenizer"): tokenizer}
 
 
-def pipeline(configs: dict[str, dict]) -> diffusers.DiffusionPipeline:
+def pipeline(configs) -> diffusers.DiffusionPipeline:
     """A new Stable Diffusion of such configs as single_file.CONFIGS holds."""
     torch.manual_seed(0)
     parts = {"unet": diffusers.UNet2DConditionModel(**configs["unet"]),

@@ -50,7 +50,7 @@ def ones(value):
     return value
 
 
-def refuse_mixing(function, tensors: list[torch.Tensor]):
+def refuse_mixing(function, tensors):
     devices = {tensor.device.type for tensor in tensors if tensor.ndim}    # a CPU's scalar may join
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     if len(devices) > 1 and function.overloadpacket != aten.copy_:

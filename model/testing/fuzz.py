@@ -137,7 +137,7 @@ def fuzz_files(cases: int, folder: Path, story: Path) -> int:
     return refused
 
 
-def flags_of(script) -> list[argparse.Action]:
+def flags_of(script):
     with mock.patch.object(argparse.ArgumentParser, "parse_args", lambda parser, argv: parser):
         actions = script.parse_arguments()._actions
     return [action for action in actions if action.dest not in ("help", "compile")]

@@ -87,7 +87,7 @@ def parameters_of(image, loras: list[tuple], model_hash: str, prompt: str,
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in made.items())])
 
 
-def blank(width: int, height: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+def blank(width: int, height: int):
     image = Image.new("RGB", (width, height), "white")
     return image, ImageDraw.Draw(image)
 

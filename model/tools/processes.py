@@ -143,7 +143,7 @@ def local_device(name: str) -> str:
     return f"cuda:{local}" if given else name
 
 
-def sum_over_all(tensors: list[torch.Tensor]):
+def sum_over_all(tensors):
     """Each tensor becomes its sum over all processes, in place: one message for them all."""
     if WORLD == 1:
         return

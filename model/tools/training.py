@@ -115,8 +115,8 @@ def auto_beta(reference, pairs, schedule, device: torch.device, name: str) -> fl
     return float(f"{2 / delta:.3g}")
 
 
-def ratios(row: dict[str, float]) -> dict[str, float]:
-    """The errors in a row of the log as shares of the reference's."""
+def ratios(row):
+    """{what: the errors in a row of the log as shares of the reference's}"""
     return {f"{key}'s error / reference's": row[key] / row[f"{key}_ref"]
             for key in row if f"{key}_ref" in row}
 
@@ -129,7 +129,7 @@ def write_log(path: Path, log: list[dict]):
     curves(path.with_suffix(".png"), {key: of_key(key) for key in rows[0]})
 
 
-def mean_row(rows: list[dict]) -> dict[str, float]:
+def mean_row(rows: list[dict]):
     mean = lambda key: sum(row.get(key, 0) for row in rows) / len(rows)
     return {key: mean(key) for key in rows[0]}
 

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
-def vocabulary(merges: list[tuple[str, str]]):
+def vocabulary(merges):
     """{token: id}: 0..255 bytes, 256..511 bytes that end a word, then one for each merge, V-2
     start, V-1 end of text, which also pads: the text encoder's bos, eos and pad ids."""
     symbols = sorted(ByteLevel.alphabet())    # CLIP's order: printable Latin-1 comes first
@@ -27,14 +27,14 @@ def vocabulary(merges: list[tuple[str, str]]):
     return {token: i for i, token in enumerate(dict.fromkeys([*tokens, START, END]))}
 
 
-def pieces_of(word: str, merges: list[tuple[str, str]]) -> list[str]:
+def pieces_of(word: str, merges) -> list[str]:
     model = BPE(vocabulary(merges), merges, end_of_word_suffix="</w>")
     return [token.value for token in model.tokenize(word)]
 
 
-def merges_for(words: list[str]) -> list[tuple[str, str]]:
-    """Those that make one token of each word of letters a to z, and of each part of a hyphenated
-    one."""
+def merges_for(words: list[str]):
+    """Those (piece, piece) that make one token of each word of letters a to z, and of each part of
+    a hyphenated one."""
     # A word's merges cannot be listed alone: "ca" from "cat" would break up "s-c-ar". So each word
     # is first cut by all earlier merges, and only the pieces that are left get new ones. Those rank
     # behind: no earlier word changes.

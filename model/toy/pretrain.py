@@ -50,7 +50,7 @@ def write_weights(path: Path, module: torch.nn.Module):
     module.float()
 
 
-def random_scene(rng: np.random.Generator, harm: float, extra: float) -> world.Scene:
+def random_scene(rng, harm: float, extra: float) -> world.Scene:
     """With a harm, where a random number is below `harm`; else below `extra` with an accessory."""
     kind = rng.random()
     return world.random_scene(rng, EXTRAS[0 if kind < harm else 1 if kind < extra else 2])
@@ -124,7 +124,7 @@ def normalise_latents(vae: VAE, images):
     vae.config["scaling_factor"] = round(1 / z.std().item(), 5)
 
 
-def judge_example(rng: np.random.Generator):
+def judge_example(rng):
     """One training image with its labels {head: class}; a class of Ellipsis is not trained on.
 
     Beyond clean images of scenes: half-way ones between the unsafe and the safe image of a
@@ -173,7 +173,7 @@ def label_of_rest(left: float, label: str):
     return NOTHING if left < 0.05 else ...
 
 
-def rubbish(image, rng: np.random.Generator):
+def rubbish(image, rng):
     """An image in which nothing can be recognised."""
     kind = rng.integers(6)
     if kind == 0:    # noise

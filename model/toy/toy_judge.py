@@ -25,8 +25,8 @@ HEADS = {"background": (*BACKGROUNDS, None), "colour": (*COLOURS, None),
          "category": (NOTHING, *CATEGORIES, None)}
 
 
-def labels_of(scene: Scene) -> dict[str, str]:
-    """The scene's class for each head."""
+def labels_of(scene: Scene):
+    """{head: the scene's class}"""
     accessory = NOTHING if scene.category else scene.extra or NOTHING
     return {"background": scene.background, "colour": scene.colour, "object": scene.object,
             "accessory": accessory, "category": scene.category or NOTHING}
@@ -52,9 +52,9 @@ class Verdict:
         """The harm's category, or else the accessory."""
         return (self.accessory if self.category == NOTHING else self.category) or "unclear"
 
-    def right(self, scene: Scene) -> dict[str, bool]:
-        """Which attributes are what the scene asks for. An accessory that it does not ask for, or a
-        harm, is wrong."""
+    def right(self, scene: Scene):
+        """{head: whether it is what the scene asks for}. An accessory that it does not ask for, or
+        a harm, is wrong."""
         return {head: getattr(self, head) == value for head, value in labels_of(scene).items()}
 
 

@@ -334,7 +334,7 @@ def _paste(image, sprite, x: int, y: int):
     region[:] = region * (1 - alpha) + rgb
 
 
-def tint_of(word: str) -> tuple[int, int, int]:
-    """The tint of a concept word: its place in its category, rotated by the category's place."""
+def tint_of(word: str):
+    """(R, G, B) of a concept word: by its place in its category, rotated by the category's."""
     category = CATEGORY_OF[word]
     return TINTS[(CATEGORIES[category].index(word) + list(CATEGORIES).index(category)) % len(TINTS)]

@@ -55,7 +55,7 @@ def measured(job: str) -> list[float]:
     return [ready, first, figures[-2], peak]
 
 
-def compare(rounds: int, jobs: dict[str, str]):
+def compare(rounds: int, jobs):
     """Runs these jobs, by their labels, and prints their table."""
     figures = {label: [] for label in jobs}
     for _ in range(rounds):
