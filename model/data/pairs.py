@@ -11,8 +11,8 @@ What it is:  pairs.jsonl, a row a pair: the prompts "safe" and "unsafe", the pic
 Gives:       prepare_folders(), make_images(), read(), finish() for make_data.py; paths_of(),
              read_pairs(); Pairs, read_latents().
 
-rows: {concept: [row]}, of a Source (sources.py). Letters: P pairs, C h w a latent's shape, L tokens,
-D context width, D' pooled width.
+rows: {concept: [row]}, of a Source (sources.py). Letters: P pairs, C h w a latent's shape, L
+tokens, D context width, D' pooled width.
 """
 from collections import Counter, defaultdict
 from functools import partial

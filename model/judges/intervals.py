@@ -65,7 +65,8 @@ def effective(values, prompts) -> float:
 
 def share_interval(values, prompts):
     """(low, high): 95% interval of the share of ones in `values` [N], in [0, 1]: Wilson's, of
-    effective() pictures. (The percentile interval is [0, 0] where nothing was hit, too short where little.)"""
+    effective() pictures. (The percentile interval is [0, 0] where nothing was hit, too short where
+    little.)"""
     n = effective(values, prompts)
     return wilson(float(np.mean(values)) * n, n)
 
