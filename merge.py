@@ -16,7 +16,6 @@ Gives:       merged.safetensors; its rank is the sum of ranks, it is exact but f
 
 Letters: n experts (in shapes: of a layer), r rank, R the sum, N rows of an input, I, O widths.
 """
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,7 +37,7 @@ from model.stable_diffusion import Denoiser, at_once, load_denoiser, skeleton
 from model.tools.command import (BadInput, Parser, check_read, finite_float, fraction, named,
                                  open_fraction, positive_int, run)
 from model.tools.device import device_and_precision
-from model.tools.files import sha256
+from model.tools.files import Sums, sha256
 from model.tools.processes import in_threads, processes_for
 from model.tools.training import generator
 
@@ -99,8 +98,7 @@ class Statistic:
               the layer wants nothing changed on its inputs
     """
     def __init__(self, solving: bool):
-        self.solving, self.M = solving, 0.0
-        self.products, self.activity = defaultdict(float), defaultdict(float)
+        self.solving, self.M, self.products, self.activity = solving, 0.0, Sums(), Sums()
 
     def add(self, x: torch.Tensor, weight: float, i: int, f: Factors | None):
         """x [N, I]: what the layer multiplies; f: of expert i, which was trained to change it."""
@@ -109,15 +107,14 @@ class Statistic:
             self.M += weight * x.T @ x
         if f:
             narrow = x @ f.down.to(x.device).T    # [N, r]
-            self.products[i] += weight * narrow.T @ x
+            self.products.add(i, weight * narrow.T @ x)
             if not self.solving:
                 change = f.scale * narrow @ f.up.to(x.device).T    # [N, O]
-                self.activity[i] += weight * change.abs().sum(0)
+                self.activity.add(i, weight * change.abs().sum(0))
 
     def wanted(self, parts: list[Factors]) -> Factors:
         """sum_i delta W_i G_i, as factors of scale 1: B = [s_1 B_1, ...], A = [A_1 G_1; ...]."""
-        return add_changes([f._replace(down=product.cpu())
-                            for f, product in zip(parts, self.products.values())])
+        return add_changes([f._replace(down=p) for f, p in zip(parts, self.products.values())])
 
     def overlaps(self, parts: list[Factors], f: Factors) -> torch.Tensor:
         """[n, n]: E_i <delta W_i x, delta W'_j x>, how much of what expert i wants the change
@@ -185,8 +182,8 @@ def co_merge(parts, layer):
     """Co-Merge [our reconstruction from the paper's captions]. Each output unit goes to the expert
     that is most active there on its own inputs; every other expert's row is dropped. One factor
     gamma makes up for what they all lose [ours; README, eq. 9]."""
-    activity = torch.stack(list(layer.statistic.activity.values()))    # [n, O]
-    merged = keep_rows(parts, activity.argmax(0).cpu())    # of equals the first
+    activity = torch.stack(layer.statistic.activity.values())    # [n, O]
+    merged = keep_rows(parts, activity.argmax(0))    # of equals the first
     energy = layer.statistic.overlaps(parts, add_changes(parts)).diagonal().sum()
     kept = layer.statistic.overlaps(parts, merged).sum()
     # Rows dealt out among n experts with nothing in common need n; more would blow up noise. And

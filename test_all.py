@@ -739,8 +739,9 @@ def test_strength_is_not_raised_without_bound():
     for share, factor in ((3, 2.5), (-0.8, 3), (-2, 1)):    # (1 + share^2) / (1 + share)
         parts = [f._replace(up=times * f.up) for times in (1, share, 0)]
         statistic = merge.Statistic(False)
-        statistic.activity = dict.fromkeys(range(3), torch.ones(8))
-        statistic.products = dict.fromkeys(range(3), f.down)    # of inputs with E x x^T = 1
+        for i in range(3):    # of inputs with E x x^T = 1
+            statistic.activity.add(i, torch.ones(8))
+            statistic.products.add(i, f.down)
         merged = merge.co_merge(parts, merge.Layer(5, None, None, statistic))
         assert far(merged.delta(), factor * f.delta()) < 1e-6
 

@@ -2,7 +2,7 @@
 
 Needs:       torch, safetensors.
 Gives:       replacing(), check_folder(), file_name(); save_tensors(), opened(), finite(),
-             places(), read_tensors(); read_json(), write_json(), read_jsonl(), write_jsonl();
+             places(), read_tensors(), Sums; read_json(), write_json(), read_jsonl(), write_jsonl();
              sha256(), short_hash(), tensors_hash(); prepare(), clean().
 """
 import contextlib
@@ -13,6 +13,8 @@ import os
 import re
 import shutil
 import sys
+import tempfile
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -221,6 +223,39 @@ def read_tensors(files, wanted: list[Place]):
         parts = block.split([math.prod(place.shape) for place in run], 1)
         tensors |= {place.key: part for place, part in zip(run, parts)}
     return tensors
+
+
+@lru_cache
+def scratch():
+    """A file of this process without a name, and its lock."""
+    return tempfile.TemporaryFile(), threading.Lock()
+
+
+class Sums:
+    """{key: a sum of tensors, fp32}. They lie in scratch(), so that memory holds none of them."""
+
+    def __init__(self):
+        self.places = {}    # {key: (first byte, shape)}
+
+    def add(self, key, x: torch.Tensor):
+        """x: on any device; of one shape for a key."""
+        file, lock = scratch()
+        x = x.cpu() + self[key] if key in self.places else x.cpu()
+        with lock:
+            begin, _ = self.places.setdefault(key, (file.seek(0, os.SEEK_END), x.shape))
+            file.seek(begin)
+            file.write(x.contiguous().numpy().data)
+
+    def __getitem__(self, key) -> torch.Tensor:
+        (file, lock), (begin, shape) = scratch(), self.places[key]
+        x = torch.empty(shape)
+        with lock:
+            file.seek(begin)
+            file.readinto(x.numpy())
+        return x
+
+    def values(self) -> list[torch.Tensor]:
+        return [self[key] for key in self.places]
 
 
 def json_object(data: bytes, what: str, cure: str) -> dict:
