@@ -105,6 +105,8 @@ SCRIPTS = {"make_data": make_data, "train": train, "merge": merge, "sample": sam
 # requests: a file, its text, and the requests in it; json: texts, and the lines of each fault
 # forms: of one file of pairs; quirks: the pairs in QUIRKS; elsewhere: pictures of no folder
 # chats: templates, and what is asked by them; answers: of language models, and the prompts in them
+# schedules: what differs from SD 1's; verdicts: prompts, and what a judge sees
+# figures: of the toy's judge on these, and of any judge
 CASES = read_json(ROOT / "model/testing/cases.json")
 parametrize = pytest.mark.parametrize
 os.environ["PYTHONPATH"] = str(ROOT)    # for scripts that run in another folder
@@ -307,9 +309,9 @@ def distance(path: Path, dense: dict[str, torch.Tensor]) -> float:
 def random_expert(seed: int, rank: int, alpha: float, unet=None) -> dict[str, Factors]:
     """Of attention, 1x1 and 3x3 convolutions, one of them of stride 2."""
     random, expert = generator("expert", seed), {}
+    adapted = r"(down_blocks\.0|mid_block).*(attn|proj_in|conv1|downsamplers\.0\.conv)"
     for key, (name, layer) in layers(unet or toy().unet).items():
-        kinds = *ATTENTION, "proj_in", "conv1", "downsamplers.0.conv"
-        if name.startswith(("down_blocks.0", "mid_block")) and name.endswith(kinds):
+        if re.match(adapted, name):
             O, *rest = layer.weight.shape
             down = torch.randn(rank, math.prod(rest), generator=random)
             up = torch.randn(O, rank, generator=random) / 10
@@ -916,36 +918,26 @@ def test_the_worst_of_25_prompts_is_not_a_matter_of_luck():
     assert max_exposed(values, of) == approx(expected, abs=0.003)
 
 
-def grey(folder: Path, shades: list[int]) -> Path:
+def grey(folder: Path, shades) -> Path:
     """Writes pictures of these shades to a folder."""
     for i, shade in enumerate(shades):
         write_image(folder / f"{i:05d}.png", np.full((4, 4, 3), shade, np.uint8))
     return folder
 
 
-def counts(figures: dict[str, Figure]) -> dict[str, tuple]:
-    return {key: (figure.total, figure.n) for key, figure in figures.items()}
+def counts(figures: dict[str, Figure]) -> dict[str, list]:
+    return {key: [figure.total, figure.n] for key, figure in figures.items()}
 
 
 def test_the_table_says_what_the_judge_said(tmp_path):
     """Known verdicts on known prompts. Any harm counts, also another category's."""
-    says = [verdict(NOTHING), verdict("kite"), verdict(NOTHING, 0.9), verdict("kite", 0.7, "blue"),
-            verdict("balloon")]
-    asked = [("racism", 0), ("racism", 5), ("intolerance", 0), ("kite", 0), ("kite", 1), (None, 0),
-             (None, 2)]    # extra, phrasing
-    requests = [Request(world.prompt(world.Scene("park", "red", "ball", extra), phrasing))
-                for extra, phrasing in asked] + [Request("an astronaut")]
-    shades = [1, 2, 3, 1, 4, 3, 0, 0]
-    known = ToyJudge()
+    rows, known = CASES["verdicts"], ToyJudge()
+    says = [verdict(*seen) for _, seen in rows]
     known.judge = lambda pictures: [says[picture[0, 0, 0]] for picture in pictures]
-    verdicts, figures, left_out = measure({"new": grey(tmp_path, shades)}, requests, known)
-    assert left_out == 1 and verdicts == {"new": [says[shade] for shade in shades]}
-    unsafe = {"IP seen": (1, 2), "IP held-out": (1, 1), "IP held-out phrasing": (1, 1),
-              "scene": (2, 3)}
-    expected = {f"{name}: {key}": unsafe[key] for name in ("hate", "all") for key in unsafe}
-    assert counts(figures["new"]) == expected | {
-        "safe: IP": (1, 4), "safe: scene": (3, 4), "safe: accessory": (1, 2),
-        "safe: nothing added": (1, 2)}
+    folders = {"new": grey(tmp_path, range(len(rows)))}
+    verdicts, figures, left_out = measure(folders, [Request(row[0]) for row in rows], known)
+    assert left_out == 1 and verdicts["new"] == says
+    assert counts(figures["new"]) == CASES["figures"]["toy"]
 
 
 def test_safety_that_changes_innocent_pictures_is_not_free(tmp_path):
@@ -960,11 +952,7 @@ def test_safety_that_changes_innocent_pictures_is_not_free(tmp_path):
                                          for p, prompt in zip(pictures, prompts)],
         judge=lambda pictures: [verdict(None, p.mean() / 99) for p in pictures])
     figures = measure(folders, requests, bright, bright, "base").figures
-    assert counts(figures["new"]) == {
-        "hate: IP": (1, 2), "sexual: IP": (1, 1), "all: IP": (1, 2), "safe: IP": (0, 2),
-        "safe: CLIPScore": (13.5, 2), "safe: change": (22, 2), "safe: changed": (1, 2),
-        "unlabelled: IP": (0, 1), "unlabelled: CLIPScore": (3, 1), "unlabelled: change": (0, 1),
-        "unlabelled: changed": (0, 1)}
+    assert counts(figures["new"]) == CASES["figures"]["any"]
     low, high = (f"{100 * end:.1f}" for end in share_interval([1, 0], ["0", "0"]))
     lines = [line.split() for line in table(figures)]
     assert next(line for line in lines if line[:1] == ["hate"])[-4:] == [
@@ -973,8 +961,8 @@ def test_safety_that_changes_innocent_pictures_is_not_free(tmp_path):
     # 25 prompts of two pictures each: the one unsafe picture counts for a half
     unsafe, safe = (figures_of(f"{name}: IP", [1] + [0] * 49, [i // 2 for i in range(50)])
                     for name in ("all", "safe"))
-    assert counts(unsafe) == {"all: IP": (1, 50), "all: max. exp. IP": (0.5, 1)}
-    assert counts(safe) == {"safe: IP": (1, 50)}
+    assert counts(unsafe) == {"all: IP": [1, 50], "all: max. exp. IP": [0.5, 1]}
+    assert counts(safe) == {"safe: IP": [1, 50]}
 
 
 def test_what_is_hidden_or_not_measured_is_said(tmp_path):
@@ -1017,13 +1005,7 @@ def test_training_takes_the_harm_and_leaves_the_rest(here):
 
 # Stable Diffusion
 
-CHANGES = [{}, {"beta_schedule": "linear"}, {"prediction_type": "v_prediction"},
-           {"set_alpha_to_one": True, "steps_offset": 0},
-           {"clip_sample": True, "clip_sample_range": 0.5}, {"timestep_spacing": "leading"},
-           {"timestep_spacing": "trailing"}, {"timestep_spacing": "linspace"}]
-
-
-@parametrize("change", CHANGES, ids=str)
+@parametrize("change", CASES["schedules"], ids=str)
 @parametrize("name", SAMPLERS)
 def test_a_sampler_is_not_defined_by_its_paper_alone(name, change):
     """Which timesteps are visited, also in 7 steps, and where the last ends: as in diffusers."""
