@@ -48,8 +48,9 @@ def ties(parts, layer):
 def dare(parts, layer):
     """Drop entries of each delta W_i at random; rescale the rest by 1/density, so that the mean
     over all draws is delta W_i; and sum."""
-    total, density = 0.0, layer.density or 0.5
+    density = layer.density or 0.5
+    total = torch.zeros(len(parts[0].up), parts[0].down.shape[1])
     for f in parts:
-        kept = torch.rand(len(f.up), f.down.shape[1], generator=layer.rng).lt_(density)    # 1, 0
-        total += kept.mul_(f.delta())
+        kept = torch.rand(total.shape, generator=layer.rng).lt_(density)    # 1, 0
+        total.addcmul_(kept, f.delta())
     return dense(total / density, parts[0].kernel)
