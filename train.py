@@ -22,7 +22,7 @@ from tqdm import tqdm
 import lora
 from dpo import LOSSES, Batch
 from model.data.pairs import Pairs, read_latents
-from model.data.preview import keep, previewer
+from model.data.preview import previewer
 from model.formats.checkpoint import encoder_files, unet_files
 from model.formats.lora_file import save
 from model.schedule import NoiseSchedule, stratified_times
@@ -199,14 +199,14 @@ def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
     denoiser.unet.checkpointing = s.checkpointing
     if s.compile:
         denoiser.unet.compile()
-    show = previewer(resume_file, denoiser, s.data, concepts[0], pairs.winner.shape[-1], s.preview)
+    show = previewer(path.with_suffix(".preview.png"), denoiser, s.data, concepts[0],
+                     pairs.winner.shape[-1], s.preview)
     log = train(denoiser, parameters, pairs, loss_function, resume_file, recipe, s.seed,
                 precision=s.precision, beta=s.beta, lr=s.lr, steps=steps, batch_size=s.batch,
                 accumulate=s.accumulate, caption_dropout=s.caption_dropout,
                 constant=s.schedule == "constant", show=show)
     if processes.RANK == 0:
         write_expert(path, denoiser, recipe, log)
-        keep(resume_file, path)
         forget(resume_file)
     return f"{path}: {summary(log)}"
 

@@ -1,6 +1,6 @@
 """What a LoRA draws while it is trained: a sheet that grows by a row every few steps.
 
-Gives:       previewer(), keep() for train.py.
+Gives:       previewer() for train.py.
 
 A row shows the unsafe and the safe prompts of the first pairs, from the pairs' own seeds: row 0, of
 step 0, is what the base model draws. Nothing is blurred, as on the data's sheet.png.
@@ -17,16 +17,15 @@ from model.toy import usual_settings
 PAIRS = 2    # of which both prompts are drawn
 
 
-def unfinished(resume_file: Path) -> Path:
-    return resume_file.with_suffix(".preview.png")
-
-
-def previewer(resume_file: Path, model: Denoiser, data: Path, concept: str, side: int,
+def previewer(path: Path, model: Denoiser, data: Path, concept: str, side: int,
               every: int | None) -> Callable:
     """show(bar) yields the bar's steps, and before every so many of them, and after the last, draws
-    a row with the LoRA as it is then; rows below it, of a training that was interrupted, go. Random
-    numbers are those of the seeds alone: training stays the same. One process draws, and needs a
-    StableDiffusion; none does where `every` is None. side: of a latent."""
+    a row of the sheet `path` with the LoRA as it is then; rows below it, of a training that was
+    interrupted, go. Random numbers are those of the seeds alone: training stays the same. One
+    process draws, and needs a StableDiffusion; where `every` is None none does, and a sheet of an
+    expert before goes. side: of a latent."""
+    if every is None:
+        path.unlink(missing_ok=True)
     if every is None or processes.RANK > 0:
         return iter
     rows = read_pairs(data, concept)[:PAIRS]
@@ -37,7 +36,7 @@ def previewer(resume_file: Path, model: Denoiser, data: Path, concept: str, side
         images = model.generate(prompts, seeds, *usual_settings(model.path),
                                 size=side * model.reduction)
         cells = [(*cell, (f"step {step}", "gray")) for cell in zip(images, prompts)]
-        sheet(unfinished(resume_file), cells, len(cells), row=-(-step // every))
+        sheet(path, cells, len(cells), row=-(-step // every))
 
     def show(bar):
         for step in bar:
@@ -46,11 +45,3 @@ def previewer(resume_file: Path, model: Denoiser, data: Path, concept: str, side
             yield step
         draw(bar.total)
     return show
-
-
-def keep(resume_file: Path, expert: Path):
-    """Puts the finished sheet beside its expert; in any case, that of an expert before it goes."""
-    path = expert.with_suffix(".preview.png")
-    path.unlink(missing_ok=True)
-    if unfinished(resume_file).is_file():
-        unfinished(resume_file).rename(path)

@@ -88,8 +88,8 @@ def finished(path: Path, recipe: dict) -> bool:
 
 
 def forget(path: Path):
-    """Removes a state, and the unfinished LoRA, log, curves and previews beside it."""
-    for suffix in (".resume", ".safetensors", ".jsonl", ".png", ".preview.png"):
+    """Removes a state, and the unfinished LoRA, log and curves beside it."""
+    for suffix in (".resume", ".safetensors", ".jsonl", ".png"):
         path.with_suffix(suffix).unlink(missing_ok=True)
 
 
