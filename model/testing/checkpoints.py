@@ -142,9 +142,9 @@ def unet_blocks(levels: int, first_up: int):
              "mid_block.attentions.0": "middle_block.1"}
     for b in range(levels):
         for j in range(3):
-            for place, layers in enumerate(("resnets", "attentions")):
-                names[f"down_blocks.{b}.{layers}.{j}"] = f"input_blocks.{3 * b + j + 1}.{place}"
-                names[f"up_blocks.{b}.{layers}.{j}"] = f"output_blocks.{3 * b + j}.{place}"
+            for place, kind in enumerate(("resnets", "attentions")):
+                names[f"down_blocks.{b}.{kind}.{j}"] = f"input_blocks.{3 * b + j + 1}.{place}"
+                names[f"up_blocks.{b}.{kind}.{j}"] = f"output_blocks.{3 * b + j}.{place}"
         names[f"down_blocks.{b}.downsamplers.0.conv"] = f"input_blocks.{3 * b + 3}.0.op"
         place = 2 if b else first_up
         names[f"up_blocks.{b}.upsamplers.0.conv"] = f"output_blocks.{3 * b + 2}.{place}.conv"
