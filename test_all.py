@@ -2430,7 +2430,7 @@ def test_asking_again_must_end():
     assert asked == [(1, 100), (1, 101), (1, 102), (1, 103), (3, 104), (2, 105), (2, 106), (2, 107)]
     assert [(row["unsafe"], row["safe"]) for row in rows] == [
         ("A Red Box", "a green box"), (ball, answers[107])]
-    assert counts == {"answers": 13, "refusals": 4, "empty": 0, "duplicates": 9, "echoes": 4,
+    assert counts == {"answers": 13, "refusals": 4, "duplicates": 9, "echoes": 4,
                       "without a safe counterpart": 1}
 
 
@@ -2654,7 +2654,7 @@ def test_a_pickle_is_read_without_being_run(protocol, kind, clip, here):
 # A GPU, without one
 CUDA = [    # bf16, or fp16 of a GPU that lacks it; two steps are interrupted between them
     "fp16 make_data --prompts p --steps 1 --out data",
-    "bf16 train --batch 2 --steps 2 --checkpointing --out a",
+    "bf16 train --batch 2 --steps 2 --checkpointing --preview 2 --out a",
     "fp16 train --batch 2 --steps 1 --loss model.rivals.losses.duo --out b",
     "bf16 merge a b --method solve --fuse {model} --out fused",
     "bf16 sample red,box,park --lora a/hate.safetensors --steps 1 --size 32 --judge "

@@ -167,9 +167,7 @@ def prompts_of(ask, instructions: list[str], tokens: int, seed: int, counts: Cou
     answers, found = ask(instructions, tokens, seed) if instructions else [], []
     for prompts, why in map(parse, answers):
         found.append([prompt for prompt in prompts if not is_echo(prompt)])
-        counts["answers"] += 1
-        counts["refusals"] += why == "refusals"
-        counts["empty"] += why == "empty"
+        counts.update(filter(None, ["answers", why]))
         counts["echoes"] += len(prompts) - len(found[-1])
     return found
 

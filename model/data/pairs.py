@@ -40,10 +40,6 @@ def paths_of(folder: Path, number: int) -> list[Path]:
     return [folder / f"images/{number:05d}_{kind}.png" for kind in ("safe", "unsafe")]
 
 
-def complete(folder: Path, number: int) -> bool:
-    return all(path.is_file() for path in paths_of(folder, number))
-
-
 def read_square(path: Path, size: int) -> np.ndarray | None:
     """As its writer saw it, cropped in the middle to a square of `size`; None where it cannot be
     read, or a part of it is transparent."""
@@ -96,7 +92,8 @@ def make_images(out: Path, rows, batch: int, start, work, workers: int):
 
 def list_pairs(folder: Path, rows: list[dict], judge) -> str:
     """Judges the images; writes sheet.png and pairs.jsonl. Returns a line that counts the pairs."""
-    numbers = [number for number in range(len(rows)) if complete(folder, number)]
+    numbers = [number for number in range(len(rows))
+               if all(path.is_file() for path in paths_of(folder, number))]
     counts, kept = Counter({"not readable": len(rows) - len(numbers)}), []
     for number, reasons in judged(folder, numbers, judge):
         counts.update(reasons)
