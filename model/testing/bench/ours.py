@@ -8,6 +8,7 @@ import merge
 import train
 from dpo import diffusion_dpo
 from model.data.pairs import Pairs
+from model.formats.experts import Experts
 from model.stable_diffusion import load, load_denoiser
 from model.text import Prompt
 from model.tools.device import device_and_precision
@@ -57,4 +58,26 @@ def combine(experts: str, *flags: str):
     args = merge.parse_arguments([experts, *flags, "--out", f"{experts}/merged/out.safetensors"])
     yield
     merge.main(args)
+    yield
+
+
+@torch.no_grad()
+def calibrated(folder: str, experts: str, method: str):
+    """First all of calibration but the base pass: a forward of one image of 64 px is run before,
+    and its layers' inputs serve for every expert. Last the merge, from files to memory."""
+    denoiser = load_denoiser(Path(folder), torch.device("cpu"))
+    experts = Experts([Path(experts)], [1.0])
+    adaptable, met = lora.layers(denoiser.unet), {}
+    for name in experts.names:
+        adaptable[name][1].register_forward_pre_hook(
+            lambda layer, args, name=name: met.update({name: lora.rows(layer, args[0])}))
+    denoiser.predict(torch.randn(1, 4, 8, 8), torch.tensor([500]), random_prompt(denoiser.unet, 1))
+    statistics = {name: merge.Statistic(method != "co-merge") for name in met}
+    yield
+    for i in range(len(experts)):
+        for name, f in experts.lora(i).items():
+            statistics[name].add(met[name], 1.0, i, f)
+    yield
+    torch.set_num_threads(1)
+    merge.merge(experts, merge.RULES[method], statistics, None, None, 0)
     yield
