@@ -93,7 +93,7 @@ class Statistic:
     G_i = E_i x x^T [I, I].
 
     products  {i: A_i G_i [r, I]}, of the experts that adapt the layer
-    activity  {i: E_i |delta W_i x| [O]}, for Co-Merge
+    activity  {i: E_i |delta W_i x| [O]}, for Co-Merge; both on disk (Sums), for hundreds
     M [I, I]  sum_i (G_i + lambda G_i,safe), to solve with; of ALL experts: one that does not adapt
               the layer wants nothing changed on its inputs
     """
