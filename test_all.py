@@ -309,16 +309,12 @@ def distance(path: Path, dense: dict[str, torch.Tensor]) -> float:
 
 def random_expert(seed: int, rank: int, alpha: float, unet=None) -> dict[str, Factors]:
     """Of attention, 1x1 and 3x3 convolutions, one of them of stride 2."""
-    random, expert = generator("expert", seed), {}
-    adapted = r"(down_blocks\.0|mid_block).*(attn|proj_in|conv1|downsamplers\.0\.conv)"
-    for key, (name, layer) in layers(unet or toy().unet).items():
-        if re.match(adapted, name):
-            O, *rest = layer.weight.shape
-            down = torch.randn(rank, math.prod(rest), generator=random)
-            up = torch.randn(O, rank, generator=random) / 10
-            of_layer = 2 * alpha if rest[1:] else alpha
-            expert[key] = Factors(down, up, of_layer, tuple(rest[1:]))
-    return expert
+    adapted = r"(down_blocks_0|mid_block).*(attn|proj_in|conv1|downsamplers_0_conv)"
+    drawn = partial(torch.randn, generator=generator("expert", seed))
+    return {name: f._replace(down=drawn(rank, f.down.shape[1]), up=drawn(len(f.up), rank) / 10,
+                             alpha=alpha * (1 + len(f.kernel) / 2))
+            for name, f in checkpoints.every_layer(unet or toy().unet).items()
+            if re.match(adapted, name)}
 
 
 def error(output, target) -> torch.Tensor:
@@ -719,18 +715,11 @@ def test_solving_gives_the_same_bytes():
 
 
 def test_a_convolution_multiplies_the_pixels_under_its_kernel():
-    layer, x = nn.Conv2d(3, 5, 3, 2, 1, bias=False), normal("x", 2, 3, 9, 7)
-    product = lora.rows(layer, x) @ layer.weight.flatten(1).T
-    assert far(product, layer(x).movedim(1, -1).flatten(0, -2)) < 1e-5
-
-
-def test_every_layer_of_a_unet_can_be_adapted():
-    """conv_in and the time's layers too, whose weights the UNet may not look at by itself."""
-    denoiser = load_denoiser(TOY, CPU)
-    inputs = *INPUTS[:2], Prompt(INPUTS[2])
-    changes, wanted = checkpoints.every_layer(denoiser.unet), denoiser.predict(*inputs)
-    assert len(lora.inject(denoiser.unet, changes)) == 2 * len(changes)
-    assert torch.equal(denoiser.predict(*inputs), wanted)
+    """And a linear layer its input's tokens, in the order of its output's."""
+    for layer, x in ((nn.Conv2d(3, 5, 3, 2, 1, bias=False), normal("x", 2, 3, 9, 7)),
+                     (nn.Linear(3, 5, bias=False), normal("x", 2, 9, 3))):
+        product, y = lora.rows(layer, x) @ layer.weight.flatten(1).T, layer(x)
+        assert far(product, (y.movedim(1, -1) if y.ndim > 3 else y).flatten(0, -2)) < 1e-5
 
 
 def test_strength_is_not_raised_without_bound():
@@ -753,13 +742,6 @@ def test_trimming_is_exact():
         least = delta.abs().flatten().topk(max(1, int(share * 1200))).values[-1]
         trimmed = nn.functional.hardshrink(delta, merging.bound(delta, share))
         assert torch.equal(trimmed, delta * (delta.abs() >= least))
-
-
-def test_a_merge_does_not_depend_on_the_number_of_cores(experts, monkeypatch):
-    for number in (1, 3):
-        monkeypatch.setattr("model.tools.processes.cores", lambda: number)
-        command(f"merge a b c --method ties --rank 3 --out {number}")
-    assert Path("1").read_bytes() == Path("3").read_bytes()
 
 
 def test_a_smaller_file_says_what_it_lost(experts, monkeypatch):
@@ -1070,15 +1052,6 @@ def test_a_damaged_depth_is_refused_at_once():
         build_encoder({"num_hidden_layers": 10 ** 9})
 
 
-@parametrize("kind", ["SD1", "SD2", "SDXL"])
-def test_every_hidden_state_has_the_right_shape_and_one_is_right(kind, models):
-    """SD reads the last, normalised state; SDXL the last but one of two encoders."""
-    ours, texts = load(models(kind, "folder"), CPU), [*PROMPTS, "a ball " * 20, ""]
-    states, *_ = checkpoints.small_pipeline(kind).encode_prompt(
-        texts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
-    assert far(ours.embed(texts).context, states) < 1e-6
-
-
 def drawn_by(pipe, sampler: str, prompts, seeds, steps, guidance, **rest):
     """The pictures of diffusers' own pipeline, 0..255, given one CPU generator each."""
     pipe = copy.copy(pipe)
@@ -1095,17 +1068,18 @@ def furthest(ours, theirs) -> float:
 
 @parametrize("kind", ["toy", "SD1", "SD2", "SD2-v", "SDXL"])
 def test_the_same_seed_can_mean_the_same_picture_elsewhere(kind, models):
-    """In diffusers, with and without a negative prompt; and in any batch. A picture is more than
-    its parts."""
+    """In diffusers, with and without a negative prompt, of a text cut short; and in any batch. SD
+    reads the last, normalised state; SDXL the last but one of two encoders."""
     path = TOY if kind == "toy" else models(kind, "folder")
     theirs, ours = pipe() if kind == "toy" else in_diffusers(models, kind, path), load(path, CPU)
+    texts = [PROMPTS[0], "a ball " * 40]
     for sampler, negative, guidance in (("ddim", PROMPTS[2], 4.0), ("dpm++", "", 3.0),
                                         ("dpm++", "", 1.0)):
-        expected = drawn_by(theirs, sampler, PROMPTS[:2], (5, 6), 3, guidance,
+        expected = drawn_by(theirs, sampler, texts, (5, 6), 3, guidance,
                             negative_prompt=[negative] * 2 if negative else None)
-        found = ours.generate(PROMPTS[:2], [5, 6], 3, guidance, sampler, negative)
+        found = ours.generate(texts, [5, 6], 3, guidance, sampler, negative)
         assert found.std() > 10 and furthest(found, expected) < 1
-    alone, other = (ours.generate(PROMPTS[1:2], [seed], 3, 1.0) for seed in (6, 7))
+    alone, other = (ours.generate(texts[1:], [seed], 3, 1.0) for seed in (6, 7))
     assert furthest(alone, found[1:2]) <= 1 < furthest(other, alone)
     latents = theirs.vae.encode(as_tensor(found)).latent_dist.mean
     assert far(ours.encode(found), theirs.vae.config.scaling_factor * latents) < 1e-5
@@ -1210,24 +1184,18 @@ def test_safe_guidance_is_not_a_negative_prompt(name):
 
 
 @parametrize("kind", ["SD1", "SDXL"])
-def test_safe_guidance_spares_what_is_the_safety_text(kind, models):
-    """It acts where the prompt's answer is NOT that of the safety text."""
-    sd = load(models(kind, "folder"), CPU)
-    found = steering.generate_safely(sd, ASKED, SEEDS, steering.PRESETS["max"], ASKED[0], 4, 5.0)
-    change = np.abs(found - sd.generate(ASKED, SEEDS, 4, 5.0).astype(float)).max((1, 2, 3))
-    assert change[0] <= 1 and change[1] > 10
-
-
-@parametrize("kind", ["SD1", "SDXL"])
 def test_a_second_stream_of_no_weight_changes_nothing(kind, models):
-    """Of weight 1, it is all. Here it reads every prompt as one safe prompt: a map's last row."""
+    """Of weight 1, it is all. Here it reads every prompt as one safe prompt: a map's last row. And
+    safe guidance acts where the prompt's answer is NOT that of the safety text."""
     sd = load(models(kind, "folder"), CPU)
     maps = sd.embed(PROMPTS[:1]).map(lambda safe: torch.cat(
         [torch.zeros(*safe.shape[1:], safe.shape[-1]), safe[0][..., None, :]], -2).double())
     both = steering.both_prompts(sd, ASKED, maps)
-    for weight, prompts in ((0.0, ASKED), (1.0, PROMPTS[:1] * 2)):
-        found = steering.two_streams(sd, both, SEEDS, weight, 4, 5.0)
-        assert furthest(found, sd.generate(prompts, SEEDS, 4, 5.0)) <= 1
+    plain, safe = (sd.generate(prompts, SEEDS, 4, 5.0) for prompts in (ASKED, PROMPTS[:1] * 2))
+    for weight, wanted in enumerate((plain, safe)):
+        assert furthest(steering.two_streams(sd, both, SEEDS, weight, 4, 5.0), wanted) <= 1
+    found = steering.generate_safely(sd, ASKED, SEEDS, steering.PRESETS["max"], ASKED[0], 4, 5.0)
+    assert furthest(found[0], plain[0]) <= 1 and furthest(found[1], plain[1]) > 10
 
 
 def least(loss, x: torch.Tensor) -> bool:
@@ -2574,8 +2542,8 @@ def test_nudenet_reads_red_as_red(for_spots):
         assert not named_judge(f"nudenet:{name}", CPU, 320).judge([spots])[0].unsafe
 
 
-def test_either_judge_is_enough(for_spots, in_greys, clip, monkeypatch):
-    """And the verdict says whose it was; make_data.py keeps what they all agree on."""
+def test_either_judge_is_enough(for_spots, here, clip, monkeypatch):
+    """And the verdict says whose it was."""
     save_file({"prompts": torch.eye(20)[:2]}, shutil.copytree(clip, "a+b") + "/q16.safetensors")
     monkeypatch.setattr(judges.Clip, "pictures", lambda _, pictures: torch.eye(20)[
         [int(picture[0, 0, 0] == 9) for picture in pictures]])
@@ -2584,18 +2552,14 @@ def test_either_judge_is_enough(for_spots, in_greys, clip, monkeypatch):
     assert [verdict[1:] for verdict in judge.judge([black, nine, spots])] == [
         (False, "Q16: not inappropriate, NudeNet: nothing"), (True, "Q16: inappropriate"),
         (True, "NudeNet: BUTTOCKS_EXPOSED")]
-    pairs = [(black, spots), (black, nine), (black, black), (nine, spots), (spots, black)]
-    monkeypatch.setattr(make_data, "generate", lambda *_: pairs)
-    said = command("make_data --concept hate --pairs 5 --judge q16:a+b+nudenet:spots")
-    assert "2 pairs; dropped 2 not safe; dropped 2 not unsafe" in said
     monkeypatch.setitem(sys.modules, "nudenet", None)
     with refuses("pip install nudenet"):
         named_judge("nudenet", CPU, 320)
 
 
-def test_the_whole_way_with_somebody_elses_checkpoint(models, own_file, clip):
+def test_the_whole_way_with_somebody_elses_checkpoint(own_file, clip):
     """In one file: 12 pairs in CoProV2's columns, experts, a LoRA, strengths judged as the authors
-    judge, and a file with the LoRA in it that diffusers opens and that draws what they drew."""
+    judge."""
     save_file({"prompts": torch.eye(20)[:2]}, shutil.copytree(clip, "clip") + "/q16.safetensors")
     rows = "".join(f"{side} {i},{side[0]}_idx_{i:07d}_0.jpg,harm {i % 2}\n"
                    for i in range(24) for side in ("unsafe", "safe"))
@@ -2609,13 +2573,6 @@ def test_the_whole_way_with_somebody_elses_checkpoint(models, own_file, clip):
         said += command(line + " --model m/model.safetensors")
     assert all(part in said for part in ("data/harm-1: 6 pairs", "2 experts merged by solve",
                                          "NudeNet 3.4.2", "least IP + loss of CLIPScore"))
-    command("merge merged.safetensors --fuse m/model.safetensors --out m/fused.safetensors")
-    command("sample --prompts data/test.jsonl --steps 2 --model m/fused.safetensors --out fused")
-    fused, beside, base = (
-        read_images(sorted(Path(folder).glob("0*.png")))
-        for folder in ("fused", "samples/merged.safetensors", "samples/base"))
-    assert furthest(fused, beside) <= 2 < furthest(fused, base)
-    in_diffusers(models, "SD1", Path("m/fused.safetensors"))
 
 
 @torch.no_grad()
