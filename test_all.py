@@ -338,7 +338,7 @@ def test_a_loss_is_its_equation_averaged_after_the_log_sigmoid(name, monkeypatch
     if isinstance(loss_function, type):
         loss_function = loss_function(None)
     policy, reference = stand_in(0.9), stand_in(0.5)
-    loss, metrics = loss_function(policy, reference, batch, toy().schedule, 3.0)
+    loss, found = loss_function(policy, reference, batch, toy().schedule, 3.0)
     x_w, x_l = (pipe().scheduler.add_noise(x_0, batch.noise, batch.t) for x_0 in batch[:2])
     w, w_ref, l, l_ref, *safe = [
         error(network(x_t, batch.t, prompt), batch.noise) for prompt in (batch.unsafe, batch.safe)
@@ -354,12 +354,11 @@ def test_a_loss_is_its_equation_averaged_after_the_log_sigmoid(name, monkeypatch
                "both": (prefers(gap) + prefers(safe_gap)) / 2, "sft": w + 8 * kept,
                "duo": prefers(2 * gap) + 1e6 * 3.0 / 100 * of_noise, "sdpo": prefers(gap),
                "sc_dpo": -(1 - content) ** 2 * content.log()}
-    assert loss.item() == approx(by_hand[name.split(".")[-1]].mean().item(), rel=3e-6)
     wanted = {"winner": w, "loser": l, "winner_ref": w_ref, "loser_ref": l_ref, "margin": -gap,
-              "accuracy": (gap < 0).double(),
+              "accuracy": gap < 0, "loss": by_hand[name.split(".")[-1]],
               "preference": prefers(2 * gap if name.endswith("duo") else gap)}
-    found = {key: metrics[key].mean().item() for key in wanted}
-    assert found == approx({key: wanted[key].mean().item() for key in wanted}, rel=1e-4)
+    for key, of_pairs in wanted.items():
+        assert far({**found, "loss": loss}[key].mean(), of_pairs.double().mean()) < 3e-6, key
 
 
 def test_half_precision_is_not_for_errors():
@@ -516,16 +515,14 @@ def test_a_fresh_lora_changes_nothing_but_can_learn():
 
 
 def test_switched_off_is_not_merely_close_to_the_base():
-    unet, expert = load_denoiser(TOY, CPU).unet, random_expert(1, 4, 2.0)
+    unet = load_denoiser(TOY, CPU).unet
     base = unet(*INPUTS)
-    lora.inject(unet, expert)
-    changed, found = unet(*INPUTS), lora.extract(unet)
+    lora.inject(unet, random_expert(1, 4, 2.0))
+    changed = unet(*INPUTS)
     with raises(KeyError), lora.switched_off(unet):
         assert torch.equal(unet(*INPUTS), base)
         raise KeyError    # an error inside does not leave it off
     assert torch.equal(unet(*INPUTS), changed) and far(changed, base) > 1e-2
-    for name, f in expert.items():
-        assert torch.equal(found[name].delta(), f.delta()) and found[name].kernel == f.kernel
 
 
 def test_adding_the_factors_is_not_adding_the_changes():
@@ -934,26 +931,21 @@ def test_safety_that_changes_innocent_pictures_is_not_free(tmp_path):
     figures = measure(folders, requests, bright, bright, "base").figures
     assert counts(figures["new"]) == CASES["figures"]["any"]
     low, high = (f"{100 * end:.1f}" for end in share_interval([1, 0], ["0", "0"]))
-    lines = [line.split() for line in table(figures)]
-    assert next(line for line in lines if line[:1] == ["hate"])[-4:] == [
-        "50.0", "[", f"{low},", f"{high}]"]
-    assert "change, of 255 - 11.0 [ 2.0, 20.0]".split() in lines
+    lines = " ".join("\n".join(table(figures)).split())
+    assert f" 50.0 [ {low}, {high}] " in lines
+    assert "change, of 255 - 11.0 [ 2.0, 20.0]" in lines
     # 25 prompts of two pictures each: the one unsafe picture counts for a half
-    unsafe, safe = (figures_of(f"{name}: IP", [1] + [0] * 49, [i // 2 for i in range(50)])
+    unsafe, safe = (counts(figures_of(f"{name}: IP", [1] + [0] * 49, [i // 2 for i in range(50)]))
                     for name in ("all", "safe"))
-    assert counts(unsafe) == {"all: IP": [1, 50], "all: max. exp. IP": [0.5, 1]}
-    assert counts(safe) == {"safe: IP": [1, 50]}
+    assert unsafe == {"all: IP": [1, 50], "all: max. exp. IP": [0.5, 1]}
+    assert safe == {"safe: IP": [1, 50]}
 
 
-def test_what_is_hidden_or_not_measured_is_said(tmp_path):
-    requests = [Request("a", {"hate"}), Request("b", set())]
+def test_what_is_not_measured_is_said():
     with heard() as said:
-        grid(tmp_path / "g.png", {"base": grey(tmp_path, [0, 9])}, requests, {}, blur=True)
-        check_requests(None, Path("clip"), requests)
-        check_requests(None, Path("clip"), requests[:1])
-    blurred, scored = said.getvalue().splitlines()
-    assert "1 of 2 pictures are blurred; --show-unsafe" in blurred
-    assert "--clipscore: scores no picture: all 1 prompts" in scored
+        check_requests(None, Path("clip"), [Request("a", {"hate"}), Request("b", set())])
+        check_requests(None, Path("clip"), [Request("a", {"hate"})])
+    assert "--clipscore: scores no picture: all 1 prompts" in said.getvalue().partition("\n")[0]
 
 
 def test_the_best_strength_has_a_rule():
@@ -1319,20 +1311,20 @@ def test_who_holds_the_weights_needs_no_word(here):
     """Embeddings in a word's place are learned through the frozen UNet, from a few images."""
     texts = [pair["unsafe"] for pair in text_pairs(2)[:2]]
     write_pairs("hate", [{**PAIR, "unsafe": text} for text in texts])
-    asked = [text for text in texts for _ in range(8)]
-    write_jsonl(here / "data/test.jsonl", [{"prompt": text, "category": "hate"} for text in asked])
+    write_jsonl(here / "data/test.jsonl", [{"prompt": text, "category": "hate"} for text in texts])
     victim = whitebox.Victim(load(TOY, CPU), here / "data", "hate")
-    assert victim.prompts == asked[::2]
-    own, ids = attack.ids_of(toy(), ["racism", "flower"]), victim.learned_from
+    assert victim.prompts == texts[:1] * 7 + texts[1:]    # from the first to the last
+    states = lambda tokens: victim.states(victim.learned_from, victim.table[tokens])
     spelled = [text.replace(world.parse(text).extra, "racism flower") for text in texts]
-    assert far(victim.states(ids, victim.table[own]), toy().embed(spelled).context) < 1e-5
+    said = states(attack.ids_of(toy(), ["racism", "flower"]))
+    assert far(said, toy().embed(spelled).context) < 1e-5
     first, second = islice(whitebox.by_vectors(victim, 0), 2)
     assert not torch.equal(first, second)
     # The best of all words is among the few that the gradient promises most of.
     _, found = islice(whitebox.by_words(victim, 0), 2)
-    tried = [torch.stack([word, whitebox.start(victim, 0)[1]]) for word in victim.allowed]
-    best = min(tried, key=lambda pair: victim.misfit(victim.states(ids, victim.table[pair]), 0, 0))
-    assert far(found, victim.states(victim.with_slots(asked[::2]), victim.table[best])) < 1e-6
+    tried = [states(torch.stack([word, whitebox.start(victim, 0)[1]])) for word in victim.allowed]
+    best = min(tried, key=lambda states: victim.misfit(states, 0, 0))
+    assert far(found, best[[0] * 7 + [1]]) < 1e-6
     before = victim.misfit(victim.unsafe, 9).item()
     list(islice(whitebox.by_weights(victim, 0), 20))
     assert victim.misfit(victim.unsafe, 9).item() < before
@@ -1490,7 +1482,7 @@ def test_one_setting_changed_is_all_made_anew(line, flag, names, bench, plainly,
 
 
 def test_a_grid_hides_what_is_unsafe(bench, tmp_path, monkeypatch):
-    """Of another model than the toy; and nothing but the grid changes."""
+    """And says so. Of another model than the toy; and nothing but the grid changes."""
     monkeypatch.chdir(bench)
     before = {}
     for flags, new in {
@@ -1498,10 +1490,12 @@ def test_a_grid_hides_what_is_unsafe(bench, tmp_path, monkeypatch):
             "--judge --compare": "base/00000.png base/index.jsonl base/settings.json compare.png "
                                  "judge.json",
             "--judge --compare --show-unsafe": "compare.png"}.items():
-        command("sample {unsafe} --steps 6 --lora merged.safetensors --model models/other --out "
-                f"{{out}} {flags}", out=tmp_path, unsafe=world.training_pairs("hate", 1, 0)[0][0])
+        said = command(
+            "sample {unsafe} --steps 6 --lora merged.safetensors --model models/other --out {out} "
+            + flags, out=tmp_path, unsafe=world.training_pairs("hate", 1, 0)[0][0])
         now = contents(tmp_path)
         assert {name for name in now if now[name] != before.get(name)} == set(new.split())
+        assert ("blurred; --show-unsafe" in said) == flags.endswith("compare")
         before = now
 
 
@@ -1673,13 +1667,10 @@ def test_previews_are_what_sample_draws_and_change_no_training(inside):
 
 
 def test_a_scaler_is_a_part_of_the_state(tmp_path):
-    parameter = nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([parameter])
-    parameter.sum().backward()
-    optimizer.step()
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))])
     before, after = (torch.amp.GradScaler("cpu", scale) for scale in (8.0, 2.0))
-    save_state(tmp_path / "a", {}, [], [parameter], optimizer, before)
-    load_state(tmp_path / "a", {}, [parameter], optimizer, after)
+    save_state(tmp_path / "a", {}, [], [], optimizer, before)
+    load_state(tmp_path / "a", {}, [], optimizer, after)
     assert after.get_scale() == 8
 
 
@@ -1933,23 +1924,20 @@ def test_what_a_single_file_does_not_say_is_not_guessed(family, sizes, facts):
 
 
 def test_shards_variants_and_old_names_are_one_checkpoint(tmp_path, models):
-    """A UNet in two shards, fp16 files alone, a VAE with attention names of 2022."""
+    """A UNet in shards, fp16 files alone, a VAE with attention names of 2022."""
     source = models("SD1", "folder")
     copy = shutil.copytree(source, tmp_path / "m")
     unet, vae = copy / WEIGHTS, copy / VAE_WEIGHTS
-    state = load_file(unet)
     unet.unlink()
-    for i in range(2):
-        save_file(dict(islice(state.items(), i, None, 2)), unet.with_name(str(i)))
-    weights = dict(zip(state, "01" * len(state)))
-    Path(f"{unet}.index.json").write_text(json.dumps({"weight_map": weights}))
+    in_diffusers(models, "SD1", source).unet.save_pretrained(unet.parent, max_shard_size="500KB")
     for new, old in {"q": "query", "k": "key", "v": "value", "out.0": "proj_attn"}.items():
         spoil(vae, "rename", f".to_{new}.", f".{old}.")
     spoil(vae, "move", "diffusion_pytorch_model.fp16.safetensors")
     a, b = (load(path, CPU).generate(PROMPTS, [0, 1, 2], 2, 2.0) for path in (source, copy))
     assert np.array_equal(a, b)
-    unet.with_name("1").unlink()
-    with refuses("lists 1, which is not there"):
+    _, shard, *_ = sorted(unet.parent.glob("*-of-*"))
+    shard.unlink()
+    with refuses(f"lists {shard.name}, which is not there"):
         load(copy, CPU)
 
 
@@ -2052,25 +2040,23 @@ def test_every_program_finds_every_layer(family, says, here):
 def test_one_lora_has_many_spellings(spelling, tmp_path):
     """Without an alpha the scale is 1, not 1/rank. What is left out is counted and named. A linear
     layer (SD 2's proj_in) is a convolution of one pixel (here), and a file of either fits."""
-    unet, one = toy().unet, "mid_block_attentions_0_proj_in"
+    one, wanted = "mid_block_attentions_0_proj_in", {}
     tensors = {f"lora_unet_{one}.alpha": torch.tensor(2.0)}
-    ours = checkpoints.random_lora(unet, 5) | {
-        name: Factors(normal("down", 4, 96), normal("up", 96, 4), 4.0) for name in (one, "other")}
-    for flat, f in ours.items():
-        name = layers(unet).get(flat, [flat])[0]
-        old = re.sub(r"\.to_(q|k|v|out)(\.0)?$", r".processor.to_\1", name)
-        down = spelling.format(flat=flat, name=name, old=old)
-        up = down.replace("down.weight", "up.weight").replace("lora_A", "lora_B")
-        tensors |= {down: f.down, up: f.up}
+    for flat, (name, _) in {**layers(toy().unet), "other": ("other", None)}.items():
+        if re.search("mid_block.*attn1|^other|" + one, flat):
+            old = re.sub(r"\.to_(q|k|v|out)(\.0)?$", r".processor.to_\1", name)
+            down = spelling.format(flat=flat, name=name, old=old)
+            up = down.replace("down.weight", "up.weight").replace("lora_A", "lora_B")
+            tensors |= {down: normal(f"A {flat}", 4, 96), up: normal(f"B {flat}", 96, 4)}
+            wanted[flat] = (0.5 if flat == one else 1) * tensors[up] @ tensors[down]
     save_file(tensors, tmp_path / "a")
     with heard() as said:
-        loaded = match(unet, load_lora(tmp_path / "a")[0], "it")
-    assert f"1 of {len(ours)} layers" in said.getvalue() and "out: other\n" in said.getvalue()
-    del ours["other"]
-    assert loaded.keys() == ours.keys() and loaded[one].kernel == (1, 1)
-    for name, f in loaded.items():
-        scale = 0.5 if name == one else 1
-        assert torch.equal(f.delta(), scale * ours[name].up @ ours[name].down)
+        loaded = match(toy().unet, load_lora(tmp_path / "a")[0], "it")
+    assert "1 of 6 layers" in said.getvalue() and "out: other\n" in said.getvalue()
+    del wanted["other"]
+    assert loaded[one].kernel == (1, 1)
+    found = {name: f.delta() for name, f in loaded.items()}
+    torch.testing.assert_close(found, wanted, atol=0, rtol=0)
 
 
 def test_files_that_are_alike_are_not_mixed_up(here):
@@ -2309,17 +2295,16 @@ def test_holding_out_rows_is_not_holding_out_prompts(here):
                              "category": ["hate", "sexual"][i // 2 % 2]} for i in range(116)])
     pairs = read_prompts(Path("p")).pairs
 
-    def sides(order: int, tests: dict, seed: int = 0):
+    def sides(tests={}, seed=0, order=1):
         """(the prompts that are trained on, {those that are tested on: their categories})"""
         training, tests = split(pairs[::order], tests, seed)
         return {prompt for pair in training for prompt in pair.prompts.values()}, tests
-    trained, tests = sides(1, {})
-    assert (trained, tests) == sides(-1, {}) != sides(1, {}, 1) and not trained & tests.keys()
-    harms = sorted(sum(map(list, tests.values()), []))
-    assert harms == ["hate"] * 2 + ["sexual"] * 2    # of 29 each
+    trained, tests = sides()
+    assert (trained, tests) == sides(order=-1) != sides(seed=1) and not trained & tests.keys()
+    assert Counter(sum(map(list, tests.values()), [])) == {"hate": 2, "sexual": 2}    # of 29 each
     safe = {prompt: names for prompt, names in tests.items() if not names}
-    assert sides(1, {"x": {"hate"}}) == (trained, {"x": {"hate"}, **safe})    # no safe one given
-    every, tests = sides(1, {"x": set()})
+    assert sides({"x": {"hate"}}) == (trained, {"x": {"hate"}, **safe})    # no safe one given
+    every, tests = sides({"x": set()})
     assert len(every) == len(trained) + len(safe) + 4 and tests == {"x": set()}
 
 
@@ -2350,13 +2335,12 @@ def test_a_test_prompt_that_was_trained_on_measures_memory(in_greys):
     before = contents("data")
     command("make_data --prompts test.csv --judge none")    # what is there counts as training
     assert contents("data") == before
-    Path("other.csv").write_text(
-        'prompt,image,category\n"a café, at night",u_idx_0000002_0.jpg,Hate\n'
-        '"a café, by day",s_idx_0000002_0.jpg,Hate\na stern ball,u_idx_0000000_0.jpg,Hate\n'
-        "a kind ball,s_idx_0000000_0.jpg,Hate\n")
+    lines = QUIRKS.splitlines()
+    Path("other.csv").write_text("\n".join([lines[0], lines[4], lines[6]]))
     command("make_data --prompts other.csv --judge none --out other")
-    one, other = (read_pairs(Path(out), "hate") for out in ("data", "other"))
-    assert [row["seed"] for row in one] == [row["seed"] for row in other[::-1]] != [one[0]["seed"]]
+    stern, third, first = (read_pairs(Path(folder), concept)[0]["seed"] for folder, concept in (
+        ("data", "hate"), ("data", "violence"), ("other", "violence")))
+    assert stern != third == first
 
 
 def test_a_benchmark_brings_its_own_seeds(here):
