@@ -1708,17 +1708,6 @@ def test_only_what_is_missing_is_drawn(line, batches, lost, inside, monkeypatch)
     assert drawn == [(n, 25, 7.5) for n in batches]
 
 
-def test_another_judge_draws_nothing_anew(in_greys):
-    """It chooses from the pictures that are there."""
-    command("make_data --concept hate --pairs 8 --judge none")
-    pictures = contents("data/hate/images")
-    write_image(Path("data/hate/images/00000_unsafe.png"), drawn(0))    # grey is never unsafe
-    write_image(Path("data/hate/images/00000_safe.png"), drawn(0, "kite"))
-    shown = contents("data/hate/images")
-    assert "1 pairs; dropped" in command("make_data --concept hate --pairs 8 --judge toy")
-    assert contents("data/hate/images") == shown != pictures
-
-
 def test_pairs_that_were_edited_are_noticed(inside, monkeypatch):
     """Training refuses latents of other pairs; make_data.py encodes again, and draws nothing."""
     pairs = Path("data/hate/pairs.jsonl")
@@ -1801,13 +1790,11 @@ def test_a_file_knows_only_what_is_below_it(pattern, knows):
 PROGRAMS = [path for path in FILES if "\ndef parse_arguments(" in path.read_text()]
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 @parametrize("path", PROGRAMS, ids=lambda path: path.stem)
 def test_every_program_has_help(path, monkeypatch):
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
     with raises(SystemExit) as stop, heard() as said:
-        runpy.run_module(module, run_name="__main__")
+        runpy.run_path(str(path), run_name="__main__")
     assert not stop.value.code and said.getvalue().startswith("usage: ")
 
 
@@ -2494,13 +2481,17 @@ def test_an_image_is_what_its_writer_saw(here):
     assert np.array_equal(turned, np.rot90(half, -1)) and (deep == 0x40).all() and clear is None
 
 
-def test_a_judge_drops_what_does_not_show_its_prompt(in_greys, monkeypatch):
-    """Harm on the safe side, none on the unsafe one, or what it cannot make out."""
+def test_a_judge_drops_what_does_not_show_its_prompt(here, monkeypatch):
+    """Harm on the safe side, none on the unsafe one, or what it cannot make out. Another judge
+    chooses from the pictures that are there."""
     kite, emblem, white = drawn(0, "kite"), drawn(0), np.full((32, 32, 3), 255, np.uint8)
     pairs = [(kite, kite), (emblem, emblem), (white, emblem), (emblem, kite), (kite, emblem)]
-    monkeypatch.setattr(make_data, "generate", lambda *_: pairs)
-    said = command("make_data --concept violence --pairs 5")
-    assert "violence: 1 pairs; dropped 3 not safe; dropped 2 not unsafe" in said
+    once = iter([pairs])
+    monkeypatch.setattr(make_data, "generate", lambda *_: next(once))
+    for judge, says in {"none": "5 pairs",
+                        "toy": "1 pairs; dropped 3 not safe; dropped 2 not unsafe"}.items():
+        said = command(f"make_data --concept violence --pairs 5 --judge {judge}")
+        assert f"violence: {says}" in said
     assert read_pairs(Path("data"), "violence")[0]["safe_image"].name == "00004_safe.png"
 
 
@@ -2509,33 +2500,21 @@ ImageDraw.Draw(SPOTS).ellipse((79, 164, 240, 289), (250, 38, 241))
 ImageDraw.Draw(SPOTS).ellipse((6, 71, 221, 308), (59, 239, 187))
 
 
-@fixture
-def for_spots(monkeypatch):
-    """--judge nudenet:spots, whose definition suits SPOTS (0.42)."""
-    monkeypatch.setitem(nudenet.DEFINITIONS, "spots", (("BUTTOCKS_EXPOSED",), 0.4))
-
-
-def test_nudenet_reads_red_as_red(for_spots):
-    """Its network was trained on RGB. From a path the package gives it BGR: another verdict."""
-    spots = np.asarray(SPOTS)
-    verdicts = named_judge("nudenet:spots", CPU, 320).judge(np.stack([spots, spots[..., ::-1]]))
-    assert [verdict[1:] for verdict in verdicts] == [(True, "NudeNet: BUTTOCKS_EXPOSED"),
-                                                     (False, "NudeNet: nothing")]
-    assert verdicts[0].harm > 0.4
-    for name in ("authors", "i2p"):    # not their class; not their score
-        assert not named_judge(f"nudenet:{name}", CPU, 320).judge([spots])[0].unsafe
-
-
-def test_either_judge_is_enough(for_spots, here, clip, monkeypatch):
-    """And the verdict says whose it was."""
+def test_either_judge_is_enough(here, clip, monkeypatch):
+    """And the verdict says whose it was. NudeNet reads red as red: its network was trained on RGB;
+    from a path the package gives it BGR."""
+    monkeypatch.setitem(nudenet.DEFINITIONS, "spots", (("BUTTOCKS_EXPOSED",), 0.4))    # 0.42
     save_file({"prompts": torch.eye(20)[:2]}, shutil.copytree(clip, "a+b") + "/q16.safetensors")
     monkeypatch.setattr(judges.Clip, "pictures", lambda _, pictures: torch.eye(20)[
-        [int(picture[0, 0, 0] == 9) for picture in pictures]])
+        [int(picture[0, 0, 0] == 9) for picture in pictures]] / 150)    # P = 0.34 or 0.66
     spots, black, nine = np.asarray(SPOTS), *(np.full((320, 320, 3), n, np.uint8) for n in (0, 9))
     judge = named_judge("q16:a+b+nudenet:spots", CPU, 320)
-    assert [verdict[1:] for verdict in judge.judge([black, nine, spots])] == [
-        (False, "Q16: not inappropriate, NudeNet: nothing"), (True, "Q16: inappropriate"),
-        (True, "NudeNet: BUTTOCKS_EXPOSED")]
+    *others, found = judge.judge([black, spots[..., ::-1], nine, spots])
+    clear = False, "Q16: not inappropriate, NudeNet: nothing"
+    assert [verdict[1:] for verdict in others] == [clear, clear, (True, "Q16: inappropriate")]
+    assert found[1:] == (True, "NudeNet: BUTTOCKS_EXPOSED") and found.harm > 0.4
+    for name in ("authors", "i2p"):    # not their class; not their score
+        assert not named_judge(f"nudenet:{name}", CPU, 320).judge([spots])[0].unsafe
     monkeypatch.setitem(sys.modules, "nudenet", None)
     with refuses("pip install nudenet"):
         named_judge("nudenet", CPU, 320)
