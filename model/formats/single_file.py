@@ -5,7 +5,7 @@ What it is:  the first Stable Diffusion code (LDM, CompVis) numbered its layers 
              folders, and the modules of this project, name them by level. The same tensors.
 Gives:       CONFIGS, the published ones; FAMILIES, where each part of SD 1, SD 2 and SDXL lies in a
              file; family_of() it; place(), a key -> where its tensor belongs here; unet_name(),
-             which LoRA files need too, and original_name(), its inverse for SDXL.
+             which LoRA files need too, and original_name(), its inverse for SDXL; columns().
 
 Letters: L = layers_per_block + 1, the layers that the numbering counts to a level (the down- or
 upsampling is one of them); n a layer's number, b = n // L its level, j = n % L its place there.
@@ -28,37 +28,51 @@ FAMILIES = {
              "text_encoder_2": ("conditioner.embedders.1.model.", "OpenCLIP")}}
 
 # In a file, and rightly unused. Whatever is neither here nor in a part stops the loading, by name.
-UNUSED = re.compile("|".join((
-    r"model_ema\..*",                       # a running mean of the UNet's weights
-    r"(betas|alphas_cumprod.*|sqrt_.*|log_one_minus.*|posterior_.*|logvar|lvlb_weights)",
-    r"denoiser\.sigmas",                    # both computed
-    r"(global_step|v_pred|ztsnr)",          # notes; the last two are read elsewhere
-    r"first_stage_model\.loss\..*",         # from the VAE's training
-    r"embedding_manager\..*",               # from a textual inversion's training
-    r".*position_ids", r".*logit_scale",    # 0, 1, 2, ...; CLIP's own temperature
+UNUSED = re.compile(r"""
+      model_ema\..*                        # a running mean of the UNet's weights
+    | (betas|alphas_cumprod.*|sqrt_.*|log_one_minus.*|posterior_.*|logvar|lvlb_weights)
+    | denoiser\.sigmas                     # both computed
+    | (global_step|v_pred|ztsnr)           # notes; the last two are read elsewhere
+    | first_stage_model\.loss\..*          # from the VAE's training
+    | embedding_manager\..*                # from a textual inversion's training
+    | .*position_ids | .*logit_scale       # 0, 1, 2, ...; CLIP's own temperature
     # SD 1 and 2 read no pooled state, and SDXL that of its second encoder alone:
-    r"cond_stage_model\.(model|transformer)\.text_projection(\.weight)?",
-    r"conditioner\.embedders\.0\.transformer\.text_projection(\.weight)?")))
+    | cond_stage_model\.(model|transformer)\.text_projection(\.weight)?
+    | conditioner\.embedders\.0\.transformer\.text_projection(\.weight)?""", re.VERBOSE)
+
+
+def columns(text: str) -> list[list[str]]:
+    """The rows of a table. Those below: what a file says (a pattern), and what we say."""
+    return [line.split() for line in text.strip().splitlines()]
+
 
 # The start of a UNet name in a file, and ours. A dot stands for a dot or, in LoRA files, for an
-# underscore. The first rule that fits counts.
-BLOCKS = (
-    (r"time_embed.0", "time_embedding.linear_1"), (r"time_embed.2", "time_embedding.linear_2"),
-    (r"label_emb.0.0", "add_embedding.linear_1"), (r"label_emb.0.2", "add_embedding.linear_2"),
-    (r"input_blocks.0.0", "conv_in"), (r"out.0(?!\d)", "conv_norm_out"),
-    (r"out.2(?!\d)", "conv_out"),
-    (r"input_blocks.(\d+).0.op", "down_blocks.{b}.downsamplers.0.conv"),
-    (r"input_blocks.(\d+).0", "down_blocks.{b}.resnets.{j}"),
-    (r"input_blocks.(\d+).1", "down_blocks.{b}.attentions.{j}"),
-    (r"middle_block.0", "mid_block.resnets.0"), (r"middle_block.1", "mid_block.attentions.0"),
-    (r"middle_block.2", "mid_block.resnets.1"),
-    # An upsampling comes last in its block: place 1, or 2 where there is an attention.
-    (r"output_blocks.(\d+).[12].conv", "up_blocks.{b}.upsamplers.0.conv"),
-    (r"output_blocks.(\d+).0", "up_blocks.{b}.resnets.{j}"),
-    (r"output_blocks.(\d+).1", "up_blocks.{b}.attentions.{j}"))
-RESNET = (("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("out_layers.0", "norm2"),
-          ("out_layers.3", "conv2"), ("emb_layers.1", "time_emb_proj"),
-          ("skip_connection", "conv_shortcut"))
+# underscore. The first rule that fits counts. An upsampling comes last in its block: place 1, or 2
+# where there is an attention.
+BLOCKS = columns(r"""
+    time_embed.0                        time_embedding.linear_1
+    time_embed.2                        time_embedding.linear_2
+    label_emb.0.0                       add_embedding.linear_1
+    label_emb.0.2                       add_embedding.linear_2
+    input_blocks.0.0                    conv_in
+    out.0(?!\d)                         conv_norm_out
+    out.2(?!\d)                         conv_out
+    input_blocks.(\d+).0.op             down_blocks.{b}.downsamplers.0.conv
+    input_blocks.(\d+).0                down_blocks.{b}.resnets.{j}
+    input_blocks.(\d+).1                down_blocks.{b}.attentions.{j}
+    middle_block.0                      mid_block.resnets.0
+    middle_block.1                      mid_block.attentions.0
+    middle_block.2                      mid_block.resnets.1
+    output_blocks.(\d+).[12].conv       up_blocks.{b}.upsamplers.0.conv
+    output_blocks.(\d+).0               up_blocks.{b}.resnets.{j}
+    output_blocks.(\d+).1               up_blocks.{b}.attentions.{j}""")
+RESNET = columns("""
+    in_layers.0         norm1
+    in_layers.2         conv1
+    out_layers.0        norm2
+    out_layers.3        conv2
+    emb_layers.1        time_emb_proj
+    skip_connection     conv_shortcut""")
 
 
 def renamed(key: str, rules) -> str:
@@ -105,25 +119,34 @@ def original_name(name: str) -> str:
     return name
 
 
-VAE_NAMES = (
-    (r"^encoder\.down\.", "encoder.down_blocks."), (r"\.block\.(\d+)", r".resnets.\1"),
-    (r"\.(down|up)sample\.", r".\1samplers.0."), (r"mid\.block_1", "mid_block.resnets.0"),
-    (r"mid\.block_2", "mid_block.resnets.1"), (r"mid\.attn_1", "mid_block.attentions.0"),
-    (r"attentions\.0\.norm", "attentions.0.group_norm"),
-    (r"attentions\.0\.proj_out", "attentions.0.to_out.0"),
-    (r"attentions\.0\.([qkv])\b", r"attentions.0.to_\1"),
-    (r"nin_shortcut", "conv_shortcut"), (r"\bnorm_out", "conv_norm_out"))
-OLD_ATTENTION = (    # of diffusers folders until 2023
-    (r"attentions\.0\.query", "attentions.0.to_q"), (r"attentions\.0\.key", "attentions.0.to_k"),
-    (r"attentions\.0\.value", "attentions.0.to_v"),
-    (r"attentions\.0\.proj_attn", "attentions.0.to_out.0"))
-OPEN_CLIP_NAMES = (
-    (r"^transformer\.resblocks\.", "encoder.layers."), (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.c_fc\.", ".fc1."), (r"\.c_proj\.", ".fc2."),
-    (r"\.attn\.in_proj_", ".self_attn.{qkv}_proj."), (r"\.attn\.", ".self_attn."),
-    (r"^ln_final\.", "final_layer_norm."), (r"^text_projection$", "text_projection.weight"),
-    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
-    (r"^token_embedding\.", "embeddings.token_embedding."))
+VAE_NAMES = columns(r"""
+    ^encoder\.down\.                encoder.down_blocks.
+    \.block\.(\d+)                  .resnets.\1
+    \.(down|up)sample\.             .\1samplers.0.
+    mid\.block_1                    mid_block.resnets.0
+    mid\.block_2                    mid_block.resnets.1
+    mid\.attn_1                     mid_block.attentions.0
+    attentions\.0\.norm             attentions.0.group_norm
+    attentions\.0\.proj_out         attentions.0.to_out.0
+    attentions\.0\.([qkv])\b        attentions.0.to_\1
+    nin_shortcut                    conv_shortcut
+    \bnorm_out                      conv_norm_out""")
+OLD_ATTENTION = columns(r"""
+    attentions\.0\.query            attentions.0.to_q
+    attentions\.0\.key              attentions.0.to_k
+    attentions\.0\.value            attentions.0.to_v
+    attentions\.0\.proj_attn        attentions.0.to_out.0""")    # of diffusers folders until 2023
+OPEN_CLIP_NAMES = columns(r"""
+    ^transformer\.resblocks\.       encoder.layers.
+    \.ln_([12])\.                   .layer_norm\1.
+    \.c_fc\.                        .fc1.
+    \.c_proj\.                      .fc2.
+    \.attn\.in_proj_                .self_attn.{qkv}_proj.
+    \.attn\.                        .self_attn.
+    ^ln_final\.                     final_layer_norm.
+    ^text_projection$               text_projection.weight
+    ^positional_embedding$          embeddings.position_embedding.weight
+    ^token_embedding\.              embeddings.token_embedding.""")
 
 
 def vae_name(key: str, levels: int) -> str:

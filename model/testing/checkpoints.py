@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 import lora
 from lora import Factors, layers
-from model.formats.single_file import CONFIGS
+from model.formats.single_file import CONFIGS, columns
 from model.text import build_encoder
 from model.tools.files import read_json
 from model.toy import world
@@ -168,13 +168,27 @@ def vae_blocks(levels: int):
     return names
 
 
-RESNET = (("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"),
-          ("norm2", "out_layers.0"), ("conv2", "out_layers.3"),
-          ("conv_shortcut", "skip_connection"))
-VAE_LAYERS = (("conv_shortcut", "nin_shortcut"), ("group_norm", "norm"), ("to_q", "q"),
-              ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"))
-OPEN_CLIP = (("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"),
-             ("layer_norm2", "ln_2"), ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"))
+# What diffusers says, and what the first code said.
+RESNET = columns("""
+    norm1                   in_layers.0
+    conv1                   in_layers.2
+    time_emb_proj           emb_layers.1
+    norm2                   out_layers.0
+    conv2                   out_layers.3
+    conv_shortcut           skip_connection""")
+VAE_LAYERS = columns("""
+    conv_shortcut           nin_shortcut
+    group_norm              norm
+    to_q                    q
+    to_k                    k
+    to_v                    v
+    to_out.0                proj_out""")
+OPEN_CLIP = columns("""
+    self_attn.out_proj      attn.out_proj
+    layer_norm1             ln_1
+    layer_norm2             ln_2
+    mlp.fc1                 mlp.c_fc
+    mlp.fc2                 mlp.c_proj""")
 
 
 def renamed(state: dict, prefix: str, blocks: dict[str, str], layers) -> dict:
