@@ -35,9 +35,11 @@ class Prompt:
         if self.pooled is None:
             self.pooled = self.context.new_zeros(len(self.context), 0)
 
-    def map(self, change) -> "Prompt":
-        """change() of both tensors."""
-        return Prompt(change(self.context), change(self.pooled))
+    def map(self, change, *others: "Prompt") -> "Prompt":
+        """change(these, the others') of both tensors."""
+        prompts = (self, *others)
+        return Prompt(change(*(prompt.context for prompt in prompts)),
+                      change(*(prompt.pooled for prompt in prompts)))
 
     def __getitem__(self, which) -> "Prompt":
         """Some of the prompts: a slice, or their numbers."""
@@ -49,9 +51,7 @@ class Prompt:
 
     def followed_by(self, *others: "Prompt") -> "Prompt":
         """These prompts and the others' as one batch."""
-        parts = (self, *others)
-        return Prompt(torch.cat([part.context for part in parts]),
-                      torch.cat([part.pooled for part in parts]))
+        return self.map(lambda *parts: torch.cat(parts), *others)
 
     def replaced(self, where, other: "Prompt") -> "Prompt":
         """These prompts, but the other one [1,..] in the places `where` [B] is true."""

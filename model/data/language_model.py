@@ -117,7 +117,7 @@ class LanguageModel:
             if self.tokenizer.eos_token is None:
                 raise ValueError("its tokenizer_config.json has no eos_token")
         except Exception as error:    # transformers raises a dozen kinds
-            why = "no such folder" if not folder.is_dir() else str(error).partition("\n")[0]
+            why = str(error).partition("\n")[0]
             raise BadInput(f"--llm {folder}: {why}; give a causal language model with its "
                            "tokenizer, in safetensors form") from None
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token

@@ -62,7 +62,7 @@ OTHER_KINDS = {
     "a LoRA with biases": r"lora_bias|lora_.*\.bias$",
     "a LoRA beside whole differences of weights": "diff$|diff_b$|[wb]_norm$"}
 # Ways to begin a training that leave the base model's weights alone (PEFT's init_lora_weights).
-PLAIN_STARTS = "none", "true", "false", "gaussian", "orthogonal", "eva", "mica"
+PLAIN_STARTS = "none true false gaussian orthogonal eva mica".split()
 # Lie beside LoRAs: their logs and curves, and what people and other programs say of them.
 COMPANIONS = ".jsonl .json .png .jpg .jpeg .webp .md .txt .info .yaml .toml".split()
 # Kohya's scripts have the original names for SDXL alone.

@@ -98,9 +98,9 @@ def unet_name(key: str, L=3) -> str:
 
 
 # SDXL's blocks, flat: {ours: original}. Numbers that no block has do no harm: nobody asks for them.
-ORIGINALS = ["time_embed_0", "time_embed_2", "label_emb_0_0", "label_emb_0_2", "out_2",
-             "input_blocks_3_0_op", "input_blocks_6_0_op", "output_blocks_2_2_conv",
-             "output_blocks_5_2_conv", "middle_block_0", "middle_block_1", "middle_block_2"]
+ORIGINALS = """time_embed_0 time_embed_2 label_emb_0_0 label_emb_0_2 out_2
+    input_blocks_3_0_op input_blocks_6_0_op output_blocks_2_2_conv output_blocks_5_2_conv
+    middle_block_0 middle_block_1 middle_block_2""".split()
 ORIGINALS += [f"{side}_blocks_{n}_{i}" for side in ("input", "output") for n in range(9)
               for i in (0, 1)]
 SDXL_BLOCKS = {unet_name(original).replace(".", "_"): original for original in ORIGINALS}

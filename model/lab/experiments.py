@@ -205,22 +205,23 @@ def seeds_of(out: Path, numbers: list[int]) -> list[Seed]:
     return seeds
 
 
-def flags(description: str, names) -> PlainParser:
-    """Of a program that compares these, or some of them (--only), for several seeds."""
+def flags(description: str, names, tuned="") -> PlainParser:
+    """Of a program that compares these, or some of them (--only), for several seeds. tuned: what is
+    chosen on seeds of its own, if anything."""
     parser = PlainParser(description)
     add = parser.add_argument
     add("--seeds", type=natural_int, nargs="+", default=[0, 1, 2], help="seeds that are reported")
     add("--only", nargs="+", choices=names, default=list(names), help="which of them")
     add("--out", type=Path, default=Path("results"), help="folder to write")
+    if tuned:
+        add("--tune", type=natural_int, nargs="+", default=[100],
+            help=f"seeds that {tuned} are chosen on")
     return parser
 
 
 def parse_arguments(argv=None):
-    parser = flags("Runs the scripts for several seeds and prints the tables of results.md.",
-                   EXPERIMENTS)
-    parser.add_argument("--tune", type=natural_int, nargs="+", default=[100],
-                        help="seeds that strengths are chosen on")
-    return parser.parse_args(argv)
+    return flags("Runs the scripts for several seeds and prints the tables of results.md.",
+                 EXPERIMENTS, "strengths").parse_args(argv)
 
 
 def main(args):

@@ -16,7 +16,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from model.rivals.guards import SEEN, ends_of
+from model.rivals.guards import SEEN, ends_and_states
 from model.rivals.steering import STEPS, all_pairs, plain
 from model.schedule import SAMPLERS
 from model.tools.training import descend, generator
@@ -45,8 +45,7 @@ def edited(W, old, new, kept, erase: float, preserve: float, ridge: float):
 
 def last_words(sd, texts: list[str]):
     """The states of each text's last word, and of all that comes after it, [k, D]."""
-    ends, states = ends_of(sd, sd.text.tokenize(texts)), sd.embed(texts).context.float()
-    return [state[end - 1:] for state, end in zip(states, ends)]
+    return [state[end - 1:] for end, state in zip(*ends_and_states(sd, texts))]
 
 
 @torch.no_grad()

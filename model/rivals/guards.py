@@ -46,26 +46,28 @@ def refusing(sd, allowed):
     return generate
 
 
-def ends_of(sd, ids):
-    """The place [N] of each prompt's end token in its ids [N, L]: the first, since others pad."""
-    return (ids == sd.text.tokenizers[0].eos_token_id).int().argmax(1)
+def ends_and_states(sd, texts: list[str]):
+    """The place [N] of each text's end token, the first, since others pad; the states [N, L, D]."""
+    ids = sd.text.tokenize(texts)
+    ends = (ids == sd.text.tokenizers[0].eos_token_id).int().argmax(1)
+    return ends, sd.embed(texts).context.float()
 
 
 # ---- Latent Guard
 
 class EmbeddingMapping(nn.Module):
-    """Each concept looks for itself among a prompt's tokens, by attention; of the published size.
+    """Each concept looks for itself among a prompt's tokens, by attention; of the published size,
+    16 heads of width 32.
     states of prompts [N, L+1, D] and of concepts [M, D] -> cosines [N, M]."""
 
-    def __init__(self, D: int, heads=16, width=32, out=128):
+    def __init__(self, D: int):
         super().__init__()
-        self.heads = heads
-        self.key, self.value, self.query = (nn.Linear(D, heads * width) for _ in range(3))
-        self.of_prompt, self.of_concept = (nn.Linear(heads * width, out) for _ in range(2))
+        self.key, self.value, self.query = (nn.Linear(D, 512) for _ in range(3))
+        self.of_prompt, self.of_concept = (nn.Linear(512, 128) for _ in range(2))
         self.scale = nn.Parameter(torch.tensor(1 / 0.07))    # of the cosines in training
 
     def forward(self, prompts, concepts):
-        q, k, v = (layer(x).unflatten(-1, (self.heads, -1)).transpose(-3, -2) for layer, x in
+        q, k, v = (layer(x).unflatten(-1, (16, 32)).transpose(-3, -2) for layer, x in
                    ((self.query, concepts), (self.key, prompts), (self.value, prompts)))
         found = F.scaled_dot_product_attention(q, k, v)    # [N, h, M, d], of q [h, M, d]
         of_prompt, of_concept = (x.transpose(-3, -2).flatten(-2) for x in (found, q))
@@ -74,7 +76,7 @@ class EmbeddingMapping(nn.Module):
 
 def end_and_states(sd, texts: list[str]):
     """The state of the end token, which stands for the whole text, then all: [N, L+1, D]."""
-    end, states = ends_of(sd, sd.text.tokenize(texts)), sd.embed(texts).context.float()
+    end, states = ends_and_states(sd, texts)
     return torch.cat([states[torch.arange(len(end)), end][:, None], states], 1)
 
 

@@ -171,15 +171,13 @@ def both_prompts(sd, prompts, maps: Prompt) -> Prompt:
     """What guidance reads for the two streams of B prompts, 4B: no prompt for either, the prompts,
     and the prompts through the maps."""
     guided, B = sd.embed_guided(prompts), len(prompts)
-    safe = guided[B:]
-    mapped_safe = Prompt(mapped(safe.context, maps.context), mapped(safe.pooled, maps.pooled))
-    return guided[:B].followed_by(guided, mapped_safe)
+    return guided[:B].followed_by(guided, guided[B:].map(mapped, maps))
 
 
 def safe_maps(sd, pairs: list[dict]) -> Prompt:
     """safe_map() of the pairs' contexts, and for SDXL of their pooled vectors."""
     unsafe, safe = embedded(sd, pairs)
-    return Prompt(safe_map(unsafe.context, safe.context), safe_map(unsafe.pooled, safe.pooled))
+    return unsafe.map(safe_map, safe)
 
 
 def dual_latents(sd, data, seed, knob):

@@ -37,7 +37,7 @@ from model.rivals.attack import find_all
 from model.rivals.finetune import fine_tune, fuse, has_look
 from model.stable_diffusion import load
 from model.tools import processes
-from model.tools.command import natural_int, run
+from model.tools.command import run
 from model.tools.files import read_json, write_json
 from model.tools.images import write_image
 from model.toy import TOY
@@ -162,10 +162,8 @@ def perform_all(work: Callable, jobs: list):
 
 
 def parse_arguments(argv=None):
-    parser = flags("Compares other ways to make it safe, in one table.", RIVALS)
-    parser.add_argument("--tune", type=natural_int, nargs="+", default=[100],
-                        help="seeds that knobs are chosen on")
-    return parser.parse_args(argv)
+    return flags("Compares other ways to make it safe, in one table.", RIVALS,
+                 "knobs").parse_args(argv)
 
 
 def make_files(seed: Seed, names: list[str]):

@@ -151,15 +151,15 @@ def unet_blocks(levels: int, first_up: int):
     return names
 
 
-def vae_blocks(levels: int):
-    """The same of the VAE."""
+def vae_blocks():
+    """The same of a VAE of four levels."""
     names = dict(LDM["vae"])
     for side in ("encoder", "decoder"):
         names |= {f"{side}.mid_block.resnets.0": f"{side}.mid.block_1",
                   f"{side}.mid_block.resnets.1": f"{side}.mid.block_2",
                   f"{side}.mid_block.attentions.0": f"{side}.mid.attn_1"}
-    for b in range(levels):
-        up = levels - 1 - b
+    for b in range(4):
+        up = 3 - b
         for j in range(3):
             names[f"encoder.down_blocks.{b}.resnets.{j}"] = f"encoder.down.{b}.block.{j}"
             names[f"decoder.up_blocks.{b}.resnets.{j}"] = f"decoder.up.{up}.block.{j}"
@@ -232,7 +232,7 @@ def ldm_tensors(kind: str):
     # The running mean that some files carry must not be taken for the model.
     tensors |= {"model_ema." + key.removeprefix("model.").replace(".", ""): tensor + 1
                 for key, tensor in tensors.items()}
-    tensors |= renamed(pipe.vae.state_dict(), "first_stage_model.", vae_blocks(4), VAE_LAYERS)
+    tensors |= renamed(pipe.vae.state_dict(), "first_stage_model.", vae_blocks(), VAE_LAYERS)
     tensors |= {"betas": torch.zeros(9), "embedding_manager.string_to_param": torch.zeros(9)}
     for i, part in enumerate(("text_encoder", "text_encoder_2")[:1 + xl]):
         encoder = getattr(pipe, part)

@@ -5,7 +5,7 @@ What it is:  tensors on "cuda" have shape and dtype, and no numbers (torch's Fak
              copied to the CPU is ones. What a GPU would refuse raises: tensors of two devices, or a
              product of two dtypes. Training of several steps is stopped after the first one, and
              continued. A line starts with bf16, or with fp16, as of a GPU that lacks it.
-Needs:       Linux, g++, a torch built without CUDA.
+Needs:       Linux, g++, pytest, a torch built without CUDA.
 """
 import contextlib
 import ctypes
@@ -32,6 +32,7 @@ def load_guard():
 
 load_guard()
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -88,17 +89,13 @@ class FakeCUDA(TorchDispatchMode):
         return tree_map(ones, result)
 
 
-def raises(mixed) -> bool:
-    try:
-        mixed()
-    except RuntimeError:
-        return True
-
-
 def check():
     """The guard must notice what it is for."""
     cpu, cuda = torch.ones(2, 2), torch.ones(2, 2, device="cuda")
-    assert raises(lambda: cpu + cuda) and raises(lambda: cuda @ cuda.half())
+    with pytest.raises(RuntimeError, match="tensors on"):
+        cpu + cuda
+    with pytest.raises(RuntimeError, match="tensors of"):
+        cuda @ cuda.half()
 
 
 def run(name: str, *argv: str):

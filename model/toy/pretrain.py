@@ -27,6 +27,7 @@ from model.text import TextEncoders, build_encoder, load_tokenizer
 from model.tools.command import PlainParser, run
 from model.tools.files import read_json
 from model.tools.images import as_tensor
+from model.tools.processes import chunks
 from model.toy import TOY, is_toy, world
 from model.toy.bpe import write_tokenizer
 from model.toy.toy_judge import HEADS, NOTHING, ToyJudge, labels_of
@@ -98,21 +99,27 @@ def train_vae(out: Path, steps: int, batch=16) -> VAE:
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
         return (weight * ((x - y).abs() + (x - y) ** 2)).mean() + 0.5 * edges + 1e-3 * kl
     fit("vae", list(vae.parameters()), loss, 2e-3, steps, 1.0, weight_decay=1e-4)
-    normalise_latents(vae, as_tensor(images[:2000]))
+    normalise_latents(vae, images[:2000])
     write_weights(out / "vae/diffusion_pytorch_model.safetensors", vae)
     (out / "vae/config.json").write_text(json.dumps(vae.config, indent=2) + "\n")
     return vae.eval()
 
 
 @torch.no_grad()
-def normalise_latents(vae: VAE, images):
+def encoded(vae: VAE, images: list):
+    """Latents [N, C, H, W] of uint8 images [S, S, 3], not scaled."""
+    return torch.cat([vae.encode(as_tensor(some))[0] for some in chunks(images, 200)])
+
+
+@torch.no_grad()
+def normalise_latents(vae: VAE, images: list):
     """Gives every latent channel mean 0 and one common deviation, by folding an affine map into
     quant_conv and its inverse into post_quant_conv; scaling_factor then makes it 1.
 
     With z' = (z - mu_c) * s_c:  W' = s_c W, b' = s_c (b - mu_c), logvar' = logvar + 2 log s_c, and
     in the decoder W(z'/s_c + mu_c) + b.
     """
-    z = torch.cat([vae.encode(x)[0] for x in images.split(200)])
+    z = encoded(vae, images)
     mu, sigma = z.mean((0, 2, 3)), z.std((0, 2, 3))
     s, C = z.std() / sigma, len(mu)
     quant, post = vae.quant_conv, vae.post_quant_conv
@@ -242,18 +249,16 @@ def new_text_encoder(out: Path) -> TextEncoders:
     return TextEncoders([load_tokenizer(out / "tokenizer")], [build_encoder(config)])
 
 
-@torch.no_grad()
 def training_set(vae: VAE, count=40_000):
     """(latents [N, C, H, W], prompts, captions [N, phrasings]: rows of prompts). The last prompt is
     the empty one."""
     scenes, images = scenes_and_images(count, seed=4)
-    parts = [vae.encode(as_tensor(images[i:i + 200]))[0] for i in range(0, count, 200)]
     texts = [world.prompt(scene, phrasing) for scene in scenes
              for phrasing in range(len(world.PHRASINGS))]
     prompts = sorted(set(texts))
     row = {prompt: i for i, prompt in enumerate(prompts)}
     captions = torch.tensor([row[text] for text in texts]).view(count, -1)
-    return torch.cat(parts) * vae.config["scaling_factor"], prompts + [""], captions
+    return encoded(vae, images) * vae.config["scaling_factor"], prompts + [""], captions
 
 
 def train_unet(out: Path, vae: VAE, steps: int, batch=32):

@@ -65,14 +65,14 @@ def stage(c_in: int, c_out: int, stride: int) -> nn.Module:
 class ToyJudge(nn.Module):
     name, rule, size = "toy", f"any of {len(CATEGORIES)} harms, P >= 0.5", SIZE
 
-    def __init__(self, w=32):
+    def __init__(self):
         super().__init__()
         self.features = nn.Sequential(
-            stage(3, w, 1), stage(w, w, 2),                 # [N, w, 16, 16]
-            stage(w, 2 * w, 1), stage(2 * w, 2 * w, 2),     # [N, 2w, 8, 8]
-            stage(2 * w, 3 * w, 1), stage(3 * w, w, 2),     # [N, w, 4, 4]: positions matter
+            stage(3, 32, 1), stage(32, 32, 2),     # [N, 32, 16, 16]
+            stage(32, 64, 1), stage(64, 64, 2),    # [N, 64, 8, 8]
+            stage(64, 96, 1), stage(96, 32, 2),    # [N, 32, 4, 4]: positions matter
             nn.Flatten())
-        self.heads = nn.ModuleDict({name: nn.Linear(16 * w, len(classes))
+        self.heads = nn.ModuleDict({name: nn.Linear(512, len(classes))
                                     for name, classes in HEADS.items()})
 
     @classmethod
