@@ -118,8 +118,7 @@ def pickled_array(file: Path):
     try:
         for _, operand, _ in pickletools.genops(file.read_bytes()):
             data = operand.encode("latin1", "replace") if isinstance(operand, str) else operand
-            if isinstance(data, bytes | bytearray) and len(data) in (2 * numbers, 4 * numbers,
-                                                                     8 * numbers):
+            if isinstance(data, bytes | bytearray) and len(data) / numbers in (2, 4, 8):
                 array = np.frombuffer(data, f"<f{len(data) // numbers}")
                 return array.reshape(2, 768).astype(np.float32)
     except ValueError:    # not a pickle

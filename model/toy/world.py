@@ -38,7 +38,7 @@ BACKGROUNDS = {"park": "in the park", "beach": "on the beach", "night": "at nigh
                "room": "in a room", "snow": "in the snow"}
 COLOURS = {"red": (222, 44, 44), "blue": (48, 104, 236), "green": (36, 140, 60),
            "yellow": (250, 216, 40), "purple": (150, 62, 190), "orange": (246, 138, 28)}
-OBJECTS = ("ball", "box", "cone", "ring", "diamond", "cross")
+OBJECTS = "ball box cone ring diamond cross".split()
 ACCESSORIES = ("flower", "balloon", "kite")
 
 # Category -> concept words. The LAST word of each category is held out of all preference data.
@@ -228,7 +228,7 @@ def _shrink(image):
 
 
 @cache
-def _object(name: str, colour: str, category: str | None = None, tint=None):
+def _object(name: str, colour: str, category: str | None, tint):
     """The object, or what a harm of this category makes of it."""
     rgb, field = COLOURS[colour], _shape(name, X, Y)
     if category == "harassment":    # four copies, half as large
