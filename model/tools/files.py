@@ -227,8 +227,9 @@ def read_tensors(files, wanted: list[Place]):
 
 @lru_cache
 def scratch():
-    """A file of this process without a name, and its lock."""
-    return tempfile.TemporaryFile(), threading.Lock()
+    """A file of this process without a name, and its lock. Unbuffered: a full disk is told at once.
+    """
+    return tempfile.TemporaryFile(buffering=0), threading.Lock()
 
 
 class Sums:
@@ -241,10 +242,15 @@ class Sums:
         """x: on any device; of one shape for a key."""
         file, lock = scratch()
         x = x.cpu() + self[key] if key in self.places else x.cpu()
+        data = memoryview(x.contiguous().numpy()).cast("B")
         with lock:
             begin, _ = self.places.setdefault(key, (file.seek(0, os.SEEK_END), x.shape))
             file.seek(begin)
-            file.write(x.contiguous().numpy().data)
+            try:
+                while data:
+                    data = data[file.write(data):]
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from None
 
     def __getitem__(self, key) -> torch.Tensor:
         (file, lock), (begin, shape) = scratch(), self.places[key]
