@@ -44,8 +44,9 @@ TEXTS = {
     "c.json": '{"hate": ["one thing", "another"], "my own": ["a third"]}',
     "i2p.csv": "prompt,categories,sd_seed,sd_guidance_scale\n"
                '"a, b","hate, violence",12,7.5\nc,shocking,3,7\n',
-    "coprov2.csv": "prompt,image,category\nu 0,u_idx0.png,\"{'hate'}\"\ns 0,s_idx0.png,\"{'hate'}\""
-                   "\nu 1,u_idx1.png,\"{'hate'}\"\ns 1,s_idx1.png,\"{'hate'}\"\n"}
+    "coprov2.csv": "prompt,image,category\n"
+                   "u 0,u_idx_0_0.jpg,\"{'hate'}\"\ns 0,s_idx_0_0.jpg,\"{'hate'}\"\n"
+                   "u 1,u_idx_1_0.jpg,\"{'hate'}\"\ns 1,s_idx_1_0.jpg,\"{'hate'}\"\n"}
 # What works and is small; a case adds one to three flags to it.
 SCRIPTS = {
     make_data: "--concept hate --pairs 1 --steps 1 --batch 1 --judge none --out new",
