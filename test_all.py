@@ -417,7 +417,7 @@ def test_every_pair_comes_once_before_any_comes_again(P, B):
 
 
 def test_all_noise_levels_come_in_a_step_and_none_beyond_the_last(monkeypatch):
-    times = torch.stack([stratified_times(8, 1000, generator(k)) for k in range(200)])
+    times = torch.stack([whole_step(random_pairs(""), 8, 0.0, k).t for k in range(200)])
     assert (times.sort(1).values // 125 == torch.arange(8)).all()
     assert all(len(column.unique()) == 8 for column in (times // 125).T)    # in any order
     assert len((times % 125).unique()) == 125                               # anywhere in a slice
