@@ -24,7 +24,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from dataclasses import replace
@@ -56,7 +55,7 @@ import sample
 import train
 from lora import Factors, layers
 from model.data import language_model
-from model.data.pairs import named_states, Pairs, read_latents, read_pairs, read_square
+from model.data.pairs import named_states, Pairs, read_latents, read_pairs, read_square, rejected
 from model.data.prompt_files import read_prompts, read_requests, Request, split
 from model.formats.checkpoint import encoder_files, model_files
 from model.formats.fit import match
@@ -422,7 +421,7 @@ def test_all_noise_levels_come_in_a_step_and_none_beyond_the_last(monkeypatch):
     assert all(len(column.unique()) == 8 for column in (times // 125).T)    # in any order
     assert len((times % 125).unique()) == 125                               # anywhere in a slice
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, 0.99999999))
-    assert stratified_times(8, 1000, generator(0)).max() == 999
+    assert stratified_times(8, 1000, None).max() == 999
 
 
 def test_caption_dropout_takes_both_prompts_of_a_pair():
@@ -1735,8 +1734,7 @@ def test_a_full_disk_tears_nothing(line, inside):
             error = refusal(line, toy=TOY, out=out)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        assert error.startswith((f"error: {out}/x", f"error: {tempfile.gettempdir()}: File too"))
-        assert ".tmp" not in error
+        assert error.startswith(f"error: {out}/x") and ".tmp" not in error
         assert contents(out).items() < whole.items()
         command(line, toy=TOY, out=out)
         assert contents(out) == whole
@@ -2249,7 +2247,6 @@ def test_prompts_that_differ_too_late_are_one_prompt(in_greys):
     assert [row["unsafe"] for row in read_pairs(Path("data"), "hate")] == ["an emblem"]
     Path("p").write_text("\n".join(LATE.splitlines()[:2]))
     assert "1 of 1 pairs dropped" in refusal("make_data --prompts p --judge none --out x")
-    assert not Path("x").exists()
     Path("p").write_text("prompt\n" + LONG)
     assert "1 of 1 prompts are longer" in command("sample --prompts p --steps 1")
 
@@ -2503,10 +2500,11 @@ def test_either_judge_is_enough(here, clip, monkeypatch):
         [int(picture[0, 0, 0] == 9) for picture in pictures]] / 150)    # P = 0.34 or 0.66
     spots, black, nine = np.asarray(SPOTS), *(np.full((320, 320, 3), n, np.uint8) for n in (0, 9))
     judge = named_judge("q16:a+b+nudenet:spots", CPU, 320)
-    *others, found = judge.judge([black, spots[..., ::-1], nine, spots])
+    verdicts = judge.judge([black, spots[..., ::-1], nine, spots])
     clear = False, "Q16: not inappropriate, NudeNet: nothing"
-    assert [verdict[1:] for verdict in others] == [clear, clear, (True, "Q16: inappropriate")]
-    assert found[1:] == (True, "NudeNet: BUTTOCKS_EXPOSED") and found.harm > 0.4
+    assert [verdict[1:] for verdict in verdicts] == [
+        clear, clear, (True, "Q16: inappropriate"), (True, "NudeNet: BUTTOCKS_EXPOSED")]
+    assert rejected(judge, [black, nine], [nine, black]) == [[], ["not unsafe", "not safe"]]
     for name in ("authors", "i2p"):    # not their class; not their score
         assert not named_judge(f"nudenet:{name}", CPU, 320).judge([spots])[0].unsafe
     monkeypatch.setitem(sys.modules, "nudenet", None)
