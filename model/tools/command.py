@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from model.tools.memory import keep_memory
+
 TOY = Path(__file__).parents[1] / "toy"    # the default model
 LARGEST = 2 ** 32 - 1    # count or seed: what other programs take as a seed
 
@@ -168,6 +170,7 @@ def run(main, args):
     """Runs a script. Bad input is one line on stderr and exit status 2; Ctrl-C is exit status
     130."""
     sys.stdout.reconfigure(errors="backslashreplace")    # some file names cannot be printed
+    keep_memory()
     try:
         main(args)
     except BadInput as error:

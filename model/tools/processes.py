@@ -25,13 +25,13 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from model.tools.command import BadInput
+from model.tools.memory import keep_memory
 
 RANK, WORLD = 0, 1    # this process's number, and how many there are, once start() was called
 STATE = None          # what make() gave to this worker process
-# Workers are forked from a process that has imported these, which take seconds, and done no more.
-# (Forks of this process could hang: threads do not fork.)
+# Workers are forked from a process that has imported what takes seconds, and done no more. (Forks of
+# this process could hang: threads do not fork.)
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
-CONTEXT.set_forkserver_preload(["torch._dynamo", "transformers.models.clip.modeling_clip"])
 
 
 def cores() -> int:
@@ -57,6 +57,7 @@ def chunks(items, size: int) -> list:
 def begin_worker(make):
     global STATE
     threading.Thread(target=end_with_parent, daemon=True).start()
+    keep_memory()
     torch.set_num_threads(1)    # threads of several processes would fight for the same cores
     tqdm.set_lock(threading.RLock())    # its own lock leaks a semaphore when an error ends the pool
     STATE = make() if make else None
@@ -84,6 +85,9 @@ def spread(make, work, items: list, processes: int):
         state = make() if make and items else None
         yield from (work(state, item) for item in items)
         return
+    # What an optimizer imports; and what a text encoder needs, in models that make() loads.
+    CONTEXT.set_forkserver_preload([
+        "transformers.models.clip.modeling_clip" if make else "torch._dynamo"])
     # Ctrl-C reaches all processes of a terminal. The workers inherit that they leave it to us.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     pool = ProcessPoolExecutor(min(processes, len(items)), CONTEXT, begin_worker, (make,))
