@@ -12,10 +12,11 @@ Gives:       merged.safetensors; its rank is the sum of ranks, it is exact but f
     solve      regmean, and every expert gets back the strength that this takes from it
     average    delta W = 1/n sum_i delta W_i
     sum        delta W = sum_i delta W_i                         (task arithmetic, 2212.04089)
-    ties, dare, and any function of your own: see model/rivals/merging.py
+    ties, dare, and rules of your own, which are not calibrated: see model/rivals/merging.py
 
 Letters: n experts (in shapes: of a layer), r rank, R the sum, N rows of an input, I, O widths.
 """
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -53,26 +54,24 @@ def parse_arguments(argv=None):
     parser = Parser("Merges LoRA experts into one LoRA.")
     add = parser.add_argument
     add("experts", nargs="+", type=Path, help="LoRA files, or a folder of them")
-    add("--method", default="co-merge", help=f"{', '.join(RULES)} (see the top of merge.py), or "
-        "the dotted name of a rule, which is not calibrated")
+    add("--method", default="co-merge", help=f"{', '.join(RULES)}, or a dotted name")
     add("--weights", type=finite_float, nargs="+", default=[1.0], help="a factor each (default: 1)")
     add("--rank", type=positive_int, help="re-compress each layer to this rank (default: the sum "
         f"of the experts' ranks, exact; by ties, dare and dotted names at most {LARGEST_RANK})")
     add("--density", type=open_fraction, help="share kept by ties (default: 0.2), dare (0.5)")
-    add("--preserve", type=fraction, help="lambda of regmean and solve, from 0 to 1: how much safe "
-        f"inputs weigh, where an expert's own weigh 1 (default: {PRESERVE})")
+    add("--preserve", type=fraction, help=f"lambda of regmean, solve (default: {PRESERVE}): how "
+        "much safe inputs weigh, up to 1, an expert's own")
     add("--data", type=Path, default=Path("data"), help="what make_data.py wrote, to calibrate on")
-    add("--fuse", type=Path, metavar="MODEL", help="write a copy of this folder or single file "
-        "instead, with the merged LoRA in its weights")
+    add("--fuse", type=Path, metavar="MODEL", help="write this model, aligned, and no LoRA")
     add("--out", type=Path, help="file or folder (default: merged.safetensors; --fuse: aligned)")
     return parser.parse_args(argv)
 
 
 def calibration(pairs: Pairs, concept: str, denoiser: Denoiser, preserve: float | None, seed: int):
-    """Yields (own, weight, [x_t, t, prompt]), all noise levels equally often. own: whether it is
-    what an expert was trained to change, its unsafe prompts on the unsafe and on the safe image,
-    where sampling starts and where it should end. With preserve (lambda, the sum of these weights)
-    also what it was trained to leave alone: the safe image under its safe prompt and under none."""
+    """Yields (own, weight, [x_t, t, prompt]), all noise levels equally often. own: the expert was
+    trained to change it: unsafe prompts, on the unsafe image, where sampling starts, and the safe
+    one, where it should end. With preserve (lambda, the sum of these weights) also what it was
+    trained to leave alone: the safe image, under its safe prompt and under none."""
     winner, loser, unsafe, safe = (field[:CALIBRATION_PAIRS] for field in (
         pairs.winner, pairs.loser, pairs.unsafe, pairs.safe))
     empty = safe.replaced(torch.tensor([True]), pairs.empty)
@@ -95,16 +94,19 @@ class Statistic:
     products  {i: A_i G_i [r, I]}, of the experts that adapt the layer
     activity  {i: E_i |delta W_i x| [O]}, for Co-Merge; both on disk (Sums), for hundreds
     M [I, I]  sum_i (G_i + lambda G_i,safe), to solve with; of ALL experts: one that does not adapt
-              the layer wants nothing changed on its inputs
+              the layer wants nothing changed on its inputs. The first of the layers that read
+              the same keeps it for all: self-attention's q, k, v; all cross-attentions' k, v
     """
-    def __init__(self, solving: bool):
-        self.solving, self.M, self.products, self.activity = solving, 0.0, Sums(), Sums()
+    def __init__(self, solving: bool, first=None):
+        self.solving, self.first, self.M = solving, first or self, None
+        self.products, self.activity = Sums(), Sums()
 
     def add(self, x: torch.Tensor, weight: float, i: int, f: Factors | None):
         """x [N, I]: what the layer multiplies; f: of expert i, which was trained to change it."""
         weight /= len(x)
-        if self.solving:
-            self.M += weight * x.T @ x
+        if self.solving and self.first is self:
+            self.M = x.new_zeros(x.shape[1:] * 2) if self.M is None else self.M
+            self.M.addmm_(x.T, x, alpha=weight)
         if f:
             narrow = x @ f.down.to(x.device).T    # [N, r]
             self.products.add(i, weight * narrow.T @ x)
@@ -122,6 +124,16 @@ class Statistic:
         <delta W_i G_i, delta W'_j>, and <B A, D C> is the sum of (B^T D) * (A C^T)."""
         wanted, whose = self.wanted(parts), of_part(parts)
         return whose.T @ ((wanted.up.T @ f.up) * (wanted.down @ f.down.T)) @ whose
+
+
+def statistics_of(names, solving: bool) -> dict[str, Statistic]:
+    """{layer: its statistic}, still empty."""
+    statistics, first = {}, {}
+    for name in names:
+        read = re.sub("_to_[qkv]$", "", re.sub(".*attn2_to_[kv]$", "prompt", name))
+        statistics[name] = Statistic(solving, first.get(read))
+        first.setdefault(read, statistics[name])
+    return statistics
 
 
 def of_part(parts: list[Factors]) -> torch.Tensor:
@@ -149,7 +161,7 @@ def calibrate(experts: Experts, model: Path, data: Path, device: torch.device, p
     processes_for(device, unet_files(model))    # gives a small network one thread
     match_experts(skeleton(model), experts, model, data)    # before any weights are read
     denoiser, encoders_hash = load_denoiser(model, device, precision), sha256(*encoder_files(model))
-    statistics = {name: Statistic(preserve is not None) for name in experts.names}
+    statistics = statistics_of(experts.names, preserve is not None)
     for i, concept in enumerate(tqdm(experts.concepts, desc="calibrating")):
         pairs = read_latents(data, [concept], encoders_hash)
         measure(denoiser, statistics, i, experts.lora(i),
@@ -199,7 +211,7 @@ def regmean(parts, layer):
         sum_i E_i |(delta W - delta W_i) x|^2 + lambda sum_i E_i,safe |delta W x|^2
 
     by (sum_i delta W_i G_i) M^-1 (M: Statistic), of rank R: delta W_i G_i = s_i B_i (A_i G_i)."""
-    M, wanted = layer.statistic.M.cpu().double(), layer.statistic.wanted(parts)
+    M, wanted = layer.statistic.first.M.cpu().double(), layer.statistic.wanted(parts)
     M.diagonal().add_(RIDGE * M.diagonal().mean() + 1e-30)    # of no input at all: 0
     return wanted._replace(down=torch.linalg.solve(M, wanted.down.double().T).T.float())
 
@@ -227,8 +239,7 @@ RULES = {"co-merge": co_merge, "regmean": regmean, "solve": solve, "average": av
 def merge(experts: Experts, rule: Callable, statistics, rank: int | None, density: float | None,
           seed: int):
     """The merged LoRA; and its energy |delta W|^2 kept by and before re-compression, summed."""
-    def merged(layer: tuple):
-        name, parts = layer
+    def merged(name: str, parts: dict[int, Factors]):
         layer = Layer(len(experts), density, generator(seed, name), statistics.get(name))
         # Of a single expert there is nothing to merge: not even its alpha is touched.
         f = rule(list(parts.values()), layer) if len(experts) > 1 else parts[0]
@@ -238,7 +249,9 @@ def merge(experts: Experts, rule: Callable, statistics, rank: int | None, densit
                         min(LARGEST_RANK, sum(len(part.down) for part in parts.values())))
         return name, *(lora.compress(f, most) if most < len(f.down) else (f, 0.0, 0.0))
 
-    rows = list(tqdm(in_threads(merged, experts.layers()), "merging", len(experts.names)))
+    work = lambda names: [merged(*layer) for layer in experts.layers(names)]
+    groups = experts.groups()
+    rows = sum(tqdm(in_threads(work, groups), "merging", len(groups)), [])
     energies = torch.tensor([row[2:] for row in rows], dtype=torch.float64)
     return {name: f for name, f, *_ in rows}, energies.sum(0)
 

@@ -9,7 +9,7 @@ from model.formats.lora_file import FAMILIES, VERSION, LoRAFile, expand, read
 from model.tools.command import BadInput
 from model.tools.processes import chunks
 
-AT_A_TIME = 4    # layers of all experts that memory holds
+AT_A_TIME = 4    # layers of all experts that are read together, by each thread
 OF_BASE = "base_model_hash", "prediction_type", VERSION
 
 
@@ -66,12 +66,15 @@ class Experts:
         """Expert i, times its weight."""
         return times(self.weights[i], read([self.files[i]], self.names)[0])
 
-    def layers(self):
+    def groups(self) -> list[list[str]]:
+        """The names, as many together as should be read at once."""
+        return chunks(self.names, AT_A_TIME)
+
+    def layers(self, names: list[str]):
         """Yields (layer, {expert: Factors, times its weight}) of those that adapt the layer."""
-        for names in chunks(self.names, AT_A_TIME):
-            loras = [times(*pair) for pair in zip(self.weights, read(self.files, names))]
-            for name in names:
-                yield name, {i: lora[name] for i, lora in enumerate(loras) if name in lora}
+        loras = [times(*pair) for pair in zip(self.weights, read(self.files, names))]
+        for name in names:
+            yield name, {i: lora[name] for i, lora in enumerate(loras) if name in lora}
 
 
 def times(weight: float, lora: dict[str, Factors]) -> dict[str, Factors]:

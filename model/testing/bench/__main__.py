@@ -3,7 +3,7 @@
     image     an image with guidance: SD 1.5 at 256 and 512 px (2 steps), SDXL at 512 and 1024 (1)
     train     a DPO step on SD 1.5: 256 px, one pair, a LoRA of rank 4, in fp32 and bf16
     merge     random experts of SD 1.5's 128 attention layers; of rules that calibrate, first
-              calibration without the base pass, then the merge
+              calibration on a pair each, beyond its forward; then the merge
     gpu       on CUDA, SD 1.5 at 512 px and SDXL at 1024 px, in bf16: an image of 25 steps with
               guidance; a DPO step of 1, 4 and 16 pairs, the frozen weights and the peer's second
               UNet in bf16 too
@@ -102,7 +102,8 @@ def merge(folder: Path, experts: list[int]):
         files = folder / str(n)
         for i in range(n):
             save(files / f"{i:03}.safetensors", random_lora(unet, i), {})
-        yield ({f"{n}: {rule}": f"ours combine {files} --method {rule}" for rule in MERGES}
+        yield ({"one forward": f"ours forward {model}"}
+               | {f"{n}: {rule}": f"ours combine {files} --method {rule}" for rule in MERGES}
                | {f"{n}: {rule}": f"ours calibrated {model} {files} {rule}" for rule in CALIBRATED})
 
 

@@ -12,6 +12,9 @@ from model.formats.experts import Experts
 from model.stable_diffusion import load, load_denoiser
 from model.text import Prompt
 from model.tools.device import device_and_precision
+from model.tools.memory import keep_memory
+
+keep_memory()    # as run() does
 
 
 def image(folder: str, precision: str, side: str, steps: str, device: str):
@@ -26,14 +29,17 @@ def random_prompt(unet, pairs: int) -> Prompt:
     return Prompt(torch.randn(pairs, 77, unet.context_width), torch.randn(pairs, unet.pooled_width))
 
 
+def pair_of_256_px(unet):
+    return torch.randn(2, 4, 32, 32), torch.tensor([100, 700]), random_prompt(unet, 2)
+
+
 @torch.no_grad()
 def forward(folder: str):
-    """The floor of a training step on the CPU: a pair of 256 px through the UNet, once."""
+    """The floor of a training step, and of an expert's calibration: a pair through the UNet."""
     denoiser = load_denoiser(Path(folder), torch.device("cpu"))
-    inputs = torch.randn(2, 4, 32, 32), torch.tensor([100, 700]), random_prompt(denoiser.unet, 2)
     yield
     for _ in range(2):
-        denoiser.predict(*inputs)
+        denoiser.predict(*pair_of_256_px(denoiser.unet))
         yield
 
 
@@ -63,16 +69,16 @@ def combine(experts: str, *flags: str):
 
 @torch.no_grad()
 def calibrated(folder: str, experts: str, method: str):
-    """First all of calibration but the base pass: a forward of one image of 64 px is run before,
-    and its layers' inputs serve for every expert. Last the merge, from files to memory."""
+    """First all of calibration but the base pass: a forward is run before, and its layers' inputs
+    serve for every expert. Last the merge, from files to memory."""
     denoiser = load_denoiser(Path(folder), torch.device("cpu"))
     experts = Experts([Path(experts)], [1.0])
     adaptable, met = lora.layers(denoiser.unet), {}
     for name in experts.names:
         adaptable[name][1].register_forward_pre_hook(
             lambda layer, args, name=name: met.update({name: lora.rows(layer, args[0])}))
-    denoiser.predict(torch.randn(1, 4, 8, 8), torch.tensor([500]), random_prompt(denoiser.unet, 1))
-    statistics = {name: merge.Statistic(method != "co-merge") for name in met}
+    denoiser.predict(*pair_of_256_px(denoiser.unet))
+    statistics = merge.statistics_of(met, method != "co-merge")
     yield
     for i in range(len(experts)):
         for name, f in experts.lora(i).items():
