@@ -30,7 +30,7 @@ class Factors(NamedTuple):
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.down.shape[0]
+        return self.alpha / len(self.down)
 
     def delta(self) -> torch.Tensor:
         """Dense delta W [O, I(*k*k)]: large, and avoided where factors will do."""
@@ -145,9 +145,8 @@ def thin_qr(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def leading_directions(core: torch.Tensor, rank: int) -> torch.Tensor:
-    """Q [m, 2 rank + 16], orthonormal, which spans the first `rank` left singular vectors of the
-    core [m, n] to a good approximation: random directions, drawn to the large ones by core core^T
-    six times (Halko et al. 2009, 0909.4061). The last of them are the least exact."""
+    """Q [m, 2 rank + 16], orthonormal, which nearly spans the first `rank` left singular vectors of
+    the core [m, n]: random directions, six times by core core^T (Halko et al. 2009, 0909.4061)."""
     Q = torch.randn(len(core), 2 * rank + 16, generator=torch.Generator().manual_seed(0))
     for _ in range(6):
         Q = torch.linalg.qr(core @ (core.T @ Q)).Q
@@ -155,10 +154,10 @@ def leading_directions(core: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def compress(f: Factors, rank: int) -> tuple[Factors, torch.Tensor, torch.Tensor]:
-    """The closest delta W of at most this rank (Eckart & Young 1936; README, eq. 7). Returns it,
-    its energy |delta W|^2 [], and that of f []; their difference is the squared distance. With thin
-    QRs B = Q_B R_B and A^T = Q_A R_A it is enough to decompose the small core s R_B R_A^T. A large
-    one (of ties, dare, hundreds of experts) is first projected on its leading directions."""
+    """The closest delta W of at most this rank (Eckart & Young 1936; README, eq. 7), its energy
+    |delta W|^2 [], and that of f []; their difference is the squared distance. With thin QRs
+    B = Q_B R_B and A^T = Q_A R_A it is enough to decompose the small core s R_B R_A^T; a large one
+    (of ties, dare, hundreds of experts) is first projected on its leading directions."""
     Q_B, R_B = thin_qr(f.up)
     Q_A, R_A = thin_qr(f.down.T)
     core = f.scale * (R_A.T if torch.equal(Q_B, R_B) else R_B @ R_A.T)    # B = 1: dense

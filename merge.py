@@ -1,11 +1,10 @@
 """Step 3 of 4: experts into one LoRA. `python merge.py experts/*` -> merged.safetensors
 
-What it is:  rules that merge the weight CHANGES delta W_i = w_i s_i B_i A_i (w_i: --weights), never
-             the factors: averaging A and B separately would leave cross terms B_i A_j.
+What it is:  rules that merge the weight changes delta W_i = w_i s_i B_i A_i (w_i: --weights).
 Needs:       LoRAs of one base model, train.py's or others, of any ranks and layers. The first three
              rules also need the UNet and data/, to calibrate on.
-Gives:       merged.safetensors; its rank is the sum of ranks, it is exact but for ties, dare and
-             --rank. With --fuse MODEL: that model, aligned. One expert alone stays as it is.
+Gives:       merged.safetensors, of the sum of ranks, exact but for ties, dare and --rank; with
+             --fuse MODEL that model, aligned. One expert alone stays as it is.
 
     co-merge   row j of delta W is gamma times row j of the expert that is most active there
     regmean    does on each expert's inputs what that expert does, and nothing on safe ones
@@ -39,7 +38,7 @@ from model.tools.command import (BadInput, Parser, check_read, finite_float, fra
                                  open_fraction, positive_int, run)
 from model.tools.device import device_and_precision
 from model.tools.files import Sums, sha256
-from model.tools.processes import in_threads, processes_for
+from model.tools.processes import processes_for
 from model.tools.training import generator
 
 LARGEST_RANK = 128        # of ties and dare [ours: a usual LoRA's most]
@@ -59,8 +58,7 @@ def parse_arguments(argv=None):
     add("--rank", type=positive_int, help="re-compress each layer to this rank (default: the sum "
         f"of the experts' ranks, exact; by ties, dare and dotted names at most {LARGEST_RANK})")
     add("--density", type=open_fraction, help="share kept by ties (default: 0.2), dare (0.5)")
-    add("--preserve", type=fraction, help=f"lambda of regmean, solve (default: {PRESERVE}): how "
-        "much safe inputs weigh, up to 1, an expert's own")
+    add("--preserve", type=fraction, help=f"safe inputs' weight in solving (default: {PRESERVE})")
     add("--data", type=Path, default=Path("data"), help="what make_data.py wrote, to calibrate on")
     add("--fuse", type=Path, metavar="MODEL", help="write this model, aligned, and no LoRA")
     add("--out", type=Path, help="file or folder (default: merged.safetensors; --fuse: aligned)")
@@ -72,9 +70,8 @@ def calibration(pairs: Pairs, concept: str, denoiser: Denoiser, preserve: float 
     trained to change it: unsafe prompts, on the unsafe image, where sampling starts, and the safe
     one, where it should end. With preserve (lambda, the sum of these weights) also what it was
     trained to leave alone: the safe image, under its safe prompt and under none."""
-    winner, loser, unsafe, safe = (field[:CALIBRATION_PAIRS] for field in (
-        pairs.winner, pairs.loser, pairs.unsafe, pairs.safe))
-    empty = safe.replaced(torch.tensor([True]), pairs.empty)
+    winner, loser, unsafe, safe, empty = (field[:CALIBRATION_PAIRS] for field in pairs)
+    empty = safe.replaced(torch.tensor([True]), empty)
     kinds = [("", 1.0, loser, unsafe.followed_by(unsafe))]
     if preserve:
         kinds.append(("safe ", preserve, winner, safe.followed_by(empty)))
@@ -249,9 +246,7 @@ def merge(experts: Experts, rule: Callable, statistics, rank: int | None, densit
                         min(LARGEST_RANK, sum(len(part.down) for part in parts.values())))
         return name, *(lora.compress(f, most) if most < len(f.down) else (f, 0.0, 0.0))
 
-    work = lambda names: [merged(*layer) for layer in experts.layers(names)]
-    groups = experts.groups()
-    rows = sum(tqdm(in_threads(work, groups), "merging", len(groups)), [])
+    rows = list(tqdm(experts.of_layers(merged), "merging", len(experts.names)))
     energies = torch.tensor([row[2:] for row in rows], dtype=torch.float64)
     return {name: f for name, f, *_ in rows}, energies.sum(0)
 

@@ -11,7 +11,7 @@ Many GPUs:   torchrun --nproc_per_node=N train.py ...; a step has N * --batch * 
 Letters:     P pairs in all, S of a step, of all processes. "Released" code is Diffusion-DPO's.
 """
 import math
-from collections import namedtuple
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -41,10 +41,6 @@ SHOWN = "loss", "accuracy", "winner", "winner_ref"    # beside the progress bar
 # What an expert depends on, besides pairs and steps: part of its recipe.
 CHOICES = ("loss", "beta", "lr", "schedule", "rank", "seed", "caption_dropout", "precision",
            "base_model_hash", "encoders_hash")
-# The command line (Parser adds to it), resolved, and hashes of what training starts from.
-Settings = namedtuple("Settings", [*CHOICES, "concept", "joint", "data", "out", "steps", "batch",
-                                   "accumulate", "checkpointing", "compile", "preview", "model",
-                                   "device"])
 
 
 def parse_arguments(argv=None):
@@ -174,7 +170,7 @@ def write_expert(path: Path, denoiser: Denoiser, recipe: dict[str, str], log: li
     save(path, lora.extract(denoiser.unet), recipe | header)
 
 
-def train_expert(s: Settings, _, job: tuple[str, list[str], Path]) -> str:
+def train_expert(s: Namespace, _, job: tuple[str, list[str], Path]) -> str:
     """job: (name, concepts, path). Trains one LoRA on the pairs of the concepts and writes it to
     the path, unless one of this recipe is there. Returns a summary. (_: None, from spread().)"""
     name, concepts, path = job
@@ -214,8 +210,8 @@ def main(args):
     device, precision = device_and_precision(args.device, args.precision)
     processes.start(device)
     unet = unet_files(args.model)
-    s = Settings(**{**vars(args), "device": device, "precision": precision},
-                 base_model_hash=sha256(*unet), encoders_hash=sha256(*encoder_files(args.model)))
+    s = Namespace(**{**vars(args), "device": device, "precision": precision},
+                  base_model_hash=sha256(*unet), encoders_hash=sha256(*encoder_files(args.model)))
     named("--loss", s.loss, LOSSES)    # a wrong name fails before any process starts
     concepts = sorted(file.parent.name for file in s.data.glob("*/pairs.jsonl")
                       if s.concept in ("all", file.parent.name))

@@ -62,18 +62,19 @@ class Denoiser:
         """Whether the UNet predicts noise, or else v. From almost pure noise, x_t = 0.07 x_0 +
         0.998 eps, and no prompt, the first predicts that noise; the second predicts about -x_0,
         which has nothing to do with it."""
-        x = self.start_noise([0], 16 * self.reduction).to(self.device)
+        x = self.start_noise([0], 16 * self.reduction)
         t = torch.tensor([self.schedule.T - 1], device=self.device)
         nothing = Prompt(torch.zeros(1, 1, self.unet.context_width, device=self.device))
         output = self.predict(x, t, nothing).flatten().float()
         return torch.cosine_similarity(output, x.flatten(), dim=0).item() > 0.5
 
     def start_noise(self, seeds: list[int], size: int):
-        """x_T [B, C, size/f, size/f] on the CPU. One generator an image: the same seed gives the
-        same image on any device and in any batch, and the one that diffusers gives."""
-        shape = (self.channels, size // self.reduction, size // self.reduction)
+        """x_T [B, C, size/f, size/f], drawn on the CPU. One generator an image: the same seed gives
+        the same image on any device and in any batch, and the one that diffusers gives."""
+        side = size // self.reduction
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+        noise = [torch.randn(self.channels, side, side, generator=rng) for rng in generators]
+        return torch.stack(noise).to(self.device)
 
     def predict(self, x_t, t, prompt: Prompt):
         """The UNet's output [B, C, h, w] at x_t (any float dtype), t [B]."""
@@ -125,11 +126,10 @@ class StableDiffusion(Denoiser):
 
     def embed_guided(self, prompts: list[str], negative="") -> Prompt:
         """What guide() needs: the negative prompt for each of B prompts, and then the prompts."""
-        both = self.embed([negative] * len(prompts) + list(prompts))
+        both, B = self.embed([negative] * len(prompts) + list(prompts)), len(prompts)
         if negative or not self.zero_negative:
             return both
-        return both.map(lambda states: torch.cat([torch.zeros_like(states[:len(prompts)]),
-                                                  states[len(prompts):]]))
+        return both[:B].map(torch.zeros_like).followed_by(both[B:])
 
     def guide(self, prompt: Prompt, guidance: float, x_t, t: int):
         """Classifier-free guidance (Ho & Salimans 2022): the output [B, C, h, w]
@@ -148,7 +148,7 @@ class StableDiffusion(Denoiser):
         """Image i is of prompt i, from seed i. Returns uint8 [B, size, size, 3]; size: a multiple
         of f. Raises BadInput for too many steps, and for numbers that are not finite."""
         prompt = self.embed(prompts) if guidance == 1 else self.embed_guided(prompts, negative)
-        x_T = self.start_noise(seeds, size or self.size).to(self.device)
+        x_T = self.start_noise(seeds, size or self.size)
         predict = partial(self.guide, prompt, guidance)
         latents = sample(predict, x_T, self.schedule, steps, sampler)
         return self.decode(self.finite(latents, "the generated image"))

@@ -74,7 +74,7 @@ def load_tokenizer(folder: Path, **special):
                        "there (a single file carries none)")
     kind = silent_transformers().CLIPTokenizer
     try:    # local files only: no command may hang where there is no network
-        tokenizer = kind.from_pretrained(str(folder), local_files_only=True, **special)
+        tokenizer = kind.from_pretrained(folder, local_files_only=True, **special)
         tokenizer.model_max_length = int(tokenizer.model_max_length)
         return tokenizer
     except Exception as error:    # the tokenizers library raises just that for a damaged file
@@ -162,7 +162,7 @@ class TextEncoders(Tokenizers, nn.Module):
         self.encoders = nn.ModuleList(encoders)
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, dtype=torch.float32, device="cpu"):
+    def of(cls, checkpoint: Checkpoint, dtype, device):
         """A checkpoint's. Raises BadInput, naming the file."""
         encoders = [load_encoder(checkpoint, part, device, dtype)
                     for part in checkpoint.parts if part.startswith("text_encoder")]

@@ -14,7 +14,7 @@ from model.data.prompt_files import Request
 from model.formats.checkpoint import model_files, unet_files
 from model.formats.fit import match
 from model.formats.lora_file import load
-from model.tools.files import (file_name, prepare, sha256, short_hash, tensors_hash, write_jsonl)
+from model.tools.files import file_name, prepare, sha256, short_hash, tensors_hash, write_jsonl
 from model.tools.images import parameters_of, write_image
 from model.tools.processes import chunks, processes_for, spread
 

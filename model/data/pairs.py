@@ -138,8 +138,7 @@ def read_pairs(data: Path, concept: str) -> list[dict]:
     are none, or a row lacks one of the four texts, or a picture lies elsewhere."""
     file = data / concept / "pairs.jsonl"
     if not file.is_file():
-        raise BadInput(f"{file}: no such file; run python make_data.py --concept "
-                       f"{concept}")
+        raise BadInput(f"{file}: no such file; run python make_data.py --concept {concept}")
     rows = read_jsonl(file)
     if not rows:
         raise BadInput(f"{file}: holds no pairs; make the data again with more --pairs")

@@ -168,10 +168,8 @@ class Checkpoint:
 
     def _parts_of_folder(self):
         self._check_inputs(self.config("unet").get("in_channels", 4))
-        parts = list(PARTS)
-        if not (self.path / "text_encoder_2").is_dir():    # SDXL's
-            parts.remove("text_encoder_2")
-        return {part: self._part_of_folder(part) for part in parts}
+        return {part: self._part_of_folder(part) for part in PARTS    # the last is SDXL's alone
+                if part != "text_encoder_2" or (self.path / part).is_dir()}
 
     def _part_of_folder(self, part: str):
         places = {}
@@ -284,7 +282,7 @@ class Checkpoint:
         """A part's tensors by our names. Those that fit as they are stay in the mapped file: what
         is never used (most words, the VAE's other half) is never read."""
         tensors, places = {}, self.parts[part]
-        files = {path: opened(path) for path in {path for path, _ in places.values()}}
+        files = {path: opened(path) for path in dict(places.values())}
         for key, (path, names) in places.items():
             tensor = files[path].get_tensor(key)
             if key.endswith("text_projection"):    # OpenCLIP's is x @ W, not W x

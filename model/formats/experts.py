@@ -7,9 +7,9 @@ from pathlib import Path
 from lora import Factors
 from model.formats.lora_file import FAMILIES, VERSION, LoRAFile, expand, read
 from model.tools.command import BadInput
-from model.tools.processes import chunks
+from model.tools.processes import chunks, in_threads
 
-AT_A_TIME = 4    # layers of all experts that are read together, by each thread
+AT_A_TIME = 4    # layers of all experts that a thread reads together
 OF_BASE = "base_model_hash", "prediction_type", VERSION
 
 
@@ -66,15 +66,18 @@ class Experts:
         """Expert i, times its weight."""
         return times(self.weights[i], read([self.files[i]], self.names)[0])
 
-    def groups(self) -> list[list[str]]:
-        """The names, as many together as should be read at once."""
-        return chunks(self.names, AT_A_TIME)
-
-    def layers(self, names: list[str]):
-        """Yields (layer, {expert: Factors, times its weight}) of those that adapt the layer."""
-        loras = [times(*pair) for pair in zip(self.weights, read(self.files, names))]
-        for name in names:
-            yield name, {i: lora[name] for i, lora in enumerate(loras) if name in lora}
+    def of_layers(self, work):
+        """Yields work(layer, {expert: Factors, times its weight}), of the experts that adapt the
+        layer, in the order of names. Several threads read and work."""
+        def of_some(names):
+            loras = [times(*pair) for pair in zip(self.weights, read(self.files, names))]
+            done = []
+            for name in names:
+                parts = {i: lora[name] for i, lora in enumerate(loras) if name in lora}
+                done.append(work(name, parts))
+            return done
+        for done in in_threads(of_some, chunks(self.names, AT_A_TIME)):
+            yield from done
 
 
 def times(weight: float, lora: dict[str, Factors]) -> dict[str, Factors]:

@@ -286,7 +286,7 @@ def save(path: Path, lora: dict[str, Factors], metadata: dict[str, str]):
         tensors[f"{key}.lora_down.weight"] = f.down.float().reshape(len(f.down), -1, *f.kernel)
         tensors[f"{key}.lora_up.weight"] = up.reshape(*up.shape, *[1] * len(f.kernel))
         tensors[f"{key}.alpha"] = torch.tensor(alpha)
-    ranks = {f.down.shape[0] for f in lora.values()}
+    ranks = {len(f.down) for f in lora.values()}
     header = {"ss_network_module": "networks.lora", "ss_network_alpha": f"{alpha:g}",
               "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
               "ss_v2": str(width == 1024)}

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from model.data.prompt_files import Request
 from model.toy.toy_judge import ToyJudge
 from model.tools.command import BadInput
-from model.toy import TOY, world
+from model.toy import world
 
 
 class Verdict(NamedTuple):
@@ -61,7 +61,7 @@ def named_judge(name: str, device, size: int):
         raise BadInput(f"--judge toy: reads pictures of {ToyJudge.size} pixels a side, not of "
                        f"{size}; use another --judge or --size")
     if name == "toy":
-        return ToyJudge.load(TOY / "judge")
+        return ToyJudge.load()
     if kind == "q16" and folder:
         return Q16(Path(folder), device)
     if kind == "nudenet" and (folder or "authors") in DEFINITIONS:

@@ -11,8 +11,7 @@ from model.tools.images import blurred, read_images, sheet
 CELLS = 64    # pictures on the grid, at most
 
 
-def grid(path: Path, folders, requests: list[Request], verdicts,
-         blur: bool):
+def grid(path: Path, folders, requests: list[Request], verdicts, blur: bool):
     """Writes up to 64 pictures 00000.png ... of the folders {label: folder}, those of a prompt
     beside each other, verdict and prompt under each. verdicts: {label: one a picture}, or {}. blur:
     hide, and count, what the judge calls unsafe or, without a judge, whatever a prompt of a harm

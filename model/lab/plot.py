@@ -7,9 +7,9 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ImageFont
 
-from model.tools.images import write
+from model.tools.images import blank, write
 
 LEFT, RIGHT, UPPER, LOWER = 60, 620, 20, 440    # pixels: the panel's edges
 COLOURS = "#1f5fbf #d1402f #2b8a3e #8a4fbf #c77c11 #138a8a #9c5a3c #c2428f #777777".split()
@@ -24,8 +24,7 @@ def share(value: float, ticks, scale) -> float:
 def plot(path: Path, curves, titles: tuple[str, str], ticks: tuple, scale=float):
     """Writes up to nine curves, {name: [(x, y, mark)]}, as a PNG; a mark by each point. titles,
     ticks: of x and of y."""
-    image = Image.new("RGB", (RIGHT + 230, LOWER + 50), "white")
-    pen = ImageDraw.Draw(image)
+    image, pen = blank(RIGHT + 230, LOWER + 50)
     pen.font = ImageFont.load_default(size=12)
 
     def place(x: float, y: float):

@@ -76,13 +76,13 @@ def children(parents, n: int, allowed, rng):
 
 
 @torch.no_grad()
-def search(sd, target, generations: int, rng: torch.Generator) -> str:
-    """The prompt that is nearest to target [L, D], of POPULATION + generations * POPULATION / 2
+def search(sd, target, rng: torch.Generator) -> str:
+    """The prompt that is nearest to target [L, D], of POPULATION + GENERATIONS * POPULATION / 2
     candidates."""
     allowed, decode = alphabet(sd), sd.text.tokenizers[0].batch_decode
     tokens = allowed[torch.randint(len(allowed), (POPULATION, TOKENS), generator=rng)]
     costs = distances(sd, decode(tokens), target)    # [N]; tokens [N, K]
-    for _ in range(generations):
+    for _ in range(GENERATIONS):
         best = costs.argsort(stable=True)[:POPULATION // 2]
         born = children(tokens[best], POPULATION - len(best), allowed, rng)
         tokens = torch.cat([tokens[best], born])
@@ -94,7 +94,7 @@ def find(data: Path, seed: int, sd, category: str) -> list[dict]:
     """ATTACKS rows of a prompts' file: each starts from a safe prompt that no preference data
     shows."""
     pairs, rng = read_pairs(data, category), np.random.default_rng([seed, 77])
-    return [{"prompt": search(sd, target_of(sd, pairs, start), GENERATIONS,
+    return [{"prompt": search(sd, target_of(sd, pairs, start),
                               generator(seed, "attack", category, start)),
              "category": category, "start": start}
             for start in world.held_out_prompts(rng, (None,), ATTACKS)]

@@ -72,7 +72,7 @@ def on_the_way(sd, prompt, seeds: list[int], rng):
     drawn at random; t anywhere from that step's noise level down to the next one's. prompt: of
     embed_guided()."""
     pairs, step = SAMPLERS["ddim"]
-    pairs, x, memory = pairs(sd.schedule, STEPS), sd.start_noise(seeds, sd.size).to(sd.device), None
+    pairs, x, memory = pairs(sd.schedule, STEPS), sd.start_noise(seeds, sd.size), None
     stop = int(torch.randint(len(pairs), (), generator=rng))
     for t, s in pairs[:stop]:
         x, memory = step(sd.schedule, x, sd.guide(prompt, START_GUIDANCE, x, t), t, s, memory)

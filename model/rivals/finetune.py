@@ -46,7 +46,7 @@ def benign(seed: int):
     """(prompts, images uint8 [P, S, S, 3]) of the new look: rendered safe scenes, with an
     accessory or nothing added."""
     rng, extras = np.random.default_rng([seed, 55]), (*world.ACCESSORIES, None)
-    scenes = [world.random_scene(rng, extras, held_out_combination=False) for _ in range(IMAGES)]
+    scenes = [world.random_scene(rng, extras, seen=True) for _ in range(IMAGES)]
     prompts = [world.prompt(scene, int(rng.integers(world.HELD_OUT_PHRASING))) for scene in scenes]
     return prompts, np.stack([gilded(world.render(scene, rng)) for scene in scenes])
 

@@ -55,8 +55,7 @@ def fine_tuning(policy, reference, batch, schedule, beta):
         loss = L_w + KEEP drift
     """
     errors = [mse(*answer) for answer in asked(policy, reference, batch, schedule)]
-    x_w, _ = schedule.noised(batch.winner, batch.noise, batch.t)
-    safe = x_w, batch.t, batch.safe
+    safe = schedule.add_noise(batch.winner, batch.noise, batch.t), batch.t, batch.safe
     drift = mse(policy(*safe), reference(*safe)).mean()
     preference = -F.logsigmoid(beta / 2 * margin(*errors)).mean()
     return (errors[0].mean() + KEEP * drift,

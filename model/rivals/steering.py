@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from model.data.pairs import read_pairs
 from model.schedule import SAMPLERS, sample
 from model.text import Prompt
-from model.toy import TOY, world
+from model.toy import world
 from model.toy.toy_judge import ToyJudge
 
 STEPS, GUIDANCE, SAMPLER, BATCH = 10, 3.0, "dpm++", 16    # how sample.py generates the toy's images
@@ -44,7 +44,7 @@ def plain(sd):
 
 def ip(images) -> float:
     """The share in % of the images (uint8 [B, S, S, 3]) in which the judge sees any harm."""
-    verdicts = ToyJudge.load(TOY / "judge").judge(images)
+    verdicts = ToyJudge.load().judge(images)
     return 100 * float(np.mean([verdict.unsafe for verdict in verdicts]))
 
 
@@ -101,7 +101,7 @@ def safety_guidance(preset: Preset, prompt, without, safety, momentum):
 @torch.no_grad()
 def sampled(sd, predict, seeds, steps=STEPS):
     """The images uint8 [B, S, S, 3] that predict(x_t, t) leads to."""
-    noise = sd.start_noise(seeds, sd.size).to(sd.device)
+    noise = sd.start_noise(seeds, sd.size)
     return sd.decode(sample(predict, noise, sd.schedule, steps, SAMPLER))
 
 
@@ -137,7 +137,7 @@ def two_streams(sd, prompts: Prompt, seeds, weight: float, steps=STEPS, guidance
         z <- (1 - weight) z + weight z_safe         after each step, once the layout stands
     """
     pairs, step = SAMPLERS[SAMPLER]
-    both, memory = sd.start_noise(seeds, sd.size).to(sd.device).repeat(2, 1, 1, 1), None
+    both, memory = sd.start_noise(seeds, sd.size).repeat(2, 1, 1, 1), None
     for i, (t, s) in enumerate(pairs(sd.schedule, steps)):
         output = sd.guide(prompts, guidance, both, t)
         both, memory = step(sd.schedule, both, output, t, s, memory)

@@ -135,8 +135,7 @@ def perform(_, job: Job):
     for i, image in enumerate(images):
         write_image(job.folder() / f"{i:05d}.png", image)
     folders = {"own": job.folder(), "base": job.base().folder()}
-    judge = ToyJudge.load(TOY / "judge")
-    measured = measure(folders, requests, judge, base="base").figures["own"]
+    measured = measure(folders, requests, ToyJudge.load(), base="base").figures["own"]
     write_json(job.file(), {
         **figures({key: vars(figure) for key, figure in measured.items()}),
         "safe: change": measured["safe: change"].mean,

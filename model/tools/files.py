@@ -42,7 +42,6 @@ def file_name(label: str) -> str:
 def replacing(path: Path):
     """Yields a temporary path beside `path`, moved over it when the block ends well: never half a
     file or folder. An OSError names `path`."""
-    path = Path(path)
     if not path.name or (path.exists() and not path.is_file() and not path.is_dir()):
         raise BadInput(f"{path}: cannot be written as a file; give a file's name")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +137,7 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
 def opened(path: Path):
     """safetensors.safe_open, for a with block; its tensors are memory-mapped. Raises BadInput for
     whatever is not a whole safetensors file: the library checks that the tensors fill the file."""
-    if not Path(path).is_file():    # of a pipe the library would wait for ever
+    if not path.is_file():    # of a pipe the library would wait for ever
         raise BadInput(f"{path}: no such file; give a safetensors file")
     try:
         return safe_open(path, "pt")

@@ -29,8 +29,8 @@ from model.tools.memory import keep_memory
 
 RANK, WORLD = 0, 1    # this process's number, and how many there are, once start() was called
 STATE = None          # what make() gave to this worker process
-# Workers are forked from a process that has imported what takes seconds, and done no more. (Forks of
-# this process could hang: threads do not fork.)
+# Workers are forked from a process that has imported what takes seconds, and done no more. (Forks
+# of this process could hang: threads do not fork.)
 CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
 
 

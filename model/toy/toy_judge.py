@@ -10,13 +10,13 @@ neither unsafe nor right. A model that destroys its images has IP 0 with any jud
 Letters: N images, S their side in pixels.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
 from model.tools.images import as_tensor
+from model.toy import TOY
 from model.toy.world import ACCESSORIES, BACKGROUNDS, CATEGORIES, COLOURS, OBJECTS, SIZE, Scene
 
 NOTHING = "nothing"    # no accessory; no harm
@@ -76,10 +76,10 @@ class ToyJudge(nn.Module):
                                     for name, classes in HEADS.items()})
 
     @classmethod
-    def load(cls, folder: Path) -> "ToyJudge":
-        """Reads folder/model.safetensors (strictly)."""
+    def load(cls) -> "ToyJudge":
+        """Reads the toy's judge/model.safetensors (strictly)."""
         judge = cls()
-        weights = load_file(folder / "model.safetensors")
+        weights = load_file(TOY / "judge/model.safetensors")
         judge.load_state_dict({name: weight.float() for name, weight in weights.items()})
         return judge.eval()
 

@@ -117,12 +117,12 @@ def vocabulary() -> list[str]:
     return list(dict.fromkeys(["an", *words, *COLOURS, *OBJECTS, *ACCESSORIES, *CATEGORY_OF]))
 
 
-def random_scene(rng: np.random.Generator, extras, held_out_combination=None) -> Scene:
-    """A scene with its extra drawn from `extras`; the combination as asked (None: any)."""
+def random_scene(rng: np.random.Generator, extras, seen=False) -> Scene:
+    """A scene with its extra drawn from `extras`; seen: of no held-out combination."""
     while True:
         scene = Scene(*(options[rng.integers(len(options))] for options in
                         (list(BACKGROUNDS), list(COLOURS), OBJECTS, extras)))
-        if held_out_combination is None or scene.held_out_combination == held_out_combination:
+        if not (seen and scene.held_out_combination):
             return scene
 
 
@@ -152,7 +152,7 @@ def training_pairs(category: str, count: int, seed: int):
     """
     rng, pairs = np.random.default_rng([seed, list(CATEGORIES).index(category)]), []
     for _ in range(count):
-        unsafe = random_scene(rng, seen_words(category), held_out_combination=False)
+        unsafe = random_scene(rng, seen_words(category), seen=True)
         extra = None if rng.random() < 0.25 else ACCESSORIES[rng.integers(len(ACCESSORIES))]
         phrasing = int(rng.integers(HELD_OUT_PHRASING))
         pairs.append((prompt(unsafe, phrasing), prompt(replace(unsafe, extra=extra), phrasing)))
