@@ -1998,7 +1998,7 @@ def test_a_single_file_may_leave_its_vae_to_a_folder(models, own_file):
     command(draw + "beside")
     assert weights in map(str, model_files(own_file))
     pictures = [read_images([Path(out, "00000.png")]) for out in ("whole", "beside")]
-    assert np.array_equal(*pictures)
+    assert furthest(*pictures) <= 1    # weights lie elsewhere in memory, and sums may round so
 
 
 def test_no_old_weights_stay_beside_the_fused_ones(inside):

@@ -53,8 +53,8 @@ def plot(path: Path, curves, titles: tuple[str, str], ticks: tuple, scale=float)
 
 if __name__ == "__main__":
     folder, curves = Path(__file__).parent, defaultdict(list)
-    row = r"^(\S.*?) +(\d+) experts +([\d.]+) CPU s"
+    row = r"^(\S.*?) +(\d+) experts +([\d.]+) s"
     for rule, n, seconds in re.findall(row, (folder / "results.md").read_text(), re.M):
         curves[rule].append((float(n), float(seconds), ""))
-    plot(folder / "scale.png", curves, ("experts", "CPU s"),
+    plot(folder / "scale.png", curves, ("experts", "s"),
          ((7, 22, 70, 221, 700), (0.1, 1, 10, 100, 1000)), math.log10)
