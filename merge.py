@@ -60,7 +60,7 @@ def parse_arguments(argv=None):
     add("--density", type=open_fraction, help="share kept by ties (default: 0.2), dare (0.5)")
     add("--preserve", type=fraction, help=f"safe inputs' weight in solving (default: {PRESERVE})")
     add("--data", type=Path, default=Path("data"), help="what make_data.py wrote, to calibrate on")
-    add("--fuse", type=Path, metavar="MODEL", help="write this model, aligned, and no LoRA")
+    add("--fuse", type=Path, metavar="MODEL", help="write a copy of this model, aligned, instead")
     add("--out", type=Path, help="file or folder (default: merged.safetensors; --fuse: aligned)")
     return parser.parse_args(argv)
 
@@ -124,12 +124,12 @@ class Statistic:
 
 
 def statistics_of(names, solving: bool) -> dict[str, Statistic]:
-    """{layer: its statistic}, still empty."""
+    """{layer: its statistic}, still empty; layers that read the same share the first one's M."""
     statistics, first = {}, {}
     for name in names:
-        read = re.sub("_to_[qkv]$", "", re.sub(".*attn2_to_[kv]$", "prompt", name))
-        statistics[name] = Statistic(solving, first.get(read))
-        first.setdefault(read, statistics[name])
+        source = re.sub("_to_[qkv]$", "", re.sub(".*attn2_to_[kv]$", "prompt", name))
+        statistics[name] = Statistic(solving, first.get(source))
+        first.setdefault(source, statistics[name])
     return statistics
 
 

@@ -47,7 +47,7 @@ def parse_arguments(argv=None):
     parser = Parser("Trains one LoRA expert for each concept, by preference optimisation.")
     add = parser.add_argument
     add("--concept", default="all", help="a folder of --data; all trains one expert for each")
-    add("--joint", action="store_true", help="one LoRA on all of --concept, in all their steps")
+    add("--joint", action="store_true", help="one LoRA on all concepts, for all their steps")
     add("--data", type=Path, default=Path("data"), help="what make_data.py wrote")
     add("--out", type=Path, help="folder to write (default: experts; with --joint this one)")
     add("--loss", default="safety", help="safety, dpo, both (dpo.py), sft (fine-tuning on the "

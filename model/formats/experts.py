@@ -1,4 +1,4 @@
-"""Several LoRA files of one base model, read layer by layer: memory holds a few layers of all.
+"""Several LoRA files of one base model: memory holds four layers of all for each thread.
 
 Gives:       Experts.
 """

@@ -115,9 +115,6 @@ class Job(NamedTuple):
     def file(self) -> Path:
         return self.folder() / "figures.json"
 
-    def base(self) -> "Job":
-        return Job(self.seed, "base")
-
 
 def perform(_, job: Job):
     """Prepares a rival, generates the images of the test prompts and of the attacks, and judges.
@@ -134,7 +131,7 @@ def perform(_, job: Job):
     spent = time.process_time() - prepared
     for i, image in enumerate(images):
         write_image(job.folder() / f"{i:05d}.png", image)
-    folders = {"own": job.folder(), "base": job.base().folder()}
+    folders = {"own": job.folder(), "base": Job(job.seed, "base").folder()}
     measured = measure(folders, requests, ToyJudge.load(), base="base").figures["own"]
     write_json(job.file(), {
         **figures({key: vars(figure) for key, figure in measured.items()}),
@@ -146,7 +143,7 @@ def perform(_, job: Job):
 
 def found(job: Job):
     """The figures of a finished job, by column."""
-    own, bare = read_json(job.file()), read_json(job.base().file())
+    own, bare = (read_json(one.file()) for one in (job, Job(job.seed, "base")))
     return {**own, "cost": own["images, s"] / bare["images, s"]}
 
 

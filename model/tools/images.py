@@ -2,7 +2,7 @@
 
 Needs:       pillow, numpy.
 Gives:       as_seen(), read_images(), write_image(), parameters_of(), sheet(), blurred(),
-             curves().
+             curves(); blank(), write().
 """
 import json
 import re

@@ -56,8 +56,8 @@ def chunks(items, size: int) -> list:
 
 def begin_worker(make):
     global STATE
-    threading.Thread(target=end_with_parent, daemon=True).start()
     keep_memory()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)    # threads of several processes would fight for the same cores
     tqdm.set_lock(threading.RLock())    # its own lock leaks a semaphore when an error ends the pool
     STATE = make() if make else None
@@ -85,7 +85,8 @@ def spread(make, work, items: list, processes: int):
         state = make() if make and items else None
         yield from (work(state, item) for item in items)
         return
-    # What an optimizer imports; and what a text encoder needs, in models that make() loads.
+    # For a command's first workers, and all that follow: text encoders, where make() loads a model
+    # to draw with; else what an optimizer imports.
     CONTEXT.set_forkserver_preload([
         "transformers.models.clip.modeling_clip" if make else "torch._dynamo"])
     # Ctrl-C reaches all processes of a terminal. The workers inherit that they leave it to us.
@@ -108,14 +109,14 @@ def spread(make, work, items: list, processes: int):
 
 def in_threads(work, items):
     """Yields work(item) for each item, in order, of which memory holds few: as many threads as
-    there are cores work ahead. For large tensors: torch works outside of Python's lock. With one
-    thread in each of torch's operations, as after set_num_threads(1), a result depends on the item
-    alone."""
-    ahead = deque()
-    with ThreadPoolExecutor(cores()) as pool:
+    there are cores, eight at most, work ahead. For large tensors: torch works outside of Python's
+    lock. With one thread in each of torch's operations, as after set_num_threads(1), a result
+    depends on the item alone."""
+    ahead, threads = deque(), min(cores(), 8)
+    with ThreadPoolExecutor(threads) as pool:
         for item in items:
             ahead.append(pool.submit(work, item))
-            if len(ahead) > cores():
+            if len(ahead) > threads:
                 yield ahead.popleft().result()
         for future in ahead:
             yield future.result()

@@ -31,7 +31,7 @@ from model.tools.command import BadInput, PlainParser, positive_int, run
 from model.tools.device import PRECISIONS
 
 HEADS = "ready, s", "first, s", "last, s", "peak, GiB"
-MERGES = ("sum", "average", "sum --rank 4", "ties --rank 28", "dare --density 0.2 --rank 28")
+MERGES = "sum", "ties --rank 28", "dare --density 0.2 --rank 28"
 CALIBRATED = "co-merge", "regmean", "solve"
 
 
@@ -39,7 +39,7 @@ def parse_arguments(argv=None):
     parser = PlainParser("Measures speed and memory on random full-size models.")
     parser.add_argument("what", choices=BENCHES)
     parser.add_argument("--rounds", type=positive_int, default=1, help="how often each job runs")
-    parser.add_argument("--experts", type=positive_int, nargs="+", default=[7, 50, 700],
+    parser.add_argument("--experts", type=positive_int, nargs="+", default=[7, 70],
                         help="merge: of how many")
     return parser.parse_args(argv)
 

@@ -84,7 +84,7 @@ def calibrated(folder: str, experts: str, method: str):
         for name, f in experts.lora(i).items():
             statistics[name].add(met[name], 1.0, i, f)
     yield
-    del denoiser, adaptable    # as merge.py does
+    del denoiser, adaptable, met    # as merge.py does
     torch.set_num_threads(1)
     merge.merge(experts, merge.RULES[method], statistics, None, None, 0)
     yield
