@@ -1722,10 +1722,10 @@ EVALUATE = partial(eval, "eval"), call    # each item is evaluated by a worker
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of another library")
 def test_memory_is_not_fetched_again_for_each_tensor(monkeypatch):
-    """Workers keep 30 MB after use, but not 80 MB. So does run()."""
-    resident = "len(b'x' * {}) and int(open('/proc/self/statm').read().split()[1])"
-    kept, given_back = processes.spread(*EVALUATE, [
-        resident.format(size) for size in (30_000_000, 80_000_000)], 2)
+    """Workers give 80 MB back after use, and keep 30 MB. So does run()."""
+    resident = ("[len(b'x' * size) and int(open('/proc/self/statm').read().split()[1])"
+                " for size in (80_000_000, 30_000_000)]")
+    (given_back, kept), _ = processes.spread(*EVALUATE, [resident] * 2, 2)
     assert (kept - given_back) * resource.getpagesize() > 20_000_000
     asked = []
     monkeypatch.setattr("model.tools.command.keep_memory", partial(asked.append, True))
